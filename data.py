@@ -1,0 +1,945 @@
+"""Images and where they come from: a simulated microscope, and manifests of real plates.
+
+A data set is one CSV, the manifest: one row per image, paths relative to the CSV, every other
+column metadata. The simulated screen is written as a manifest too, so it enters by the same door
+as a real plate; because it is simulated, what biology and experiment did to each image is known.
+
+    python data.py simulate --out runs/data      # draw the default screen
+    python data.py show runs/data/manifest.csv   # check every file, summarise, draw a contact sheet
+"""
+import argparse
+import csv
+import hashlib
+import json
+import os
+import struct
+import sys
+import zipfile
+import zlib
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import tifffile
+from PIL import Image
+from rdkit import Chem, RDLogger
+from tqdm import tqdm
+
+RDLogger.DisableLog("rdApp.*")  # we name the row of a bad SMILES ourselves
+CHANNELS = ("DNA", "ER", "RNA", "AGP", "Mito")
+COLOURS = {"DNA": (.2, .4, 1), "ER": (0, .7, .3), "RNA": (.5, .5, .1), "AGP": (1, .4, .05),
+           "Mito": (.8, .1, .5)}
+
+
+class DataError(ValueError):
+    """A fault in the user's files. One line a fault, each naming the file, row and column."""
+
+
+# ------------------------------------------------------------------------------------------------
+# 1. The simulated screen: molecules, dose, batches, plates, wells
+# ------------------------------------------------------------------------------------------------
+
+# A motif sets the mechanism: the direction in which the cells change. Each effect is a difference
+# of logarithms at full effect, so 0.35 on nucleus_radius means exp(0.35) = 1.4 times the radius.
+MECHANISMS = {
+    "dna_damage":   dict(motif="N(CCCl)CCCl", nucleus_radius=.38, dna=-.35, cell_radius=.2,
+                         cell_count=-.35),
+    "tubulin":      dict(motif="c5cc(OC)c(OC)c(OC)c5", binucleation=2.7, elongation=-1.,
+                         mito_spread=-.7, cell_count=-.25),
+    "actin":        dict(motif="C5CSC(=O)N5", membrane=-1.3, actin=-.9, ruffling=1.4,
+                         cell_radius=-.25),
+    "mitochondria": dict(motif="NN=C(C#N)C#N", mito=-1., mito_granularity=.7, mito_spread=.5),
+    "er_stress":    dict(motif="B(O)O", er=.6, er_spread=-.8, rna=.3),
+    "nucleolar":    dict(motif="n5cnc6c5ncnc6N", nucleoli=.5, nucleolus_radius=.55,
+                         nucleolus_count=-1.1, rna=-.6),
+    "golgi":        dict(motif="/C=C/C(=O)OC", golgi_spread=1.1, golgi=-.35, actin=.35),
+    "apoptosis":    dict(motif="C(=O)NS(=O)(=O)C", cell_count=-1.1, nucleus_radius=-.35, dna=.5,
+                         cell_radius=-.3, mito=-.3),
+}
+# The substituents (at {R}) and the scaffold set the potency: the half-effect dose in micromolar.
+# Two activity cliffs: the wrong enantiomer, and a charge that keeps the molecule out of the cell.
+SUBSTITUENTS = {"C": 1., "CC": .7, "Cl": .8, "FC(F)(F)": .5, "N#C": 2., "CN(C)": 1.2,
+                "C[C@H](O)": .5, "C[C@@H](O)": 8., "OC(=O)": 1.5, "[O-]C(=O)": 12.,
+                "CO": 1.1, "F": 1.4}
+SCAFFOLDS = {"{R}c1ccc({M})cc1": 1., "{R}c1ccc({M})nc1": 1.4, "{R}C1CCC({M})CC1": .8,
+             "{R}c1ccc({M})s1": 1.1}
+HELDOUT_SUBSTITUENTS = ("CO", "F")            # the easier kind of unseen molecule
+HELDOUT_SCAFFOLD = "{R}c1ccc({M})s1"          # the harder kind, drawn with four substituents
+HELDOUT_SCAFFOLD_SUBSTITUENTS = ("C", "CC", "Cl", "CN(C)")
+DMSO = "CS(C)=O"
+DOSES = (.3, 1., 3., 10.)                     # micromolar
+HILL = 1.5                                    # slope of the dose response
+
+
+@dataclass
+class Screen:
+    """Settings of a simulated screen. `seed` fixes the batches and plates, `draw` the rest: a
+    second screen from the same microscopes is the same seed with another draw."""
+    confounding: float = 0.5    # probability that a treated well lies in its mechanism's home batch
+    batches: int = 6            # experiments of different weeks: stain, background, focus
+    plates_per_batch: int = 2   # 384-well plates, 16 rows by 24 columns
+    controls_per_plate: int = 24  # wells with DMSO, on every plate
+    replicates: int = 2         # wells per molecule and dose
+    sites: int = 4              # fields of view per well
+    size: int = 64              # pixels along a side
+    seed: int = 0               # the microscopes: gains, blur and background of batches and plates
+    draw: int = 0               # the cells
+
+
+def molecules():
+    """Every molecule: dicts of compound, smiles (canonical), mechanism, scaffold, substituent,
+    ec50 (micromolar) and kind: train, test_substituent or test_scaffold."""
+    found = []
+    for mechanism, effect in MECHANISMS.items():
+        for scaffold, factor in SCAFFOLDS.items():
+            held = scaffold == HELDOUT_SCAFFOLD
+            for substituent in HELDOUT_SCAFFOLD_SUBSTITUENTS if held else SUBSTITUENTS:
+                smiles = scaffold.replace("{R}", substituent).replace("{M}", effect["motif"])
+                kind = ("test_scaffold" if held else "test_substituent"
+                        if substituent in HELDOUT_SUBSTITUENTS else "train")
+                found.append(dict(compound=f"NP{len(found) + 1:04d}", smiles=canonical(smiles),
+                                  mechanism=mechanism, scaffold=scaffold, kind=kind,
+                                  substituent=substituent, ec50=factor * SUBSTITUENTS[substituent]))
+    return found
+
+
+def home_batch(mechanism, batches):
+    """Where a confounded screen puts a mechanism: its number modulo the number of batches."""
+    return list(MECHANISMS).index(mechanism) % batches
+
+
+def heldout_pairs(batches, away):
+    """{mechanism: batch} pairs kept out of training at any confounding: `away` batches from home.
+    The screen uses 3 for the test pairs and 1 for the validation pairs."""
+    return {m: (home_batch(m, batches) + away) % batches for m in MECHANISMS}
+
+
+def layout(screen):
+    """The wells of a screen, before anything is drawn.
+
+    Returns a list of dicts, one per image. Every well's molecule, dose, batch, plate and position
+    is decided here, and so is its split: train, val (wells like those of training), val_pair and
+    test_pair (mechanism and batch never seen together), test_substituent, test_scaffold.
+    """
+    rng = np.random.default_rng([screen.seed, screen.draw, 1])
+    val_pair, test_pair = heldout_pairs(screen.batches, 1), heldout_pairs(screen.batches, 3)
+    plates = [[] for _ in range(screen.batches * screen.plates_per_batch)]
+    for plate in plates:
+        plate += [None] * screen.controls_per_plate
+    for molecule in molecules():
+        for dose in DOSES * screen.replicates:
+            at_home = rng.random() < screen.confounding
+            batch = (home_batch(molecule["mechanism"], screen.batches) if at_home
+                     else int(rng.integers(screen.batches)))
+            first = batch * screen.plates_per_batch
+            emptiest = min(range(first, first + screen.plates_per_batch),
+                           key=lambda p: len(plates[p]))
+            plates[emptiest].append((molecule, dose))
+    rows = []
+    for p, wells in enumerate(plates):
+        if len(wells) > 384:
+            raise DataError(f"plate {p + 1} would need {len(wells)} of its 384 wells: use more "
+                            "plates per batch or fewer replicates")
+        batch = p // screen.plates_per_batch
+        for place, well in zip(rng.permutation(384), wells):
+            molecule, dose = well or (dict(compound="DMSO", smiles=DMSO, mechanism="none",
+                                           scaffold="", substituent="", ec50=np.inf,
+                                           kind="train"), 0.)
+            split = molecule["kind"]
+            if test_pair.get(molecule["mechanism"]) == batch:
+                split = "test_pair"
+            elif val_pair.get(molecule["mechanism"]) == batch:
+                split = "val_pair"
+            elif split == "train" and rng.random() < .1:
+                split = "val"
+            r, c = divmod(int(place), 24)
+            effect = dose ** HILL / (dose ** HILL + molecule["ec50"] ** HILL)
+            rows += [dict(compound=molecule["compound"], smiles=molecule["smiles"], dose=dose,
+                          batch=f"B{batch + 1}", plate=f"P{p + 1:02d}",
+                          well=f"{'ABCDEFGHIJKLMNOP'[r]}{c + 1:02d}", row=r + 1, column=c + 1,
+                          site=site + 1, role="treated" if well else "control", split=split,
+                          pixel_um=1.2, true_mechanism=molecule["mechanism"],
+                          true_scaffold=molecule["scaffold"],
+                          true_substituent=molecule["substituent"],
+                          true_ec50=molecule["ec50"], true_effect=round(effect, 4))
+                     for site in range(screen.sites)]
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. The simulated microscope: cells, perturbations, experiment effects
+# ------------------------------------------------------------------------------------------------
+
+# An untreated cell. Lengths in pixels (1.2 micrometres), intensities as a share of full scale.
+UNTREATED = dict(
+    cell_count=1., nucleus_radius=4.6, eccentricity=.22, binucleation=.04, cell_radius=11.5,
+    elongation=.3, ruffling=.8, dna=.5, er=.42, er_spread=.75, rna=.2, nucleoli=.45,
+    nucleolus_radius=1.15, nucleolus_count=3., golgi=.5, golgi_spread=1.7, membrane=.3, actin=.16,
+    mito=.8, mito_granularity=2.3, mito_spread=.62)
+CELLS_PER_PIXEL = 11 / 64 ** 2  # eleven nuclei in a 64x64 field of view
+MARGIN = 8                      # pixels drawn around the field, so that cells are cut by its border
+
+
+def treated_cell(mechanism, effect):
+    """The parameters of UNTREATED after a mechanism has acted with `effect` in [0, 1]."""
+    changes = MECHANISMS.get(mechanism, {})
+    return {name: float(value * np.exp(effect * changes.get(name, 0.)))
+            for name, value in UNTREATED.items()}
+
+
+def microscope(screen):
+    """Experiment effects, drawn once per seed.
+
+    Returns {batch: dict} and {plate: gain}: batch gains (5,), background (5,) and blur (sigma in
+    pixels), plate gains (5,).
+    """
+    rng = np.random.default_rng([screen.seed, 2])
+    batches = {f"B{b + 1}": dict(gain=np.exp(rng.normal(0, .28, 5)),
+                                 background=rng.uniform(.01, .08, 5), blur=rng.uniform(.6, 1.2))
+               for b in range(screen.batches)}
+    plates = {f"P{p + 1:02d}": np.exp(rng.normal(0, .05, 5))
+              for p in range(screen.batches * screen.plates_per_batch)}
+    return batches, plates
+
+
+def smooth(noise, sigma):
+    """Gaussian blur of (..., H, W) with periodic borders, through the Fourier transform."""
+    h, w = noise.shape[-2:]
+    fy, fx = np.fft.fftfreq(h)[:, None], np.fft.rfftfreq(w)[None]
+    kernel = np.exp(-2 * (np.pi * sigma) ** 2 * (fx ** 2 + fy ** 2))
+    return np.fft.irfft2(np.fft.rfft2(noise) * kernel, s=(h, w)).astype(np.float32)
+
+
+def textures(noise, sigmas):
+    """(n, H, W) white noise, each smoothed by its own sigma and brought to unit deviation."""
+    fields = smooth(noise, np.asarray(sigmas, np.float32)[:, None, None])
+    return fields / fields.std((1, 2), keepdims=True)
+
+
+def spread_out(centres, spacing, side):
+    """Push (n, 2) points apart until few lie closer than `spacing` pixels."""
+    for _ in range(12):
+        gap = centres[:, None] - centres[None]
+        distance = np.sqrt((gap ** 2).sum(-1)) + 1e-6
+        push = np.where(distance < spacing, (spacing - distance) / distance / 2, 0.)
+        centres = np.clip(centres + (gap * push[..., None]).sum(1), 0, side)
+    return centres
+
+
+def draw_cells(cell, identity, size):
+    """Draw one field of view, before any optics.
+
+    cell: parameters as in UNTREATED. identity: the random numbers that make these cells these
+    cells, so that the same identity with other parameters shows the same cells, treated.
+    Returns stains (5, S, S) in CHANNELS order with S = size + 2 * MARGIN, height (S, S), and
+    nuclear centres (n, 2) as (y, x) in the coordinates of the cropped field.
+    """
+    side = size + 2 * MARGIN
+    alive = identity["survival"] < cell["cell_count"]
+    centres, normal, angle = (identity[k][alive] for k in ("centres", "normal", "angle"))
+    if len(centres) == 0:
+        return np.zeros((5, side, side)), np.zeros((side, side)), np.zeros((0, 2))
+    shift_y, shift_x, patchy, strands, chromatin, reticulum, fibres = textures(
+        identity["noise"], [2, 2, 1.5, cell["mito_granularity"], 1.6, 2.2, 2.5])     # (S, S) each
+
+    # Territories. Cells are ellipses in a grid that ruffling displaces, so outlines are wobbly. A
+    # pixel belongs to the cell whose scaled distance d is least (0 at the centre, 1 at the
+    # outline), so where cells meet they share a border, instead of adding up.
+    y, x = np.mgrid[:side, :side].astype(np.float32)
+    ruffled_y, ruffled_x = y + cell["ruffling"] * shift_y, x + cell["ruffling"] * shift_x
+    long_axis = cell["cell_radius"] * np.exp(.15 * normal[:, 0] + cell["elongation"] * abs(normal[:, 1]))
+    short_axis = long_axis * np.exp(-2 * cell["elongation"] * abs(normal[:, 1]))
+    distances = ellipse_distance(ruffled_y, ruffled_x, centres[:, :, None, None],
+                                 *(v[:, None, None] for v in (angle, long_axis, short_axis)))
+    owner = distances.argmin(0)                                                  # (S, S)
+    nearest = np.sort(distances, axis=0)[:2] if len(centres) > 1 else \
+        np.stack([distances[0], distances[0] + 9])
+    d, inside = nearest[0], soft_step(1 - nearest[0], .07)                       # (S, S) each
+
+    # Nuclei: ellipses; in a binucleated cell two smaller ones side by side. From here on every
+    # number of a cell is spread over the pixels it owns: v[owner] is (S, S).
+    double = identity["binucleate"][alive] < cell["binucleation"]
+    radius = cell["nucleus_radius"] * np.exp(.1 * normal[:, 2]) * np.where(double, .8, 1.)
+    squash = np.exp(cell["eccentricity"] * abs(normal[:, 3]))
+    axes = [v[owner] for v in (angle, radius * squash, radius / squash)]
+    apart = np.where(double, 1.2, 0.) * radius
+    towards = np.stack([np.sin(angle), np.cos(angle)], 1)                        # (n, 2)
+    lobes = [ellipse_distance(y, x, (centres + sign * apart[:, None] * towards)[owner]
+                              .transpose(2, 0, 1), *axes) for sign in (-1, 1)]
+    in_nucleus = soft_step(1 - np.minimum(*lobes), .11)
+
+    # Nucleoli: round spots in the nucleus. How many are seen depends on nucleolus_count.
+    spots = np.zeros((side, side))
+    for k in range(5):
+        place = centres + identity["nucleoli"][alive, k] * .55 * radius[:, None]
+        seen = identity["nucleolus_rank"][alive, k] < cell["nucleolus_count"] / 5
+        spots = np.maximum(spots, seen[owner] * blob(y, x, place[owner], cell["nucleolus_radius"]))
+    # Golgi: a patch beside the nucleus, compact when untreated.
+    beside = centres + 1.25 * (radius * np.sign(normal[:, 4]))[:, None] * towards[:, ::-1]
+    golgi = blob(y, x, beside[owner], cell["golgi_spread"]) * (1 + .35 * patchy)
+    # Cell border: where a cell ends, or where the two nearest cells are equally near.
+    edge = np.minimum(abs(1 - d), .8 * (nearest[1] - nearest[0]))
+    border = np.exp(-(edge / .09) ** 2) * inside
+    # Mitochondria: filaments are the zero lines of a smooth random field around the nucleus.
+    filament = np.exp(-(strands / .6) ** 2)
+
+    def fade(spread):  # from the nucleus outwards
+        return np.exp(-(d / spread) ** 2)
+
+    fluid = inside * (1 - .8 * in_nucleus)
+    stains = np.stack([
+        cell["dna"] * in_nucleus * (1 + .1 * chromatin),
+        cell["er"] * fluid * fade(cell["er_spread"]) * (1 + .2 * reticulum),
+        cell["rna"] * inside * (1 - .4 * d.clip(0, 1)) + cell["nucleoli"] * spots * in_nucleus,
+        cell["golgi"] * golgi * fluid + cell["membrane"] * border
+        + cell["actin"] * inside * (1 + .2 * fibres),
+        cell["mito"] * fluid * fade(cell["mito_spread"]) * filament])
+    stains = stains.clip(0) * np.exp(.12 * normal[:, 5:10])[owner].transpose(2, 0, 1)
+    height = inside * np.sqrt((1.05 - d ** 2).clip(.02)) + (.45 + .3 * spots) * in_nucleus
+    return stains, height, centres - MARGIN
+
+
+def soft_step(x, width):
+    """A logistic step from 0 (x < 0) to 1 (x > 0)."""
+    return 1 / (1 + np.exp((-x / width).clip(-30, 30)))
+
+
+def blob(y, x, centre, sigma):
+    """A Gaussian spot of height 1 around a centre (S, S, 2) that differs from pixel to pixel."""
+    return np.exp(-((y - centre[..., 0]) ** 2 + (x - centre[..., 1]) ** 2) / (2 * sigma ** 2))
+
+
+def ellipse_distance(y, x, centre, angle, long_axis, short_axis):
+    """Distance from ellipses' centres, scaled so that it is 1 on their outlines.
+
+    centre: (2, S, S), or (n, 2, 1, 1) for n ellipses at once; the axes in pixels, broadcastable.
+    """
+    dy, dx = y - centre[..., 0, :, :], x - centre[..., 1, :, :]
+    cos, sin = np.cos(angle), np.sin(angle)
+    # the quadratic form of the rotated ellipse: one pass over the pixels instead of a rotation
+    xx = (cos / long_axis) ** 2 + (sin / short_axis) ** 2
+    yy = (sin / long_axis) ** 2 + (cos / short_axis) ** 2
+    xy = 2 * cos * sin * (1 / long_axis ** 2 - 1 / short_axis ** 2)
+    return np.sqrt(xx * dx * dx + xy * dx * dy + yy * dy * dy)
+
+
+def identities(rng, cell_density, size):
+    """The random numbers behind the cells of one field (see draw_cells)."""
+    side = size + 2 * MARGIN
+    n = rng.poisson(CELLS_PER_PIXEL * side ** 2 * cell_density)
+    return dict(centres=spread_out(rng.uniform(0, side, (n, 2)), 13, side).astype(np.float32),
+                survival=rng.random(n), normal=rng.standard_normal((n, 10), np.float32),
+                angle=rng.uniform(0, np.pi, n).astype(np.float32), binucleate=rng.random(n),
+                nucleoli=rng.uniform(-1, 1, (n, 5, 2)).astype(np.float32),
+                nucleolus_rank=rng.permuted(np.tile(np.arange(5) / 5, (n, 1)), axis=1),
+                noise=rng.standard_normal((7, side, side), np.float32))
+
+
+def expose(stains, row, optics, noise_rng):
+    """What the camera records: (C, S, S) stains to uint8 (C, size, size).
+
+    Batch: gain, background and blur. Plate: a small gain. Edge wells: brighter cell rims (the
+    membrane is in AGP). Site: the light falls off away from a point that depends on the site.
+    """
+    batches, plates = optics
+    batch, side = batches[row["batch"]], stains.shape[-1]
+    y, x = np.mgrid[-1:1:side * 1j, -1:1:side * 1j]
+    towards = .35 * np.array([[-1, -1], [-1, 1], [1, -1], [1, 1]])[(row["site"] - 1) % 4]
+    light = 1 - .12 * ((y - towards[0]) ** 2 + (x - towards[1]) ** 2)
+    gain = batch["gain"] * plates[row["plate"]]
+    image = smooth(stains, batch["blur"]) * gain[:, None, None] * light + batch["background"][:, None, None]
+    image = image[:, MARGIN:-MARGIN, MARGIN:-MARGIN]
+    image = image + noise_rng.normal(size=image.shape) * np.sqrt(1e-4 * image.clip(0) + 2.5e-5)
+    return np.round(image.clip(0, 1) * 255).astype(np.uint8)
+
+
+def phase_contrast(height, row, optics, noise_rng):
+    """Brightfield of the same cells: the slope and curvature of their height. uint8 (1, s, s)."""
+    blurred = smooth(height, optics[0][row["batch"]]["blur"])
+    relief = .9 * (np.roll(blurred, 1, 0) - np.roll(blurred, -1, 0))
+    image = .45 + .35 * relief + .55 * (smooth(blurred, 2.) - blurred)
+    image = image[MARGIN:-MARGIN, MARGIN:-MARGIN]
+    image = image + noise_rng.normal(0, .006, image.shape)
+    return np.round(image.clip(0, 1) * 255).astype(np.uint8)[None]
+
+
+def draw_field(row, screen, optics, seed):
+    """Draw one row of a layout. seed: a list of integers; the same seed gives the same cells.
+
+    Returns a dict: image (5, s, s), untreated (the same cells before treatment) and brightfield
+    (1, s, s), all uint8, and the drawn truth (the `true_*` values of the row).
+    """
+    edge = row["row"] in (1, 16) or row["column"] in (1, 24)
+    well = np.random.default_rng([screen.seed, screen.draw, 3, row["row"], row["column"],
+                                  int(row["plate"][1:])])
+    density, well_effect = np.exp(well.normal(0, .12)) * (.75 if edge else 1.), well.normal(0, .08)
+    cells = identities(np.random.default_rng(seed), density, screen.size)
+    effect = min(1., row["true_effect"] * np.exp(well_effect))
+
+    def photograph(strength):
+        cell = treated_cell(row["true_mechanism"], strength)
+        cell["membrane"] *= 1.5 if edge else 1.
+        stains, height, centres = draw_cells(cell, cells, screen.size)
+        camera_noise = np.random.default_rng([*seed, 1])
+        image = expose(stains, row, optics, camera_noise)
+        return image, phase_contrast(height, row, optics, camera_noise), cell, centres
+
+    image, brightfield, cell, centres = photograph(effect)
+    seen = ((centres >= 0) & (centres < screen.size)).all(1)
+    truth = {"true_cell_count": int(seen.sum())} | {
+        f"true_{k}": round(v, 4) for k, v in cell.items() if k != "cell_count"}
+    return dict(image=image, untreated=photograph(0.)[0] if effect else image,
+                brightfield=brightfield, truth=truth)
+
+
+def _draw_chunk(task):
+    rows, screen, first = task
+    optics = microscope(screen)
+    return [draw_field(row, screen, optics, [screen.seed, screen.draw, 4, first + i])
+            for i, row in enumerate(rows)]
+
+
+def draw_fields(rows, screen):
+    """Draw many rows on all cores, in order. Yields what draw_field returns."""
+    chunks = [(rows[i:i + 64], screen, i) for i in range(0, len(rows), 64)]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        with tqdm(total=len(rows), desc="drawing cells", unit="image") as bar:
+            for chunk in pool.map(_draw_chunk, chunks):
+                yield from chunk
+                bar.update(len(chunk))
+
+
+def simulate(out, screen=Screen()):
+    """Draw a screen into folder `out`; returns the path of its manifest, which is written last."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    rows, size = layout(screen), screen.size
+    shapes = {"image": (len(rows), 5, size, size), "untreated": (len(rows), 5, size, size),
+              "brightfield": (len(rows), 1, size, size)}
+    stacks = {name: np.lib.format.open_memmap(out / f"{name}.npy", "w+", np.uint8, shape)
+              for name, shape in shapes.items()}
+    for i, field in enumerate(draw_fields(rows, screen)):
+        for name, stack in stacks.items():
+            stack[i] = field[name]
+        rows[i] = {"image": "image.npy", "index": i, **rows[i], "untreated": "untreated.npy",
+                   "brightfield": "brightfield.npy", **field["truth"]}
+    for stack in stacks.values():
+        stack.flush()
+    (out / "simulation.json").write_text(json.dumps(asdict(screen), indent=1))
+    write_manifest(out / "manifest.csv", rows)
+    return out / "manifest.csv"
+
+
+def write_manifest(path, rows):
+    """Write a list of dicts as a CSV, under a temporary name first."""
+    path = Path(path)
+    with open(path.with_suffix(".tmp"), "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def canonical(smiles):
+    """Canonical SMILES, the ChemAxon tail (` |c:5|`) cut off; None if it is no molecule."""
+    words = smiles.split()
+    molecule = Chem.MolFromSmiles(words[0]) if words else None
+    return Chem.MolToSmiles(molecule) if molecule else None
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. The manifest: one row per image
+# ------------------------------------------------------------------------------------------------
+
+@dataclass
+class Manifest:
+    """A data set: columns {name: list of strings}, one entry per image. Blank is unknown.
+
+    files[i] lists the image files of row i: one per channel, or one file with all channels.
+    """
+    path: Path
+    columns: dict
+    channels: tuple
+    files: list
+    index: list      # place in a stack of images, or None
+    sizes: dict      # {(H, W): "row 2"}, each size with the first row that has it
+
+    def __len__(self):
+        return len(self.files)
+
+    def rows(self, chosen, column):
+        """The values of a column in the chosen rows."""
+        return [self.columns[column][i] for i in chosen]
+
+
+def read_manifest(path, channels=CHANNELS, column="image", check=10_000):
+    """Read a manifest and check it; every fault is reported, each with its row and column.
+
+    channels: the names of the stains, in file order. They are also the columns to look for; where
+    they are absent, `column` names one file with all channels. check: up to this many images the
+    files are opened too (header and length; pixels are decoded at first use).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"no manifest at {path}")
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            header = next(reader, [])
+            seen = {}  # one copy of each distinct string: a million rows fit into memory
+            table = [[seen.setdefault(v, v) for v in row] for row in reader if row]
+    except (UnicodeDecodeError, csv.Error) as fault:
+        raise DataError(f"{path} is no CSV file: {fault}") from None
+    if not table:
+        raise DataError(f"{path} has no rows")
+    ragged = [i + 2 for i, row in enumerate(table) if len(row) != len(header)]
+    if ragged:
+        raise DataError(f"{path}, row {ragged[0]}: {len(table[ragged[0] - 2])} values for "
+                        f"{len(header)} columns")
+    columns = {name: list(values) for name, values in zip(header, zip(*table))}
+    present = [c for c in channels if c in columns]
+    if column == "image" and present and (len(present) == len(channels) or "image" not in columns):
+        missing = [c for c in channels if c not in columns]
+        if missing:
+            raise DataError(f"{path} has no column {', '.join(missing)} (its channels are said by "
+                            f"--channels; its columns are {', '.join(columns)})")
+        names = list(zip(*(columns[c] for c in channels)))
+    elif column in columns:
+        names = [(v,) for v in columns[column]]
+    else:
+        raise DataError(f"{path} has no column {column}, nor the channels {', '.join(channels)}: "
+                        f"its columns are {', '.join(columns)}")
+    index = [None] * len(table)
+    if "index" in columns:
+        index = [int(v) if v.isdigit() else None for v in columns["index"]]
+    files = [tuple(str(path.parent / n) if n else "" for n in row) for row in names]
+    manifest = Manifest(path, columns, tuple(channels), files, index, {})
+    if len(files) <= check or check < 0:
+        check_files(manifest)
+    return manifest
+
+
+def check_files(manifest):
+    """Open every file of a manifest; DataError lists all that fail, at most twenty by name."""
+    faults, headers = [], {}
+    for i in tqdm(range(len(manifest)), desc="checking files", disable=len(manifest) < 2000):
+        shapes = set()
+        for file in manifest.files[i]:
+            if file not in headers:
+                try:
+                    headers[file] = read_header(file)
+                except DataError as fault:
+                    headers[file] = None
+                    faults.append(f"row {i + 2}: {fault}")
+            if headers[file] is None:
+                continue
+            try:
+                shapes.add(image_shape(headers[file], file, manifest.index[i], manifest))
+            except DataError as fault:
+                faults.append(f"row {i + 2}: {fault}")
+        for shape in shapes:
+            manifest.sizes.setdefault(shape, f"row {i + 2}")
+        if len(shapes) > 1:
+            faults.append(f"row {i + 2}: channels of different sizes, "
+                          + ", ".join(f"{w}x{h}" for h, w in sorted(shapes)))
+    if faults:
+        more = [f"and {len(faults) - 20} more faults"] if len(faults) > 20 else []
+        raise DataError("\n".join(f"{manifest.path}, {f}" for f in faults[:20]) + "".join(
+            f"\n{m}" for m in more))
+
+
+def image_shape(header, file, index, manifest):
+    """(H, W) of one row, from a file's (shape, dtype)."""
+    shape, dtype = header
+    if dtype not in (np.uint8, np.uint16):
+        raise DataError(f"{file} holds {dtype}: uint8 and uint16 images can be read")
+    if index is not None:
+        if index >= shape[0]:
+            raise DataError(f"{file} is a stack of {shape[0]} images, index {index} is beyond it")
+        shape = shape[1:]
+    axis, count = channel_axis(shape, file, manifest)
+    return tuple(n for i, n in enumerate(shape) if i != axis)[-2:]
+
+
+def channel_axis(shape, file, manifest):
+    """Which axis holds the channels (None for a plain image); one channel per file, or all."""
+    shape = tuple(shape)
+    expected = 1 if len(manifest.files[0]) > 1 else None
+    if len(shape) == 2:
+        axis, found = None, 1
+    elif len(shape) == 3:
+        wanted = expected or len(manifest.channels)
+        axis = next((a for a in (0, 2) if shape[a] == wanted), 0 if shape[0] < shape[2] else 2)
+        found = shape[axis]
+    else:
+        raise DataError(f"{file} has shape {shape}: an image has two axes, or three with channels")
+    wanted = expected or len(manifest.channels)
+    if found != wanted and not (expected is None and manifest.channels == ("any",)):
+        raise DataError(f"{file} has {found} channels, {wanted} expected")
+    return axis, found
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. Reading images
+# ------------------------------------------------------------------------------------------------
+
+READ_FAULTS = (OSError, ValueError, EOFError, KeyError, IndexError, TypeError, SyntaxError,
+               struct.error, zlib.error, zipfile.BadZipFile, tifffile.TiffFileError)
+
+
+def read_header(file):
+    """(shape, dtype) of an image file without decoding it. A missing, truncated or foreign file
+    is a DataError that names it."""
+    path = Path(file)
+    if not path.is_file():
+        raise DataError(f"no image file {file}" if file else "the image file is blank")
+    with open(path, "rb") as opened:
+        start = opened.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        raise DataError(f"{file} is a Git LFS pointer, not an image: run git lfs pull")
+    try:
+        return HEADERS[path.suffix.lower()](path)
+    except KeyError:
+        if path.suffix.lower() not in HEADERS:
+            raise DataError(f"{file}: a {path.suffix or 'nameless'} file is no image format read "
+                            f"here ({', '.join(HEADERS)})") from None
+        raise DataError(f"{file} has no array that can be read") from None
+    except READ_FAULTS as fault:
+        raise DataError(f"{file} is damaged or no {path.suffix[1:]} file: "
+                        f"{one_line(fault)}") from None
+
+
+def one_line(fault):
+    return " ".join(str(fault).split())[:120] or type(fault).__name__
+
+
+def tiff_header(path):
+    with tifffile.TiffFile(path) as tif:
+        length = path.stat().st_size
+        for page in tif.pages:
+            if any(o + n > length for o, n in zip(page.dataoffsets, page.databytecounts)):
+                raise ValueError("the file ends before its pixels do")
+        return tif.series[0].shape, tif.series[0].dtype
+
+
+def png_header(path):
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 12))
+        if b"IEND" not in file.read():
+            raise ValueError("the file ends before its pixels do")
+    with Image.open(path) as image:
+        dtype = np.uint16 if image.mode.startswith("I") else np.uint8
+        bands = len(image.getbands())
+        return (image.height, image.width) + ((bands,) if bands > 1 else ()), np.dtype(dtype)
+
+
+def npy_header(path):
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    return array.shape, array.dtype
+
+
+def npz_header(path):
+    with np.load(path, allow_pickle=False) as archive:
+        array = archive[npz_key(archive)]
+        return array.shape, array.dtype
+
+
+def npz_key(archive):
+    """The array of an archive that is the image: `sample` (Hofmarcher et al. 2019) or the only one.
+    Other entries may be pickles and are not touched."""
+    if "sample" in archive.files or len(archive.files) == 1:
+        return "sample" if "sample" in archive.files else archive.files[0]
+    raise ValueError(f"which of the arrays {', '.join(archive.files)} is the image? name it sample")
+
+
+HEADERS = {".tif": tiff_header, ".tiff": tiff_header, ".png": png_header, ".npy": npy_header,
+           ".npz": npz_header}
+
+
+def read_file(file, index=None):
+    """Decode one file: the array as stored, or image `index` of a stack."""
+    suffix = Path(file).suffix.lower()
+    try:
+        if suffix in (".tif", ".tiff"):
+            array = tifffile.imread(file)
+        elif suffix == ".png":
+            with Image.open(file) as image:
+                array = np.array(image)
+            array = array.astype(np.uint16) if array.dtype == np.int32 else array
+        elif suffix == ".npy":
+            array = np.load(file, mmap_mode="r", allow_pickle=False)
+        else:
+            with np.load(file, allow_pickle=False) as archive:
+                array = archive[npz_key(archive)]
+        return np.asarray(array if index is None else array[index])
+    except READ_FAULTS as fault:
+        raise DataError(f"{file} cannot be read: {one_line(fault)}") from None
+
+
+class Pixels:
+    """The images of a manifest, decoded at first use and kept in memory while they fit.
+
+    pixels[i] is (C, H, W) float32 in the file's own units, after `binning` x `binning` averaging.
+    """
+
+    def __init__(self, manifest, binning=1, memory_gb=4.):
+        self.manifest, self.binning = manifest, binning
+        self.room, self.kept = memory_gb * 1e9, {}
+
+    def __len__(self):
+        return len(self.manifest)
+
+    def __getitem__(self, i):
+        if i not in self.kept:
+            image = self.read(i)
+            if self.manifest.index[i] is not None or image.nbytes > self.room:
+                return image.astype(np.float32)  # a stack is mapped: the system keeps its pages
+            self.room -= image.nbytes
+            self.kept[i] = image
+        return self.kept[i].astype(np.float32)
+
+    def read(self, i):
+        m = self.manifest
+        planes = []
+        for file in m.files[i]:
+            array = read_file(file, m.index[i])
+            axis, _ = channel_axis(array.shape, file, m)
+            planes.append(array[None] if axis is None else np.moveaxis(array, axis, 0))
+        if len({p.shape[1:] for p in planes}) > 1:
+            raise DataError(f"{m.path}, row {i + 2}: channels of different sizes")
+        return bin_pixels(np.concatenate(planes), self.binning)
+
+    def dtype_range(self, i):
+        """The largest value of the file's number type: 255 or 65535."""
+        m = self.manifest
+        return float(np.iinfo(read_file(m.files[i][0], m.index[i]).dtype).max)
+
+
+def bin_pixels(image, n):
+    """Average n x n pixels of (C, H, W); a rest at the right and lower border is cut off."""
+    if n == 1:
+        return image
+    c, h, w = image.shape
+    cut = image[:, :h // n * n, :w // n * n].astype(np.float32)
+    return cut.reshape(c, h // n, n, w // n, n).mean((2, 4))
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. Intensities, crops and splits
+# ------------------------------------------------------------------------------------------------
+
+def fit_intensity(rule, pixels, rows, seed=0):
+    """How intensities become [-1, 1]: {"rule", "low": [C], "high": [C]}, kept in checkpoints.
+
+    rule: "percentile" (0.1 and 99.9 % of each channel over at most 400 training images), "dtype"
+    (0 to 255 or 65535), or a stated range such as "0:4095".
+    """
+    n = len(pixels.manifest.channels)
+    if rule == "percentile":
+        some = np.random.default_rng(seed).permutation(rows)[:400]
+        # every 7th pixel is plenty for a percentile, and plates fit in memory
+        values = np.concatenate([pixels[i].reshape(n, -1)[:, ::7] for i in some], 1)
+        low, high = np.percentile(values, (.1, 99.9), axis=1)
+    elif rule == "dtype":
+        low, high = np.zeros(n), np.full(n, pixels.dtype_range(rows[0]))
+    else:
+        try:
+            low, high = (np.full(n, float(v)) for v in rule.split(":"))
+        except ValueError:
+            raise DataError(f"--intensity {rule}: percentile, dtype, or a range such as 0:4095"
+                            ) from None
+    if (high <= low).any():
+        empty = [c for c, a, b in zip(pixels.manifest.channels, low, high) if b <= a]
+        raise DataError(f"channel {', '.join(empty)} has no contrast: every pixel is the same")
+    return dict(rule=rule, low=[float(v) for v in low], high=[float(v) for v in high])
+
+
+def scale_intensity(image, intensity):
+    """(..., C, H, W) in file units to [-1, 1], clipped."""
+    low, high = (np.array(intensity[k], np.float32)[:, None, None] for k in ("low", "high"))
+    return ((image - low) / (high - low)).clip(0, 1) * 2 - 1
+
+
+def take_view(image, crop, rng=None, flips=True):
+    """A view of (C, H, W): a crop x crop piece (0: the whole) at random, flipped and turned by
+    quarters; without `rng` the piece in the middle, as it stands."""
+    c, h, w = image.shape
+    size_h, size_w = (crop, crop) if crop else (h, w)
+    if min(h, w) < crop:
+        raise DataError(f"an image is {w}x{h}, smaller than the crop of {crop}")
+    y, x = (h - size_h) // 2, (w - size_w) // 2
+    if rng is not None:
+        y, x = rng.integers(h - size_h + 1), rng.integers(w - size_w + 1)
+    view = image[:, y:y + size_h, x:x + size_w]
+    if rng is not None and flips:
+        turns = rng.integers(4) if size_h == size_w else 2 * rng.integers(2)
+        view = np.rot90(view, turns, (1, 2))
+        view = view[:, :, ::-1] if rng.random() < .5 else view
+    return view
+
+
+def split_rows(manifest, how="auto", fraction=.1, seed=0):
+    """Rows for training and rows held out: two arrays of row numbers.
+
+    how: "auto" (the column `split` where there is one: train and val; else by image), "image",
+    "smiles" (by molecule: SMILES that name one molecule stay together), any column ("plate"), two
+    joined ("compound+plate"), or stated values ("plate=SQ00015233", "compound+plate=DMSO+P01").
+    """
+    columns, n = manifest.columns, len(manifest)
+    if how == "auto":
+        if "split" in columns:
+            label = np.array(columns["split"])
+            return np.flatnonzero(label == "train"), np.flatnonzero(label == "val")
+        how = "image"
+    names, _, wanted = how.partition("=")
+    names = [] if how == "image" else names.split("+")
+    missing = [name for name in names if name not in columns]
+    if missing:
+        raise DataError(f"--split {how}: {manifest.path} has no column {', '.join(missing)}")
+    if names:
+        joined = zip(*([molecule_key(v) for v in columns[name]] if name.lower() == "smiles"
+                       else columns[name] for name in names))
+        keys = np.array(["+".join(values) for values in joined])
+    else:
+        keys = np.arange(n).astype(str)
+    distinct = np.unique(keys)
+    if wanted:
+        chosen = [wanted]
+        if wanted not in distinct:
+            raise DataError(f"--split {how}: no row has it; there are {', '.join(distinct[:20])}")
+    else:
+        # sorted by a hash of the value: a row added later moves no other row across the split
+        order = sorted(distinct, key=lambda v: hashlib.sha1(f"{seed}/{v}".encode()).hexdigest())
+        chosen = order[:max(1, round(fraction * len(distinct)))]
+    held = np.isin(keys, chosen)
+    if held.all():
+        raise DataError(f"--split {how}: nothing is left to train on")
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+_keys = {}
+
+
+def molecule_key(smiles):
+    """One string for one molecule, however it is written: its InChIKey, or the text itself."""
+    if smiles not in _keys:
+        molecule = Chem.MolFromSmiles(smiles.split()[0]) if smiles.split() else None
+        _keys[smiles] = Chem.MolToInchiKey(molecule) if molecule else smiles
+    return _keys[smiles]
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. Pictures
+# ------------------------------------------------------------------------------------------------
+
+def composite(image, channels):
+    """(C, H, W) in [-1, 1] to RGB (H, W, 3) in [0, 1]: each stain in its colour, added up."""
+    spare = [(1, 1, 1), (0, .8, .8), (.8, 0, .8), (.8, .8, 0)]
+    unit = (np.asarray(image, np.float32) + 1) / 2
+    colours = [COLOURS.get(c, spare[i % 4]) for i, c in enumerate(channels)]
+    return sum(u[..., None] * np.array(c) for u, c in zip(unit, colours)).clip(0, 1)
+
+
+def picture(path, rows, channels, row_labels=(), column_labels=(), pixel_um=None, title=""):
+    """Draw a grid as PNG. rows: list of lists of images, (C, H, W) in [-1, 1] shown in composite
+    colour with a legend, or (H, W) in [-1, 1] shown in grey; None leaves a place empty."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    n, side = max(len(r) for r in rows), 1.15
+    fig, axes = plt.subplots(len(rows), n, figsize=(side * n + 1.1, side * len(rows) + .8),
+                             squeeze=False)
+    for i, row in enumerate(rows):
+        for j, axis in enumerate(axes[i]):
+            axis.set_xticks([]), axis.set_yticks([])
+            axis.spines[:].set_visible(False)
+            if j < len(row) and row[j] is not None:
+                image = np.asarray(row[j])
+                axis.imshow(composite(image, channels) if image.ndim == 3 else (image + 1) / 2,
+                            cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            if i == 0 and j < len(column_labels):
+                axis.set_title(column_labels[j], fontsize=7)
+        if i < len(row_labels):
+            axes[i, 0].set_ylabel(row_labels[i], fontsize=7, rotation=0, ha="right", va="center")
+    if pixel_um:  # a bar of a round number of micrometres, about a third of the width
+        width = np.asarray(next(im for im in rows[0] if im is not None)).shape[-1]
+        length = max(v for v in (1, 2, 5, 10, 20, 50, 100, 200) if v < .5 * width * pixel_um)
+        y = .94 * width
+        axes[-1, 0].plot([3, 3 + length / pixel_um], [y, y], "w", lw=2)
+        axes[-1, 0].text(3, y - 3, f"{length} µm", color="w", fontsize=6, va="bottom")
+    if any(np.asarray(im).ndim == 3 for row in rows for im in row if im is not None):
+        for k, c in enumerate(channels):
+            colour = composite(-np.ones((len(channels), 1, 1)) + 2 * np.eye(
+                len(channels))[k][:, None, None], channels)[0, 0]
+            fig.text(.02 + .09 * k, .005, c, color=colour, fontsize=8, weight="bold",
+                     bbox=dict(facecolor="black", pad=1.5, lw=0))
+    fig.suptitle(title, fontsize=8)
+    fig.tight_layout(pad=.3, rect=(0, .03, 1, 1))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+# ------------------------------------------------------------------------------------------------
+# 7. Commands
+# ------------------------------------------------------------------------------------------------
+
+def show(manifest_path, channels=CHANNELS, out=None):
+    """Check every file, print a summary of each column and draw a contact sheet."""
+    manifest = read_manifest(manifest_path, channels, check=-1)
+    pixels = Pixels(manifest)
+    print(f"{manifest.path}: {len(manifest)} images, channels {', '.join(channels)}")
+    for name, values in manifest.columns.items():
+        known = [v for v in values if v != ""]
+        distinct = sorted(set(known))
+        text = ", ".join(f"{v} ({known.count(v)})" for v in distinct) if len(distinct) <= 8 else \
+            f"{len(distinct)} distinct, {distinct[0][:30]} to {distinct[-1][:30]}"
+        print(f"  {name:26s} {len(values) - len(known):6d} blank   {text}")
+    rng = np.random.default_rng(0)
+    some = np.sort(rng.permutation(len(manifest))[:24])
+    smallest = min(min(pixels[i].shape[1:]) for i in some)
+    crop = min(smallest, 256)
+    intensity = fit_intensity("percentile", pixels, some)
+    views = [scale_intensity(take_view(pixels[i], crop), intensity) for i in some]
+    out = out or Path("runs") / f"{manifest.path.parent.name}_contact_sheet.png"
+    picture(out, [views[k:k + 8] for k in range(0, len(views), 8)], channels,
+            title=f"{manifest.path}: {len(some)} of {len(manifest)} images")
+    print(f"contact sheet: {out}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    draw = commands.add_parser("simulate", help="draw a data set with its manifest",
+                               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    draw.add_argument("--out", default="runs/data", help="folder for images and manifest.csv")
+    notes = dict(confounding="probability that a treated well lies in its mechanism's home batch",
+                 batches="experiments", plates_per_batch="384-well plates in each",
+                 controls_per_plate="DMSO wells on each plate", replicates="wells per molecule and "
+                 "dose", sites="fields of view per well", size="pixels along a side",
+                 seed="the microscopes", draw="the cells")
+    for name, value in asdict(Screen()).items():
+        draw.add_argument(f"--{name}", type=type(value), default=value, help=notes[name])
+    sheet = commands.add_parser("show", help="check a manifest, summarise it, draw a contact sheet",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    sheet.add_argument("manifest", help="the CSV")
+    sheet.add_argument("--channels", default=",".join(CHANNELS), help="stains, in file order")
+    sheet.add_argument("--out", default=None, help="the picture")
+    args = vars(parser.parse_args())
+    try:
+        if args.pop("command") == "simulate":
+            out = args.pop("out")
+            if (Path(out) / "manifest.csv").exists():
+                raise DataError(f"{out}/manifest.csv exists: choose another --out or remove it")
+            print(simulate(out, Screen(**args)))
+        else:
+            show(args["manifest"], tuple(args["channels"].split(",")), args["out"])
+    except DataError as fault:
+        print(fault, file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""Diffusion: noise schedules, training targets, samplers and composed guidance. Nothing here knows
+a network, a data set or a molecule; `denoise(z, t)` is any function that predicts the target.
+
+Ho et al. 2020 (arXiv:2006.11239) DDPM; Song et al. 2021 (arXiv:2010.02502) DDIM; Salimans & Ho
+2022 (arXiv:2202.00512) velocity; Lin et al. 2023 (arXiv:2305.08891) zero terminal SNR.
+
+    python diffusion.py      # samples of a known Gaussian: mean and spread against steps
+"""
+import math
+from itertools import pairwise
+
+import torch
+
+TARGETS = ("velocity", "noise", "image")
+FORMS = ("nested", "independent", "contrast", "control")
+
+
+# --- schedules: abar_t, the share of signal variance left at step t, t = 0 .. T-1 -----------------
+
+def linear(steps):
+    """Ho et al. 2020, section 4: betas from 1e-4 to 0.02."""
+    return torch.cumprod(1 - torch.linspace(1e-4, .02, steps, dtype=torch.float64), 0)
+
+
+def scaled_linear(steps):
+    """The schedule of most latent diffusion models (Rombach et al. 2022): linear in sqrt(beta)."""
+    betas = torch.linspace(.00085 ** .5, .012 ** .5, steps, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - betas, 0)
+
+
+def cosine(steps):
+    """Eq. 17 of Nichol & Dhariwal 2021 (arXiv:2102.09672), betas at most 0.999."""
+    u = torch.arange(steps + 1, dtype=torch.float64) / steps
+    f = torch.cos((u + .008) / 1.008 * math.pi / 2) ** 2
+    return torch.cumprod((f[1:] / f[:-1]).clamp(min=.001), 0)
+
+
+SCHEDULES = {"cosine": cosine, "linear": linear, "scaled_linear": scaled_linear}
+
+
+def zero_terminal_snr(abar):
+    """Algorithm 1 of Lin et al. 2023: shift and scale sqrt(abar) so that the last step is noise."""
+    root = abar.sqrt()
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+
+
+class Schedule:
+    """The forward process z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps, and what is predicted.
+
+    Every t is a LongTensor (B,) or an int in 0 .. T-1; t = -1 means clean. Latents (B, Z, h, w).
+    """
+
+    def __init__(self, name="cosine", target="velocity", steps=1000, zero_snr=True):
+        if target not in TARGETS:
+            raise ValueError(f"unknown target {target}: one of {', '.join(TARGETS)}")
+        if zero_snr and target == "noise":
+            raise ValueError("zero terminal SNR refuses the noise target: at t = T the input is "
+                             "the noise, and z_0 = (z - eps) / 0; use velocity or image")
+        self.target, self.T = target, steps
+        abar = SCHEDULES[name](steps)
+        abar = zero_terminal_snr(abar) if zero_snr else abar
+        self.abar = torch.cat([abar, torch.ones(1, dtype=torch.float64)])  # abar[-1] = 1: clean
+
+    def signal_noise(self, t, z):
+        """sqrt(abar_t) and sqrt(1 - abar_t), shaped and typed to multiply z."""
+        abar = self.abar[torch.as_tensor(t, device="cpu")].reshape(-1, *[1] * (z.ndim - 1))
+        return abar.sqrt().to(z), (1 - abar).sqrt().to(z)
+
+    def add_noise(self, z0, eps, t):
+        """Eq. 4 of Ho et al."""
+        a, s = self.signal_noise(t, z0)
+        return a * z0 + s * eps
+
+    def target_of(self, z0, eps, t):
+        """What the network should say. Velocity: v = a eps - s z_0 (Salimans & Ho, section 4)."""
+        a, s = self.signal_noise(t, z0)
+        return {"velocity": a * eps - s * z0, "noise": eps, "image": z0}[self.target]
+
+    def split(self, z, prediction, t):
+        """The (z_0, eps) that a prediction at z_t stands for: the inverse of target_of."""
+        a, s = self.signal_noise(t, z)
+        if self.target == "velocity":  # rotate back by the same angle
+            return a * z - s * prediction, s * z + a * prediction
+        if self.target == "noise":
+            return (z - s * prediction) / a, prediction
+        return prediction, (z - a * prediction) / s
+
+    def min_snr_weight(self, t, gamma=5.):
+        """Hang et al. 2023 (arXiv:2303.09556) for each target, (B,); finite at zero SNR."""
+        abar = self.abar[torch.as_tensor(t, device="cpu")]
+        snr = abar / (1 - abar)
+        capped = snr.clamp(max=gamma)
+        weight = {"velocity": capped / (snr + 1), "noise": capped / snr.clamp(min=1e-8),
+                  "image": capped}[self.target]
+        # a floor, else the velocity would never be trained at t = T, where sampling starts
+        return weight.clamp(min=1e-2).float()
+
+    def timesteps(self, n):
+        """n steps, descending, from T-1 ("trailing", Lin et al. 2023, section 3.3), then -1."""
+        if not 1 <= n <= self.T:
+            raise ValueError(f"{n} sampling steps: between 1 and {self.T} are possible")
+        return [round(self.T * i / n) - 1 for i in range(n, -1, -1)]
+
+
+def diffusion_loss(schedule, denoise, z0, eps, t, min_snr=False):
+    """Squared error of the target, (B,). With min_snr=False it is 1.00 for a network that says 0,
+    since target and latents are standardised."""
+    prediction = denoise(schedule.add_noise(z0, eps, t), t)
+    loss = (prediction - schedule.target_of(z0, eps, t)).square().flatten(1).mean(1)
+    return loss * schedule.min_snr_weight(t).to(loss) if min_snr else loss
+
+
+# --- samplers -------------------------------------------------------------------------------------
+
+def ddpm_step(schedule, z, prediction, t, t_next, noise):
+    """One step back with the true posterior of the forward process: Eqs. 6-7 of Ho et al."""
+    z0, _ = schedule.split(z, prediction, t)
+    abar, abar_next = schedule.abar[t].item(), schedule.abar[t_next].item()
+    alpha = abar / abar_next
+    mean = (abar_next ** .5 * (1 - alpha) * z0 + alpha ** .5 * (1 - abar_next) * z) / (1 - abar)
+    return mean + ((1 - abar_next) / (1 - abar) * (1 - alpha)) ** .5 * noise
+
+
+def ddim_step(schedule, z, prediction, t, t_next, eta, noise):
+    """Eqs. 12 and 16 of Song et al. 2021: eta = 0 is DDIM, eta = 1 is DDPM again."""
+    z0, eps = schedule.split(z, prediction, t)
+    abar, abar_next = schedule.abar[t].item(), schedule.abar[t_next].item()
+    sigma = eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)) ** .5
+    return abar_next ** .5 * z0 + max(0., 1 - abar_next - sigma ** 2) ** .5 * eps + sigma * noise
+
+
+def generators(seeds):
+    """One generator per image, so that image 17 is the same whatever the batch."""
+    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+
+
+def gaussian(rngs, shape, device="cpu"):
+    """One draw from each generator: (len(rngs), *shape)."""
+    return torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)
+
+
+@torch.no_grad()
+def sample(denoise, schedule, seeds, shape, steps=50, eta=0., sampler="ddim", device="cpu",
+           each_step=lambda: None):
+    """Noise to latents (len(seeds), *shape), one seed per image; `sampler` is ddim or ddpm."""
+    rngs = generators(seeds)
+    z = gaussian(rngs, shape, device)
+    for t, t_next in pairwise(schedule.timesteps(steps)):
+        prediction = denoise(z, torch.full((len(z),), t, device=device))
+        stochastic = (sampler == "ddpm" or eta > 0) and t_next >= 0
+        noise = gaussian(rngs, shape, device) if stochastic else torch.zeros_like(z)
+        if sampler == "ddpm":
+            z = ddpm_step(schedule, z, prediction, t, t_next, noise)
+        else:
+            z = ddim_step(schedule, z, prediction, t, t_next, eta, noise)
+        each_step()
+    return z
+
+
+# --- guidance composed over groups of conditions --------------------------------------------------
+
+def compose(form, weights, references=None):
+    """Guidance as a weighted sum of predictions under partly changed conditions.
+
+    form: one of FORMS. weights: {group: weight}; `nested` takes the groups in this order, each
+    given those before it. references (form `control`): what a group is compared with, {group:
+    "control", the untreated cells, or "average", the mean over its known values}.
+
+    Returns {branch: coefficient}. A branch says for each group, in the order of `weights`, whether
+    it is "given", "unknown", or stands at its reference. Coefficients sum to one; branches with
+    coefficient 0 are left out, so weight 1 costs nothing.
+    """
+    groups, n = list(weights), len(weights)
+    branches = {}
+
+    def add(branch, coefficient):
+        branches[branch] = branches.get(branch, 0.) + coefficient
+
+    def given(number, rest="unknown"):  # the first `number` groups
+        return ("given",) * number + (rest,) * (n - number)
+
+    def all_but(group, state):
+        return tuple(state if g == group else "given" for g in groups)
+
+    if form == "nested":  # v() + w1 (v(1) - v()) + w2 (v(1,2) - v(1)): Brooks et al. 2023, Eq. 3
+        add(given(0), 1.)
+        for i, group in enumerate(groups):
+            add(given(i + 1), weights[group])
+            add(given(i), -weights[group])
+    elif form == "independent":  # v() + sum w_i (v(i) - v()): Liu et al. 2022, Eq. 11
+        add(given(0), 1.)
+        for group in groups:
+            add(tuple("given" if g == group else "unknown" for g in groups), weights[group])
+            add(given(0), -weights[group])
+    elif form in ("contrast", "control"):  # v(all) + sum (w_i - 1) (v(all) - v(all but i))
+        add(given(n), 1.)
+        for group in groups:
+            state = (references or {}).get(group, "unknown") if form == "control" else "unknown"
+            add(given(n), weights[group] - 1)
+            add(all_but(group, state), 1 - weights[group])
+    else:
+        raise ValueError(f"unknown form of guidance {form}: one of {', '.join(FORMS)}")
+    return {branch: c for branch, c in branches.items() if abs(c) > 1e-12}
+
+
+def combine(predictions, coefficients):
+    """sum_k c_k v_k over branches: predictions (K, B, Z, h, w), all latent channels alike."""
+    c = torch.as_tensor(coefficients).to(predictions)
+    return torch.einsum("k,k...->...", c, predictions)
+
+
+if __name__ == "__main__":
+    # A Gaussian N(2, 0.5^2) has an exact denoiser, so the samplers can be seen without a network.
+    schedule = Schedule("linear", zero_snr=False)
+
+    def exact(z, t):
+        a, s = schedule.signal_noise(t, z)
+        z0 = 2 + a * .25 / (a ** 2 * .25 + s ** 2) * (z - a * 2)
+        return schedule.target_of(z0, (z - a * z0) / s, t)
+
+    for n in (5, 10, 50, 200, 1000):
+        z = sample(exact, schedule, range(2000), (1,), steps=n)
+        print(f"DDIM, {n:4d} steps: mean {z.mean():.3f} (true 2), spread {z.std():.3f} (true 0.5)")

@@ -1,0 +1,361 @@
+"""Train the latent diffusion model. From an empty folder this draws a simulated screen, trains the
+autoencoder, caches the latents, trains the U-Net and draws generated cells beside real ones.
+
+    python train_ldm.py                       # everything, from nothing
+    python train_ldm.py --overfit             # one batch: after any change, this loss must collapse
+    python train_ldm.py --data plates/index.csv --vae runs/plates_vae/model.pt --out runs/plates \\
+        --biology smiles dose --experiment plate:category
+"""
+import copy
+import hashlib
+import json
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+import diffusion
+import train_vae
+from conditioning import draw_keep, hide_molecule_of_controls, parse_fields
+from sample import Denoiser, Model, to_device
+from train_vae import (CheckpointError, autocast, device, learning_rate, load_checkpoint,
+                       save_checkpoint, step_rng, views, write_log)
+from unet import SIZES, unet_config
+
+
+@dataclass
+class Config:
+    # data
+    data: str = train_vae.Config.data     # the manifest; the default one is drawn if it is missing
+    vae: str = "runs/vae/model.pt"        # autoencoder, trained first if missing; it fixes the split
+    biology: tuple = ("smiles", "dose")   # fields of this group, as NAME or NAME:KIND
+    experiment: tuple = ("batch", "plate", "row:number", "column:number")  # fields of this group
+    # model
+    molecule_encoder: str = "fingerprint"  # see MOLECULE_ENCODERS in conditioning.py
+    size: str = "small"                   # U-Net: tiny, small, base, large (unet.py)
+    schedule: str = "cosine"              # noise: cosine, linear, scaled_linear
+    target: str = "velocity"              # the U-Net predicts velocity, noise or image
+    zero_snr: bool = True                 # end the schedule in pure noise
+    min_snr: bool = False                 # weigh the loss by min(SNR, 5)
+    # training
+    out: str = "runs/ldm"                 # model.pt, samples.png, curves.png, log.jsonl go here
+    steps: int = 2600                     # optimiser steps
+    batch: int = 64                       # latents per step
+    lr: float = 1e-3                      # peak learning rate, after warm-up, before decay
+    ema: float = 0.999                    # decay of the averaged weights that sampling uses
+    views: int = 4                        # random views of each image in the latent cache
+    seed: int = 0                         # of weights, order, noise and dropout
+    eval_every: int = 500                 # steps between held-out losses and checkpoints
+    resume: bool = False                  # go on from model.pt
+    overwrite: bool = False               # train again where model.pt exists
+    overfit: bool = False                 # one fixed batch, nothing saved: its loss must collapse
+
+
+# --- latents ------------------------------------------------------------------------------------
+
+def cache_latents(vae, pixels, rows, config, intensity, views_each, folder, name):
+    """Posterior means and log variances of `views_each` random views of each row, as a memory-
+    mapped float16 array (rows * views, 2, Z, h, w). Caching keeps the augmentation: many views.
+
+    The file name holds what it depends on: number of views, autoencoder, manifest and rows.
+    """
+    key = hashlib.sha1()
+    for tensor in vae.state_dict().values():
+        key.update(tensor.cpu().numpy().tobytes())
+    key.update(f"{pixels.manifest.path.resolve()}{pixels.manifest.path.stat()}{list(rows)}"
+               f"{intensity}{config.crop}{config.flips}{config.binning}".encode())
+    path = Path(folder) / f"latents-{name}-{views_each}views-{key.hexdigest()[:12]}.npy"
+    if path.exists():
+        return np.load(path, mmap_mode="r")
+    for old in Path(folder).glob(f"latents-{name}-*"):
+        old.unlink()
+    places = np.repeat(np.arange(len(rows)), views_each)
+    stack, rng = None, np.random.default_rng(0)
+    for i in tqdm(range(0, len(places), 64), desc=f"latents of the {name} images"):
+        x = views(pixels, rows[places[i:i + 64]], config, intensity, rng).to(device())
+        with torch.no_grad(), autocast():
+            mean, logvar = vae.encode(x)
+        if stack is None:
+            stack = np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", np.float16,
+                                              (len(places), 2, *mean.shape[1:]))
+        stack[i:i + 64] = torch.stack([mean, logvar], 1).cpu().numpy()
+    stack.flush()
+    path.with_suffix(".tmp").rename(path)
+    return np.load(path, mmap_mode="r")
+
+
+class Latents:
+    """One side of the split, ready for training: cached posteriors and encoded metadata."""
+
+    def __init__(self, cache, vae, manifest, rows, conditioner, each):
+        self.cache, self.vae, self.rows, self.each = cache, vae, rows, each
+        self.codes, self.known, self.molecules = to_device(conditioner.encode(
+            {f.name: manifest.rows(rows, f.name) for f in conditioner.fields}, len(rows)))
+
+    def draw(self, places, view, noise_rng):
+        """Latents (B, Z, h, w) of these places among the rows, each a fresh posterior sample."""
+        pair = torch.from_numpy(self.cache[places * self.each + view].astype(np.float32))
+        mean, logvar = pair.unbind(1)
+        noise = torch.randn(mean.shape, generator=noise_rng)
+        mean, logvar, noise = to_device((mean, logvar, noise))
+        return self.vae.standardise(mean, logvar, noise)
+
+    def conditions(self, places):
+        return {name: code[places] for name, code in self.codes.items()}, self.known[places]
+
+
+# --- training -----------------------------------------------------------------------------------
+
+def ema_update(average, model, decay, step):
+    """Exponential moving average with warm-up: decay at most (1 + n) / (10 + n)."""
+    decay = min(decay, (1 + step) / (10 + step))
+    with torch.no_grad():
+        for a, p in zip(average.parameters(), model.parameters()):
+            a.lerp_(p, 1 - decay)
+
+
+def training_batch(latents, config, schedule, fields, step):
+    """All that one step draws, from its number: latents, noise, timesteps and what is shown."""
+    rng, noise_rng = step_rng(config.seed, 0 if config.overfit else step)
+    places = rng.integers(len(latents.rows), size=config.batch)
+    z0 = latents.draw(places, rng.integers(latents.each, size=config.batch), noise_rng)
+    eps = torch.randn(z0.shape, generator=noise_rng).to(z0)
+    t = torch.randint(schedule.T, (len(z0),), generator=noise_rng).to(z0.device)
+    codes, known = latents.conditions(places)
+    keep = known & draw_keep(fields, len(z0), noise_rng).to(known.device)
+    codes = hide_molecule_of_controls(fields, codes, latents.molecules, noise_rng)
+    return z0, eps, t, codes, known if config.overfit else keep
+
+
+@torch.no_grad()
+def heldout_loss(denoiser, latents, schedule, count=512):
+    """Loss on fixed noise under the full condition: the mean, and by quarter of the noise levels
+    (from little noise to pure noise), because the mean hides everything."""
+    rng, noise_rng = step_rng(12345, 0)
+    places = np.arange(count) % len(latents.rows)
+    z0 = latents.draw(places, 0, noise_rng)
+    eps = torch.randn(z0.shape, generator=noise_rng).to(z0)
+    t = (torch.arange(count) * 7919 % count * schedule.T // count).to(z0.device)
+    codes, known = latents.conditions(places)
+    losses = []
+    for i in range(0, count, 64):
+        part = slice(i, i + 64)
+
+        def predict(z, t):
+            return denoiser(z, t, {k: v[part] for k, v in codes.items()}, known[part],
+                            latents.molecules)
+
+        with autocast():
+            losses.append(diffusion.diffusion_loss(schedule, predict, z0[part], eps[part], t[part]))
+    losses, quarter = torch.cat(losses), t * 4 // schedule.T
+    return losses.mean().item(), [losses[quarter == q].mean().item() for q in range(4)]
+
+
+def negative_control(fields, manifest, rows):
+    """The commonest metadata of training rows whose log field (the dose) is 0, or None."""
+    dose = next((f for f in fields if f.kind == "log"), None)
+    if dose is None:
+        return None
+    group = [f.name for f in fields if f.group == dose.group]
+    controls = Counter(tuple(manifest.columns[name][i] for name in group) for i in rows
+                       if manifest.columns[dose.name][i] not in ("",)
+                       and float(manifest.columns[dose.name][i]) == 0)
+    return dict(zip(group, controls.most_common(1)[0][0])) if controls else None
+
+
+def group_examples(fields, manifest, rows, count=6):
+    """For each group a few of its training rows' values, evenly drawn: the e' of `control`."""
+    examples = {}
+    for group in dict.fromkeys(f.group for f in fields):
+        names = [f.name for f in fields if f.group == group]
+        some = np.random.default_rng(0).permutation(rows)[:count]
+        examples[group] = [{n: manifest.columns[n][i] for n in names} for i in some]
+    return examples
+
+
+def draw_samples(path, model, manifest, pixels, rows, settings, count=8):
+    """Held-out images, highest doses first and no molecule twice, and generated ones beneath."""
+    dose = next((f.name for f in model.fields if f.kind == "log"), None)
+    molecule = next((f.name for f in model.fields if f.kind == "molecule"), None)
+    order = np.random.default_rng(0).permutation(rows)
+    if dose:
+        order = sorted(order, key=lambda i: -float(manifest.columns[dose][i] or 0))
+    distinct = {manifest.columns[molecule][i] if molecule else i: i for i in reversed(order)}
+    chosen = ([i for i in order if i in distinct.values()] + list(order))[:count]
+    columns = {f.name: manifest.rows(chosen, f.name) for f in model.fields}
+    real = views(pixels, chosen, settings, model.intensity)
+    fake = model.generate(columns, range(len(chosen)))
+    labels = ["\n".join(columns[f.name][k][:18] for f in model.fields[:3])
+              for k in range(len(chosen))]
+    data.picture(path, [list(real.numpy()), list(fake.numpy())], model.channels,
+                 ["real", "generated"], labels, model.pixel_um)
+
+
+def draw_curves(folder):
+    """log.jsonl as a picture: training and held-out loss, and held-out loss by noise level."""
+    import matplotlib.pyplot as plt
+    log = [json.loads(line) for line in open(folder / "log.jsonl")]
+    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
+    steps = [entry["step"] for entry in log]
+    left.plot(steps[1:], [entry["train_loss"] for entry in log[1:]], label="training")
+    left.plot(steps, [entry["heldout_loss"] for entry in log], label="held out (EMA)")
+    for q, name in enumerate(("least noise", "less", "more", "most noise")):
+        right.plot(steps, [entry["by_noise"][q] for entry in log], label=name)
+    for axis in (left, right):
+        axis.set(xlabel="step", ylim=(0, 1.1)), axis.legend(fontsize=7)
+    left.set_ylabel("squared error of the target")
+    fig.tight_layout()
+    fig.savefig(folder / "curves.png", dpi=110)
+    plt.close(fig)
+
+
+def prepare(config):
+    """Everything up to the first step: data, autoencoder, fields, networks, latents."""
+    if not Path(config.vae).exists() and config.vae == Config.vae:
+        print("no autoencoder yet: training one")
+        train_vae.train(train_vae.Config(data=config.data))
+    vae, vae_content = train_vae.load_vae(config.vae)
+    settings = SimpleNamespace(**vae_content["settings"] | {"data": config.data})
+    manifest, pixels, train_rows, held_rows = train_vae.open_data(settings)
+    groups = {"biology": config.biology, "experiment": config.experiment}
+    fields = parse_fields(groups, manifest.columns)
+    fields = [f.fit(manifest.rows(train_rows, f.name)) for f in fields]
+    print("fields: " + (", ".join(f"{f.name} ({f.kind}, {f.group})" for f in fields) or "none"))
+    # a held-out category the training rows never had is unknown to the model
+    held_rows = np.array([i for i in held_rows if all(
+        f.kind != "category" or manifest.columns[f.name][i] in ("", *f.vocabulary)
+        for f in fields)], int)
+
+    torch.manual_seed(config.seed)
+    z = vae.to_latent(views(pixels, train_rows[:1], settings, vae_content["intensity"]).to(device()))
+    unet = unet_config(config.size, z.shape[1])
+    denoiser = Denoiser(unet, fields, config.molecule_encoder).to(device())
+    schedule = dict(name=config.schedule, target=config.target, zero_snr=config.zero_snr)
+    um = set(manifest.columns.get("pixel_um", [""]))
+    constant = dict(
+        unet=asdict(unet), molecule_encoder=config.molecule_encoder, schedule=schedule,
+        fields=[asdict(f) for f in fields], latent_shape=list(z.shape[1:]),
+        pixel_um=float(um.pop()) * settings.binning if len(um) == 1 and um != {""} else None,
+        control=negative_control(fields, manifest, train_rows),
+        examples=group_examples(fields, manifest, train_rows), settings=asdict(config),
+        vae={k: vae_content[k] for k in ("config", "weights", "intensity", "settings")})
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    sides = {}
+    for name, rows, each in (("training", train_rows, config.views), ("held-out", held_rows, 1)):
+        cache = cache_latents(vae, pixels, rows, settings, vae_content["intensity"], each,
+                              config.out, name)
+        sides[name] = Latents(cache, vae, manifest, rows, denoiser.conditioner, each)
+    return SimpleNamespace(manifest=manifest, pixels=pixels, held_rows=held_rows, fields=fields,
+                           settings=settings, denoiser=denoiser, constant=constant, sides=sides,
+                           schedule=diffusion.Schedule(**schedule))
+
+
+def resume(config, denoiser, average, optimiser, constant):
+    """Load weights, their average and the optimiser from `out`/model.pt; returns the next step."""
+    path = Path(config.out) / "model.pt"
+    content = load_checkpoint(path, "ldm", "start without --resume")
+    free = {"steps", "resume", "overwrite", "eval_every", "out", "data", "vae"}
+    changed = [f"{k} was {content['settings'][k]}" for k, v in asdict(config).items()
+               if k not in free and content["settings"][k] != v]
+    if content["fields"] != constant["fields"]:
+        changed.append("the fields' ranges and categories have changed")
+    if changed:
+        raise CheckpointError(f"--resume of {path}: {'; '.join(changed)}")
+    denoiser.load_state_dict(content["weights"])
+    average.load_state_dict(content["ema"])
+    optimiser.load_state_dict(content["optimiser"])
+    return content["step"]
+
+
+def train(config=Config()):
+    """Train a latent diffusion model and write `out`/model.pt. Returns its path."""
+    out = Path(config.out)
+    if (out / "model.pt").exists() and not (config.resume or config.overwrite or config.overfit):
+        done = load_checkpoint(out / "model.pt", "ldm", "choose another --out")
+        if done["step"] >= config.steps:
+            print(f"{out}/model.pt is trained already ({done['step']} steps; --overwrite trains it "
+                  "again)")
+            return farewell(out)
+        raise CheckpointError(f"{out}/model.pt stopped at step {done['step']} of {config.steps}: "
+                              "add --resume to go on, or --overwrite to start again")
+    p = prepare(config)
+    denoiser, schedule, latents, held = p.denoiser, p.schedule, *p.sides.values()
+    average = copy.deepcopy(denoiser).eval().requires_grad_(False)
+    optimiser = torch.optim.AdamW(denoiser.parameters(), lr=config.lr, betas=(.9, .99))
+    count = sum(w.numel() for w in denoiser.unet.parameters()) / 1e6
+    print(f"U-Net {config.size}: {count:.2f} M parameters, latents {tuple(latents.cache.shape[2:])}, "
+          f"{len(latents.rows)} images x {config.views} views, {len(held.rows)} held out")
+    first, start, recent = 0, time.time(), []
+    if config.resume:
+        first = resume(config, denoiser, average, optimiser, p.constant)
+    else:
+        # 1.00 by construction: the output starts at zero, target and latents are standardised
+        mean, by_noise = heldout_loss(average, held, schedule)
+        print(f"held-out loss at step 0: {mean:.2f}")
+        (out / "log.jsonl").unlink(missing_ok=True)
+        write_log(out / "log.jsonl", step=0, heldout_loss=mean, by_noise=by_noise)
+
+    for step in tqdm(range(first, config.steps), desc="training the diffusion model",
+                     initial=first, total=config.steps, mininterval=1):
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(step, config.steps, config.lr)
+        z0, eps, t, codes, keep = training_batch(latents, config, schedule, p.fields, step)
+        with autocast():
+            loss = diffusion.diffusion_loss(
+                schedule, lambda z, t: denoiser(z, t, codes, keep, latents.molecules),
+                z0, eps, t, config.min_snr).mean()
+        if not torch.isfinite(loss):
+            raise CheckpointError(f"the loss is {loss.item()} at step {step}: training stopped, "
+                                  f"{out}/model.pt is as it was; try a smaller --lr")
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.)
+        optimiser.step()
+        ema_update(average, denoiser, config.ema, step)
+        recent.append(loss.item())
+        if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
+            mean, by_noise = heldout_loss(average, held, schedule)
+            tqdm.write(f"step {step + 1:5d}: training loss {np.mean(recent):.3f}, held out "
+                       f"{mean:.3f} (by noise {' '.join(f'{v:.3f}' for v in by_noise)})")
+            if not config.overfit:
+                write_log(out / "log.jsonl", step=step + 1, train_loss=float(np.mean(recent)),
+                          seconds=round(time.time() - start, 1), heldout_loss=mean,
+                          by_noise=by_noise)
+                save_checkpoint(out / "model.pt", "ldm", p.constant | {
+                    "weights": denoiser.state_dict(), "ema": average.state_dict(),
+                    "optimiser": optimiser.state_dict(), "step": step + 1})
+            recent = []
+    if config.overfit:
+        return print("one batch overfitted: the loss should be far below its first value")
+    draw_curves(out)
+    model = Model.load(out / "model.pt")
+    draw_samples(out / "samples.png", model, p.manifest, p.pixels, p.held_rows, p.settings)
+    return farewell(out)
+
+
+def farewell(out):
+    """Say what can be done now; returns the checkpoint's path."""
+    content = load_checkpoint(out / "model.pt", "ldm", "train again")
+    example = " ".join(f"'{f['name']}={content['examples'][f['group']][0][f['name']]}'"
+                       for f in content["fields"][:3])
+    print(f"wrote {out}/model.pt, samples.png (real above generated) and curves.png. Now try\n"
+          f"  python sample.py --checkpoint {out}/model.pt {example} -n 8\n"
+          f"  python evaluate.py quality --checkpoint {out}/model.pt")
+    return out / "model.pt"
+
+
+def main():
+    config = train_vae.settings(Config)
+    if config.size not in SIZES:
+        raise CheckpointError(f"--size {config.size}: one of {', '.join(SIZES)}")
+    train(config)
+
+
+if __name__ == "__main__":
+    train_vae.run(main)

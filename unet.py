@@ -1,0 +1,207 @@
+"""The U-Net that predicts the diffusion target from a noisy latent, the timestep, a condition
+vector and molecule tokens (Ho et al. 2020; Dhariwal & Nichol 2021, arXiv:2105.05233).
+
+Split in `encode`, which returns the skips, and `decode`, which takes residuals to add to them:
+that seam is where a ControlNet enters.
+
+    python unet.py      # sizes, parameters and the shapes through the default network
+"""
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class UNetConfig:
+    latent_channels: int = 4          # Z
+    width: int = 64                   # channels of the finest level
+    multipliers: tuple = (1, 2)       # width of each level; the side halves from one to the next
+    blocks: int = 2                   # residual blocks per level
+    attention: tuple = (False, True)  # self- and cross-attention at this level?
+    head: int = 32                    # channels per attention head
+    embedding: int = 256              # E: timestep and condition vector
+    token: int = 128                  # D: molecule tokens
+
+
+# One dial for size (parameters with four latent channels). `small` is the quick start on CPU;
+# `base` and `large` want a GPU and 32 to 64 pixel latents.
+SIZES = {
+    "tiny": UNetConfig(width=16, blocks=1, head=16, embedding=64, token=32),        # 0.13 M
+    "small": UNetConfig(width=48),                                                  # 2.8 M
+    "base": UNetConfig(width=128, multipliers=(1, 2, 3, 4), attention=(False, False, True, True),
+                       head=64, embedding=512, token=256),                          # 62 M
+    "large": UNetConfig(width=192, multipliers=(1, 2, 3, 4), attention=(False, False, True, True),
+                        blocks=3, head=64, embedding=768, token=384),               # 190 M
+}
+
+
+def sinusoid(t, dim=256, period=10_000):
+    """Position in [0, 1000] to (B, dim), cosines first (Vaswani et al. 2017, arXiv:1706.03762)."""
+    frequency = torch.exp(-math.log(period) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angle = t.float()[:, None] * frequency[None]
+    return torch.cat([angle.cos(), angle.sin()], 1)
+
+
+def norm(channels):
+    return nn.GroupNorm(channels // 8, channels)  # groups of eight channels
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions; the embedding scales and shifts between them."""
+
+    def __init__(self, cin, cout, embedding):
+        super().__init__()
+        self.norm1, self.conv1 = norm(cin), nn.Conv2d(cin, cout, 3, padding=1)
+        self.modulation = nn.Linear(embedding, 2 * cout)
+        self.norm2, self.conv2 = norm(cout), nn.Conv2d(cout, cout, 3, padding=1)
+        self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+
+    def forward(self, h, emb):                                           # (B, cin, h, w), (B, E)
+        scale, shift = self.modulation(F.silu(emb))[:, :, None, None].chunk(2, dim=1)
+        r = self.conv1(F.silu(self.norm1(h)))                            # (B, cout, h, w)
+        r = self.conv2(F.silu(self.norm2(r) * (1 + scale) + shift))
+        return self.skip(h) + r
+
+
+class Attention(nn.Module):
+    """Pixels attend to each other, then to the molecule tokens (as in Rombach et al. 2022)."""
+
+    def __init__(self, channels, head, token):
+        super().__init__()
+        self.heads = max(1, channels // head)
+        self.norm1, self.norm2 = norm(channels), norm(channels)
+        self.qkv, self.out1 = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+        self.q = nn.Linear(channels, channels)
+        self.kv, self.out2 = nn.Linear(token, 2 * channels), nn.Linear(channels, channels)
+
+    def attend(self, q, k, v, mask=None):                                # (B, N, C)
+        q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+
+    def forward(self, h, tokens, mask):                                  # (B, C, h, w), (B, L, D)
+        shape = h.shape
+        x = h.flatten(2).transpose(1, 2)                                 # (B, hw, C)
+        n = self.norm1(h).flatten(2).transpose(1, 2)
+        x = x + self.out1(self.attend(*self.qkv(n).chunk(3, dim=2)))
+        n = self.norm2(x.transpose(1, 2)).transpose(1, 2)
+        x = x + self.out2(self.attend(self.q(n), *self.kv(tokens).chunk(2, dim=2),
+                                      mask[:, None, None, :]))
+        return x.transpose(1, 2).reshape(shape)
+
+
+class Stage(nn.Module):
+    """A residual block, with attention where the level has it."""
+
+    def __init__(self, cin, cout, attention, c: UNetConfig):
+        super().__init__()
+        self.block = ResidualBlock(cin, cout, c.embedding)
+        self.attention = Attention(cout, c.head, c.token) if attention else None
+
+    def forward(self, h, emb, tokens, mask):
+        h = self.block(h, emb)
+        return h if self.attention is None else self.attention(h, tokens, mask)
+
+
+class UNet(nn.Module):
+    """z (B, Z, h, w), t (B,) in 0 .. 999, vector (B, E), tokens (B, L, D), mask (B, L) true where
+    a token counts (at least one in each row), to the target (B, Z, h, w). The sides h and w are
+    multiples of 2^(levels - 1)."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        c = self.config = config
+        widths = [c.width * m for m in c.multipliers]
+        self.time = nn.Sequential(nn.Linear(256, c.embedding), nn.SiLU(),
+                                  nn.Linear(c.embedding, c.embedding))
+        self.stem = nn.Conv2d(c.latent_channels, widths[0], 3, padding=1)
+
+        # down: every output is kept as a skip, the stem's and the downsamplings' included
+        self.down, channels = nn.ModuleList(), [widths[0]]
+        for i, w in enumerate(widths):
+            for _ in range(c.blocks):
+                self.down.append(Stage(channels[-1], w, c.attention[i], c))
+                channels.append(w)
+            if i + 1 < len(widths):
+                self.down.append(nn.Conv2d(w, w, 3, stride=2, padding=1))
+                channels.append(w)
+        w = widths[-1]
+        self.middle = nn.ModuleList([Stage(w, w, True, c), Stage(w, w, False, c)])
+
+        # up: one stage more per level, so that each takes one skip
+        self.up = nn.ModuleList()
+        for i, level in reversed(list(enumerate(widths))):
+            for _ in range(c.blocks + 1):
+                self.up.append(Stage(w + channels.pop(), level, c.attention[i], c))
+                w = level
+            if i > 0:
+                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2),
+                                             nn.Conv2d(w, w, 3, padding=1)))
+        self.out = nn.Sequential(norm(w), nn.SiLU(), nn.Conv2d(w, c.latent_channels, 3, padding=1))
+        self.initialise()
+
+    def initialise(self):
+        """Every residual branch starts at zero, and so does the output: the first loss is 1.00."""
+        for module in self.modules():
+            if isinstance(module, ResidualBlock):
+                nn.init.zeros_(module.conv2.weight)
+                nn.init.zeros_(module.conv2.bias)
+            if isinstance(module, Attention):
+                for linear in (module.out1, module.out2):
+                    nn.init.zeros_(linear.weight)
+                    nn.init.zeros_(linear.bias)
+        nn.init.zeros_(self.out[-1].weight)
+        nn.init.zeros_(self.out[-1].bias)
+
+    def embed(self, t, vector):
+        return self.time(sinusoid(t)) + vector                           # (B, E)
+
+    def encode(self, z, emb, tokens, mask):
+        """The way down: (h, skips)."""
+        assert z.shape[1] == self.config.latent_channels, tuple(z.shape)
+        h = self.stem(z)                                                 # (B, width, h, w)
+        skips = [h]
+        for layer in self.down:
+            h = layer(h, emb, tokens, mask) if isinstance(layer, Stage) else layer(h)
+            skips.append(h)
+        for stage in self.middle:
+            h = stage(h, emb, tokens, mask)
+        return h, skips
+
+    def decode(self, h, skips, emb, tokens, mask, residuals=None):
+        """The way up. residuals: one tensor to add to each skip, and one more for h."""
+        if residuals is not None:
+            h = h + residuals[-1]
+            skips = [s + r for s, r in zip(skips, residuals[:-1], strict=True)]
+        skips = list(skips)
+        for layer in self.up:
+            if isinstance(layer, Stage):
+                h = layer(torch.cat([h, skips.pop()], 1), emb, tokens, mask)
+            else:
+                h = layer(h)
+        return self.out(h)                                               # (B, Z, h, w)
+
+    def forward(self, z, t, vector, tokens, mask, residuals=None):
+        emb = self.embed(t, vector)
+        h, skips = self.encode(z, emb, tokens, mask)
+        return self.decode(h, skips, emb, tokens, mask, residuals).float()
+
+
+def unet_config(size, latent_channels):
+    """A row of SIZES for a given latent."""
+    return replace(SIZES[size], latent_channels=latent_channels)
+
+
+if __name__ == "__main__":
+    for size, config in SIZES.items():
+        count = sum(p.numel() for p in UNet(config).parameters()) / 1e6
+        print(f"{size:6s} {count:8.2f} M parameters")
+    c = SIZES["small"]
+    unet = UNet(c)
+    tokens, mask = torch.zeros(1, 1, c.token), torch.ones(1, 1, dtype=torch.bool)
+    emb = unet.embed(torch.zeros(1), torch.zeros(1, c.embedding))
+    h, skips = unet.encode(torch.randn(1, 4, 16, 16), emb, tokens, mask)
+    print("skips", *(tuple(s.shape[1:]) for s in skips), "middle", tuple(h.shape[1:]))
+    print("out  ", tuple(unet.decode(h, skips, emb, tokens, mask).shape[1:]))

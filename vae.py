@@ -1,0 +1,160 @@
+"""KL-VAE: pixels to latents and back (Kingma & Welling 2014, arXiv:1312.6114; as the first stage
+of latent diffusion, Rombach et al. 2022, arXiv:2112.10752). Any number of stains.
+
+Three spaces: the image x in [-1, 1]; the raw latent, a Gaussian posterior with mean and log
+variance; the latent z, a sample of the posterior standardised per channel by statistics measured
+on the training data. `to_latent` and `to_image` are the only door between pixels and diffusion.
+
+    python vae.py      # the shapes and parameters of three configurations
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class VAEConfig:
+    channels: int = 5         # stains in, stains out
+    latent_channels: int = 4  # Z
+    downsampling: int = 4     # image side / latent side, a power of two
+    fold: int = 2             # the stem folds fold x fold pixels into channels: cheap, no loss
+    width: int = 64           # channels of the finest level; doubled at each coarser one, at most 4x
+    blocks: int = 2           # residual blocks per level
+
+    # 512x512x5 images: downsampling=8, latent_channels=8 gives 64x64x8 latents,
+    #                   downsampling=4, latent_channels=1 gives 128x128x1.
+
+    def widths(self):
+        """Channels of each level, finest first."""
+        levels = (self.downsampling // self.fold).bit_length()
+        if self.fold * 2 ** (levels - 1) != self.downsampling:
+            raise ValueError(f"downsampling {self.downsampling} is not fold {self.fold} times a "
+                             "power of two")
+        return [self.width * min(2 ** i, 4) for i in range(levels)]
+
+
+def norm(channels):
+    return nn.GroupNorm(channels // 8, channels)  # groups of eight channels
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, cin, cout):
+        super().__init__()
+        self.norm1, self.conv1 = norm(cin), nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm2, self.conv2 = norm(cout), nn.Conv2d(cout, cout, 3, padding=1)
+        self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.skip(x) + h
+
+
+class Encoder(nn.Module):
+    def __init__(self, c: VAEConfig):
+        super().__init__()
+        widths = c.widths()
+        self.fold = nn.PixelUnshuffle(c.fold)
+        self.stem = nn.Conv2d(c.channels * c.fold ** 2, widths[0], 3, padding=1)
+        self.levels = nn.ModuleList()
+        for i, w in enumerate(widths):
+            level = [ResidualBlock(w, w) for _ in range(c.blocks)]
+            if i + 1 < len(widths):
+                level.append(nn.Conv2d(w, widths[i + 1], 3, stride=2, padding=1))
+            self.levels.append(nn.Sequential(*level))
+        self.out = nn.Sequential(norm(widths[-1]), nn.SiLU(),
+                                 nn.Conv2d(widths[-1], 2 * c.latent_channels, 3, padding=1))
+
+    def forward(self, x):                           # (B, C, H, W)           in [-1, 1]
+        h = self.stem(self.fold(x))                 # (B, width, H/fold, W/fold)
+        for level in self.levels:
+            h = level(h)                            # (B, widths[i], ...)    half the side each
+        return self.out(h)                          # (B, 2Z, H/f, W/f)      mean and log variance
+
+
+class Decoder(nn.Module):
+    def __init__(self, c: VAEConfig):
+        super().__init__()
+        widths = c.widths()[::-1]
+        self.stem = nn.Conv2d(c.latent_channels, widths[0], 3, padding=1)
+        self.levels = nn.ModuleList()
+        for i, w in enumerate(widths):
+            level = [ResidualBlock(w, w) for _ in range(c.blocks)]
+            if i + 1 < len(widths):
+                level += [nn.Upsample(scale_factor=2), nn.Conv2d(w, widths[i + 1], 3, padding=1)]
+            self.levels.append(nn.Sequential(*level))
+        self.out = nn.Sequential(norm(widths[-1]), nn.SiLU(),
+                                 nn.Conv2d(widths[-1], c.channels * c.fold ** 2, 3, padding=1))
+        self.unfold = nn.PixelShuffle(c.fold)
+
+    def forward(self, z):                           # (B, Z, H/f, W/f)
+        h = self.stem(z)
+        for level in self.levels:
+            h = level(h)
+        return self.unfold(self.out(h))             # (B, C, H, W)
+
+
+class VAE(nn.Module):
+    """x (B, C, H, W) in [-1, 1], H and W multiples of `downsampling`, to latents (B, Z, h, w)."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        # statistics of sampled raw latents over the training data: no magic 0.18215
+        self.register_buffer("latent_mean", torch.zeros(1, config.latent_channels, 1, 1))
+        self.register_buffer("latent_std", torch.ones(1, config.latent_channels, 1, 1))
+
+    def encode(self, x):
+        """The posterior of the raw latent: mean and log variance, (B, Z, h, w) each."""
+        _, c, h, w = x.shape
+        f = self.config.downsampling
+        assert c == self.config.channels and h % f == 0 and w % f == 0, tuple(x.shape)
+        mean, logvar = self.encoder(x).float().chunk(2, dim=1)
+        return mean, logvar.clamp(-20, 10)
+
+    def forward(self, x, noise=None):
+        """Reconstruct: (x_hat, mean, logvar). `noise`, like the mean, draws the latent."""
+        mean, logvar = self.encode(x)
+        noise = torch.randn_like(mean) if noise is None else noise
+        return self.decoder(mean + (logvar / 2).exp() * noise).float(), mean, logvar
+
+    def standardise(self, mean, logvar, noise):
+        """A sample of the posterior as latent z, about zero mean and unit variance per channel."""
+        return (mean + (logvar / 2).exp() * noise - self.latent_mean) / self.latent_std
+
+    def to_latent(self, x, noise=None):
+        """Image (B, C, H, W) to latent z (B, Z, h, w). Without `noise`: the posterior's mean."""
+        mean, logvar = self.encode(x)
+        return self.standardise(mean, logvar, torch.zeros_like(mean) if noise is None else noise)
+
+    def to_image(self, z):
+        """Latent z (B, Z, h, w) to image (B, C, H, W), clamped to [-1, 1]."""
+        return self.decoder(z * self.latent_std + self.latent_mean).float().clamp(-1, 1)
+
+
+def kl_divergence(mean, logvar):
+    """KL(N(mean, exp logvar) || N(0, 1)) in nats per image, (B,). Appendix B of Kingma & Welling."""
+    return 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).flatten(1).sum(1)
+
+
+def vae_loss(x, x_hat, mean, logvar, kl_weight):
+    """L1 plus the weighted KL, both per pixel value, so that a weight means the same at any size.
+
+    Returns (loss, l1 on [-1, 1], kl in nats per image), scalars.
+    """
+    l1 = (x - x_hat).abs().mean()
+    kl = kl_divergence(mean, logvar).mean()
+    return l1 + kl_weight * kl / x[0].numel(), l1, kl
+
+
+if __name__ == "__main__":
+    for side, config in [(64, VAEConfig()), (512, VAEConfig(downsampling=8, latent_channels=8)),
+                         (512, VAEConfig(downsampling=4, latent_channels=1))]:
+        vae = VAE(config)
+        z = vae.to_latent(torch.zeros(1, config.channels, side, side))
+        print(f"{config.channels} x {side} x {side} pixels -> latents {tuple(z.shape[1:])} -> "
+              f"{tuple(vae.to_image(z).shape[1:])}, "
+              f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters")
