@@ -108,8 +108,10 @@ def parse_fields(groups, columns):
         for specification in specifications:
             name, _, kind = specification.partition(":")
             try:
-                fields.append(Field(name, kind or guess_kind(name, columns), group))
-                check_field(fields[-1], columns, [f.name for f in fields[:-1]])
+                check_name(name, columns, [f.name for f in fields])
+                field = Field(name, kind or guess_kind(name, columns), group)
+                check_values(field, columns[name])
+                fields.append(field)
             except FieldError as fault:
                 faults.append(str(fault))
     if faults:
@@ -123,8 +125,6 @@ def guess_kind(name, columns):
         return "molecule"
     if name.lower().startswith(("dose", "conc")):
         return "log"
-    if name not in columns:
-        raise FieldError(f"no column {name}: the manifest has {', '.join(columns)}")
     if any(not is_number(v) for v in columns[name] if v != ""):
         return "category"
     raise FieldError(f"column {name} holds numbers: write {name}:category or {name}:number")
@@ -137,29 +137,30 @@ def is_number(text):
         return False
 
 
-def check_field(field, columns, earlier):
-    """Refuse outcomes, repeats, unknown kinds, and values that do not fit the kind (row named)."""
-    name, kind = field.name, field.kind
-    if kind not in KINDS:
-        raise FieldError(f"field {name}: unknown kind {kind}, one of {', '.join(KINDS)}")
-    if name in earlier:
-        raise FieldError(f"field {name} is given twice")
+def check_name(name, columns, earlier):
+    """Refuse outcomes, repeats and columns that are not there."""
     if name.startswith(OUTCOMES):
         raise FieldError(f"field {name} is an outcome, measured from the image: as a condition it "
                          "would give the answer away")
     if name not in columns:
         raise FieldError(f"no column {name}: the manifest has {', '.join(columns)}")
-    faults = []
-    if kind == "molecule":
-        bad = {s for s in set(columns[name]) if s != "" and parse_smiles(s) is None}
-        faults = [f"row {i + 2}, column {name}: {v} is no valid SMILES"
-                  for i, v in enumerate(columns[name]) if v in bad]
-    elif kind in ("number", "log"):
-        faults = [f"row {i + 2}, column {name}: {v} is not a number"
-                  for i, v in enumerate(columns[name]) if v != "" and not is_number(v)]
-        if kind == "log":
-            faults += [f"row {i + 2}, column {name}: {v} is negative, a log field cannot be"
-                       for i, v in enumerate(columns[name]) if is_number(v) and float(v) < 0]
+    if name in earlier:
+        raise FieldError(f"field {name} is given twice")
+
+
+def check_values(field, values):
+    """Refuse unknown kinds and values that do not fit the kind; each row is named."""
+    if field.kind not in KINDS:
+        raise FieldError(f"field {field.name}: unknown kind {field.kind}, one of "
+                         + ", ".join(KINDS))
+    fits, complaint = {
+        "molecule": (lambda v: parse_smiles(v) is not None, "is no valid SMILES"),
+        "number": (is_number, "is not a number"),
+        "log": (lambda v: is_number(v) and float(v) >= 0, "is not a number of at least 0"),
+        "category": (lambda v: True, "")}[field.kind]
+    bad = {v for v in set(values) if v != "" and not fits(v)}
+    faults = [f"row {i + 2}, column {field.name}: {v} {complaint}" for i, v in enumerate(values)
+              if v in bad]
     if faults:
         more = [f"and {len(faults) - 10} more rows"] if len(faults) > 10 else []
         raise FieldError("\n".join(faults[:10] + more))

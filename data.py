@@ -233,7 +233,7 @@ def draw_cells(cell, identity, size):
     cell: parameters as in UNTREATED. identity: the random numbers that make these cells these
     cells, so that the same identity with other parameters shows the same cells, treated.
     Returns stains (5, S, S) in CHANNELS order with S = size + 2 * MARGIN, height (S, S), and
-    nuclear centres (n, 2) as (y, x) in the coordinates of the cropped field.
+    the centres of all nuclei (n, 2) as (y, x) in the coordinates of the cropped field.
     """
     side = size + 2 * MARGIN
     alive = identity["survival"] < cell["cell_count"]
@@ -297,7 +297,9 @@ def draw_cells(cell, identity, size):
         cell["mito"] * fluid * fade(cell["mito_spread"]) * filament])
     stains = stains.clip(0) * np.exp(.12 * normal[:, 5:10])[owner].transpose(2, 0, 1)
     height = inside * np.sqrt((1.05 - d ** 2).clip(.02)) + (.45 + .3 * spots) * in_nucleus
-    return stains, height, centres - MARGIN
+    nuclei = np.concatenate([centres[~double], *(
+        (centres + sign * apart[:, None] * towards)[double] for sign in (-1, 1))])
+    return stains, height, nuclei - MARGIN
 
 
 def soft_step(x, width):
@@ -364,11 +366,12 @@ def phase_contrast(height, row, optics, noise_rng):
     return np.round(image.clip(0, 1) * 255).astype(np.uint8)[None]
 
 
-def draw_field(row, screen, optics, seed):
+def draw_field(row, screen, optics, seed, counterpart=True):
     """Draw one row of a layout. seed: a list of integers; the same seed gives the same cells.
 
     Returns a dict: image (5, s, s), untreated (the same cells before treatment) and brightfield
-    (1, s, s), all uint8, and the drawn truth (the `true_*` values of the row).
+    (1, s, s), all uint8, and the drawn truth (the `true_*` values of the row). Without
+    `counterpart` the untreated cells are not drawn.
     """
     edge = row["row"] in (1, 16) or row["column"] in (1, 24)
     well = np.random.default_rng([screen.seed, screen.draw, 3, row["row"], row["column"],
@@ -380,29 +383,29 @@ def draw_field(row, screen, optics, seed):
     def photograph(strength):
         cell = treated_cell(row["true_mechanism"], strength)
         cell["membrane"] *= 1.5 if edge else 1.
-        stains, height, centres = draw_cells(cell, cells, screen.size)
+        stains, height, nuclei = draw_cells(cell, cells, screen.size)
         camera_noise = np.random.default_rng([*seed, 1])
         image = expose(stains, row, optics, camera_noise)
-        return image, phase_contrast(height, row, optics, camera_noise), cell, centres
+        return image, phase_contrast(height, row, optics, camera_noise), cell, nuclei
 
-    image, brightfield, cell, centres = photograph(effect)
-    seen = ((centres >= 0) & (centres < screen.size)).all(1)
-    truth = {"true_cell_count": int(seen.sum())} | {
+    image, brightfield, cell, nuclei = photograph(effect)
+    seen = ((nuclei >= 0) & (nuclei < screen.size)).all(1)
+    truth = {"true_nuclei": int(seen.sum())} | {
         f"true_{k}": round(v, 4) for k, v in cell.items() if k != "cell_count"}
-    return dict(image=image, untreated=photograph(0.)[0] if effect else image,
+    return dict(image=image, untreated=photograph(0.)[0] if effect and counterpart else image,
                 brightfield=brightfield, truth=truth)
 
 
 def _draw_chunk(task):
-    rows, screen, first = task
+    rows, screen, first, counterpart = task
     optics = microscope(screen)
-    return [draw_field(row, screen, optics, [screen.seed, screen.draw, 4, first + i])
+    return [draw_field(row, screen, optics, [screen.seed, screen.draw, 4, first + i], counterpart)
             for i, row in enumerate(rows)]
 
 
-def draw_fields(rows, screen):
+def draw_fields(rows, screen, counterpart=True):
     """Draw many rows on all cores, in order. Yields what draw_field returns."""
-    chunks = [(rows[i:i + 64], screen, i) for i in range(0, len(rows), 64)]
+    chunks = [(rows[i:i + 64], screen, i, counterpart) for i in range(0, len(rows), 64)]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         with tqdm(total=len(rows), desc="drawing cells", unit="image") as bar:
             for chunk in pool.map(_draw_chunk, chunks):
@@ -641,7 +644,7 @@ def npy_header(path):
 
 def npz_header(path):
     with np.load(path, allow_pickle=False) as archive:
-        array = archive[npz_key(archive)]
+        array = np.lib.format.read_array(archive.zip.open(npz_key(archive) + ".npy"))
         return array.shape, array.dtype
 
 
@@ -739,7 +742,8 @@ def fit_intensity(rule, pixels, rows, seed=0):
     if rule == "percentile":
         some = np.random.default_rng(seed).permutation(rows)[:400]
         # every 7th pixel is plenty for a percentile, and plates fit in memory
-        values = np.concatenate([pixels[i].reshape(n, -1)[:, ::7] for i in some], 1)
+        values = np.concatenate([pixels[i].reshape(n, -1)[:, ::7] for i in
+                                 tqdm(some, desc="measuring intensities", delay=3)], 1)
         low, high = np.percentile(values, (.1, 99.9), axis=1)
     elif rule == "dtype":
         low, high = np.zeros(n), np.full(n, pixels.dtype_range(rows[0]))

@@ -45,8 +45,8 @@ class Config:
     min_snr: bool = False                 # weigh the loss by min(SNR, 5)
     # training
     out: str = "runs/ldm"                 # model.pt, samples.png, curves.png, log.jsonl go here
-    steps: int = 2600                     # optimiser steps
-    batch: int = 64                       # latents per step
+    steps: int = 1900                     # optimiser steps
+    batch: int = 32                       # latents per step
     lr: float = 1e-3                      # peak learning rate, after warm-up, before decay
     ema: float = 0.999                    # decay of the averaged weights that sampling uses
     views: int = 4                        # random views of each image in the latent cache
@@ -58,6 +58,13 @@ class Config:
 
 
 # --- latents ------------------------------------------------------------------------------------
+
+def cached_views(pixels, rows, config, intensity, views_each):
+    """The random views that the cache holds, in batches of 64, always the same ones."""
+    rows, rng = np.repeat(rows, views_each), np.random.default_rng(0)
+    for i in range(0, len(rows), 64):
+        yield views(pixels, rows[i:i + 64], config, intensity, rng)
+
 
 def cache_latents(vae, pixels, rows, config, intensity, views_each, folder, name):
     """Posterior means and log variances of `views_each` random views of each row, as a memory-
@@ -75,16 +82,16 @@ def cache_latents(vae, pixels, rows, config, intensity, views_each, folder, name
         return np.load(path, mmap_mode="r")
     for old in Path(folder).glob(f"latents-{name}-*"):
         old.unlink()
-    places = np.repeat(np.arange(len(rows)), views_each)
-    stack, rng = None, np.random.default_rng(0)
-    for i in tqdm(range(0, len(places), 64), desc=f"latents of the {name} images"):
-        x = views(pixels, rows[places[i:i + 64]], config, intensity, rng).to(device())
+    stack, done, total = None, 0, len(rows) * views_each
+    for x in tqdm(cached_views(pixels, rows, config, intensity, views_each),
+                  desc=f"latents of the {name} images", total=-(-total // 64)):
         with torch.no_grad(), autocast():
-            mean, logvar = vae.encode(x)
+            mean, logvar = vae.encode(x.to(device()))
         if stack is None:
             stack = np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", np.float16,
-                                              (len(places), 2, *mean.shape[1:]))
-        stack[i:i + 64] = torch.stack([mean, logvar], 1).cpu().numpy()
+                                              (total, 2, *mean.shape[1:]))
+        stack[done:done + len(x)] = torch.stack([mean, logvar], 1).cpu().numpy()
+        done += len(x)
     stack.flush()
     path.with_suffix(".tmp").rename(path)
     return np.load(path, mmap_mode="r")
@@ -222,6 +229,9 @@ def prepare(config):
         train_vae.train(train_vae.Config(data=config.data))
     vae, vae_content = train_vae.load_vae(config.vae)
     settings = SimpleNamespace(**vae_content["settings"] | {"data": config.data})
+    if vae_content["settings"]["data"] != config.data:
+        print(f"note: the autoencoder {config.vae} was trained on {vae_content['settings']['data']}; "
+              "its crop, binning, split and intensities are used")
     manifest, pixels, train_rows, held_rows = train_vae.open_data(settings)
     groups = {"biology": config.biology, "experiment": config.experiment}
     fields = parse_fields(groups, manifest.columns)
@@ -287,7 +297,8 @@ def train(config=Config()):
     p = prepare(config)
     denoiser, schedule, latents, held = p.denoiser, p.schedule, *p.sides.values()
     average = copy.deepcopy(denoiser).eval().requires_grad_(False)
-    optimiser = torch.optim.AdamW(denoiser.parameters(), lr=config.lr, betas=(.9, .99))
+    optimiser = torch.optim.AdamW(denoiser.parameters(), lr=config.lr, betas=(.9, .99),
+                                  fused=True)
     count = sum(w.numel() for w in denoiser.unet.parameters()) / 1e6
     print(f"U-Net {config.size}: {count:.2f} M parameters, latents {tuple(latents.cache.shape[2:])}, "
           f"{len(latents.rows)} images x {config.views} views, {len(held.rows)} held out")

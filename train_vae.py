@@ -49,9 +49,9 @@ class Config:
     kl_weight: float = 1e-3               # weight of the KL, both terms per pixel value
     # training
     out: str = "runs/vae"                 # model.pt, reconstruction.png and log.jsonl go here
-    steps: int = 3000                     # optimiser steps
+    steps: int = 4500                     # optimiser steps
     batch: int = 8                        # images per step
-    lr: float = 1e-3                      # peak learning rate, after warm-up, before decay
+    lr: float = 2e-3                      # peak learning rate, after warm-up, before decay
     seed: int = 0                         # of weights, order and noise
     eval_every: int = 500                 # steps between looks at held-out images
     overwrite: bool = False               # train again where model.pt exists
@@ -98,7 +98,8 @@ def settings(config, argv=None):
     parser = argparse.ArgumentParser(description=module,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_settings(parser, config)
-    return config(**vars(parser.parse_args(argv)))
+    values = vars(parser.parse_args(argv))
+    return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def device():
@@ -292,7 +293,8 @@ def train(config=Config()):
 
     torch.manual_seed(config.seed)
     vae = VAE(shape).to(device())
-    optimiser = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(.9, .99))
+    optimiser = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(.9, .99),
+                                  fused=True)
     count = sum(p.numel() for p in vae.parameters()) / 1e6
     values, numbers = held[0].numel(), vae.to_latent(held[:1].to(device())).numel()
     print(f"autoencoder: {count:.2f} M parameters, {values} pixel values to {numbers} numbers, "

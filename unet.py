@@ -7,16 +7,19 @@ that seam is where a ControlNet enters.
     python unet.py      # sizes, parameters and the shapes through the default network
 """
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @dataclass
 class UNetConfig:
     latent_channels: int = 4          # Z
+    fold: int = 1                     # latent pixels folded into channels by the stem
     width: int = 64                   # channels of the finest level
     multipliers: tuple = (1, 2)       # width of each level; the side halves from one to the next
     blocks: int = 2                   # residual blocks per level
@@ -26,15 +29,16 @@ class UNetConfig:
     token: int = 128                  # D: molecule tokens
 
 
-# One dial for size (parameters with four latent channels). `small` is the quick start on CPU;
-# `base` and `large` want a GPU and 32 to 64 pixel latents.
+# One dial for size (parameters with four latent channels). `small` is the quick start on CPU: it
+# folds 16x16 latents to 8x8, where wide convolutions run at full speed. `base` and `large` want a
+# GPU and 32 to 64 pixel latents.
 SIZES = {
-    "tiny": UNetConfig(width=16, blocks=1, head=16, embedding=64, token=32),        # 0.13 M
-    "small": UNetConfig(width=48),                                                  # 2.8 M
+    "tiny": UNetConfig(width=16, blocks=1, head=16, embedding=64, token=32),             # 0.2 M
+    "small": UNetConfig(fold=2, width=128, multipliers=(1, 1), blocks=1),                # 4 M
     "base": UNetConfig(width=128, multipliers=(1, 2, 3, 4), attention=(False, False, True, True),
-                       head=64, embedding=512, token=256),                          # 62 M
+                       head=64, embedding=512, token=256),                               # 97 M
     "large": UNetConfig(width=192, multipliers=(1, 2, 3, 4), attention=(False, False, True, True),
-                        blocks=3, head=64, embedding=768, token=384),               # 190 M
+                        blocks=3, head=64, embedding=768, token=384),                    # 289 M
 }
 
 
@@ -79,7 +83,9 @@ class Attention(nn.Module):
 
     def attend(self, q, k, v, mask=None):                                # (B, N, C)
         q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+        # on CPU the fused kernel's backward pass is slower than the plain formula
+        with sdpa_kernel(SDPBackend.MATH) if q.device.type == "cpu" else nullcontext():
+            return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
 
     def forward(self, h, tokens, mask):                                  # (B, C, h, w), (B, L, D)
         shape = h.shape
@@ -108,7 +114,7 @@ class Stage(nn.Module):
 class UNet(nn.Module):
     """z (B, Z, h, w), t (B,) in 0 .. 999, vector (B, E), tokens (B, L, D), mask (B, L) true where
     a token counts (at least one in each row), to the target (B, Z, h, w). The sides h and w are
-    multiples of 2^(levels - 1)."""
+    multiples of fold * 2^(levels - 1)."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -116,7 +122,8 @@ class UNet(nn.Module):
         widths = [c.width * m for m in c.multipliers]
         self.time = nn.Sequential(nn.Linear(256, c.embedding), nn.SiLU(),
                                   nn.Linear(c.embedding, c.embedding))
-        self.stem = nn.Conv2d(c.latent_channels, widths[0], 3, padding=1)
+        self.stem = nn.Sequential(nn.PixelUnshuffle(c.fold), nn.Conv2d(
+            c.latent_channels * c.fold ** 2, widths[0], 3, padding=1))
 
         # down: every output is kept as a skip, the stem's and the downsamplings' included
         self.down, channels = nn.ModuleList(), [widths[0]]
@@ -137,9 +144,12 @@ class UNet(nn.Module):
                 self.up.append(Stage(w + channels.pop(), level, c.attention[i], c))
                 w = level
             if i > 0:
-                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2),
-                                             nn.Conv2d(w, w, 3, padding=1)))
-        self.out = nn.Sequential(norm(w), nn.SiLU(), nn.Conv2d(w, c.latent_channels, 3, padding=1))
+                # to the width of the next level before enlarging: a quarter of the work
+                self.up.append(nn.Sequential(nn.Conv2d(w, widths[i - 1], 3, padding=1),
+                                             nn.Upsample(scale_factor=2)))
+                w = widths[i - 1]
+        self.out = nn.Sequential(norm(w), nn.SiLU(), nn.Conv2d(
+            w, c.latent_channels * c.fold ** 2, 3, padding=1), nn.PixelShuffle(c.fold))
         self.initialise()
 
     def initialise(self):
@@ -152,8 +162,8 @@ class UNet(nn.Module):
                 for linear in (module.out1, module.out2):
                     nn.init.zeros_(linear.weight)
                     nn.init.zeros_(linear.bias)
-        nn.init.zeros_(self.out[-1].weight)
-        nn.init.zeros_(self.out[-1].bias)
+        nn.init.zeros_(self.out[2].weight)
+        nn.init.zeros_(self.out[2].bias)
 
     def embed(self, t, vector):
         return self.time(sinusoid(t)) + vector                           # (B, E)
@@ -161,7 +171,7 @@ class UNet(nn.Module):
     def encode(self, z, emb, tokens, mask):
         """The way down: (h, skips)."""
         assert z.shape[1] == self.config.latent_channels, tuple(z.shape)
-        h = self.stem(z)                                                 # (B, width, h, w)
+        h = self.stem(z)                                          # (B, width, h/fold, w/fold)
         skips = [h]
         for layer in self.down:
             h = layer(h, emb, tokens, mask) if isinstance(layer, Stage) else layer(h)

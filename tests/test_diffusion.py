@@ -1,0 +1,189 @@
+"""Schedules, targets, samplers and guidance against closed forms."""
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import diffusion
+from diffusion import Schedule, combine, compose, ddim_step, ddpm_step, sample
+
+
+def exact(schedule, mean=2., std=.5):
+    """The exact denoiser of N(mean, std^2) pixels, in whatever the schedule predicts."""
+    def denoise(z, t):
+        a, s = schedule.signal_noise(t, z)
+        z0 = mean + a * std ** 2 / (a ** 2 * std ** 2 + s ** 2) * (z - a * mean)
+        return schedule.target_of(z0, (z - a * z0) / s, t)
+    return denoise
+
+
+def test_linear_schedule_is_the_product_of_one_minus_beta():
+    abar = diffusion.linear(1000)
+    beta = [1e-4 + (.02 - 1e-4) * i / 999 for i in range(1000)]
+    assert_close(abar[499].item(), math.prod(1 - b for b in beta[:500]))
+
+
+def test_cosine_schedule_follows_its_formula():
+    f = [math.cos((i / 1000 + .008) / 1.008 * math.pi / 2) ** 2 for i in range(1001)]
+    assert_close(diffusion.cosine(1000)[499].item(), f[500] / f[0])
+
+
+@pytest.mark.parametrize("name", diffusion.SCHEDULES)
+def test_zero_terminal_snr_ends_in_noise_and_keeps_the_start(name):
+    plain, zero = (Schedule(name, zero_snr=z).abar for z in (False, True))
+    assert zero[999] == 0 and plain[999] > 0
+    assert_close(zero[0], plain[0])
+    assert (zero[1:1000] <= zero[:999]).all()
+
+
+def test_zero_snr_refuses_the_noise_target():
+    with pytest.raises(ValueError, match="velocity"):
+        Schedule(target="noise", zero_snr=True)
+
+
+@pytest.mark.parametrize("target", diffusion.TARGETS)
+def test_split_inverts_target(target):
+    schedule = Schedule(target=target, zero_snr=False)
+    z0, eps, t = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3), torch.tensor([0, 200, 500, 800])
+    z = schedule.add_noise(z0, eps, t)
+    back = schedule.split(z, schedule.target_of(z0, eps, t), t)
+    assert_close(back, (z0, eps), atol=2e-3, rtol=2e-3)
+
+
+def test_velocity_is_the_derivative_by_angle():
+    # z = cos(phi) z0 + sin(phi) eps, so dz / dphi = cos(phi) eps - sin(phi) z0 (Salimans & Ho)
+    schedule, z0, eps = Schedule(), torch.randn(1, 1, 2, 2), torch.randn(1, 1, 2, 2)
+    phi = torch.acos(schedule.abar[400].sqrt()).item()
+    step = 1e-3
+    numeric = ((math.cos(phi + step) - math.cos(phi - step)) * z0
+               + (math.sin(phi + step) - math.sin(phi - step)) * eps) / (2 * step)
+    assert_close(schedule.target_of(z0, eps, 400), numeric, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("target", diffusion.TARGETS)
+def test_loss_of_a_silent_network_is_one(target):
+    torch.manual_seed(0)
+    schedule = Schedule(target=target, zero_snr=False)
+    z0, eps = torch.randn(256, 4, 8, 8), torch.randn(256, 4, 8, 8)
+    t = torch.randint(1000, (256,))
+    loss = diffusion.diffusion_loss(schedule, lambda z, t: torch.zeros_like(z), z0, eps, t).mean()
+    assert_close(loss.item(), 1., atol=.03, rtol=0)
+
+
+@pytest.mark.parametrize("target, formula", [
+    ("noise", lambda snr: min(snr, 5.) / snr), ("image", lambda snr: min(snr, 5.)),
+    ("velocity", lambda snr: min(snr, 5.) / (snr + 1))])
+def test_min_snr_weights(target, formula):
+    schedule = Schedule(target=target, zero_snr=False)
+    for t in (50, 300, 600):
+        snr = (schedule.abar[t] / (1 - schedule.abar[t])).item()
+        assert_close(schedule.min_snr_weight(t).item(), formula(snr))
+
+
+def test_min_snr_is_finite_and_positive_at_zero_snr():
+    weight = Schedule(zero_snr=True).min_snr_weight(torch.tensor([999, 0]))
+    assert torch.isfinite(weight).all() and (weight > 0).all()
+
+
+def test_the_last_training_step_is_the_first_sampling_step():
+    for n in (1, 7, 30, 1000):
+        times = Schedule().timesteps(n)
+        assert times[0] == 999 and times[-1] == -1 and len(set(times)) == n + 1
+    with pytest.raises(ValueError, match="1001"):
+        Schedule().timesteps(1001)
+
+
+@pytest.mark.parametrize("target", ["velocity", "image"])
+@pytest.mark.parametrize("t, t_next", [(999, 899), (500, 499), (300, 40), (19, -1)])
+def test_ddim_with_eta_one_is_ddpm(target, t, t_next):
+    schedule = Schedule(target=target)
+    z, v, noise = torch.randn(3, 2, 4, 4).unbind(0)
+    assert_close(ddim_step(schedule, z[None], v[None], t, t_next, 1., noise[None]),
+                 ddpm_step(schedule, z[None], v[None], t, t_next, noise[None]),
+                 atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sampler, eta", [("ddim", 0.), ("ddim", 1.), ("ddpm", 0.)])
+@pytest.mark.parametrize("target, zero_snr", [("velocity", True), ("image", False),
+                                              ("noise", False)])
+def test_samplers_recover_a_gaussian(sampler, eta, target, zero_snr):
+    schedule = Schedule("linear", target, zero_snr=zero_snr)
+    z = sample(exact(schedule), schedule, range(1500), (1,), steps=200, eta=eta, sampler=sampler)
+    assert_close(z.mean().item(), 2., atol=.05, rtol=0)
+    assert_close(z.std().item(), .5, atol=.05, rtol=0)
+
+
+def test_few_ddim_steps_keep_the_mean_and_lose_spread():
+    schedule = Schedule("linear", zero_snr=False)
+    z = sample(exact(schedule), schedule, range(1500), (1,), steps=10)
+    assert_close(z.mean().item(), 2., atol=.05, rtol=0)
+    assert z.std() < .42
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_an_image_depends_on_its_seed_and_not_on_its_batch(sampler):
+    schedule = Schedule()
+    together = sample(exact(schedule), schedule, range(10, 18), (2, 4, 4), steps=9, sampler=sampler)
+    alone = sample(exact(schedule), schedule, [17], (2, 4, 4), steps=9, sampler=sampler)
+    assert_close(alone[0], together[7])
+    assert (together[6] - together[7]).abs().max() > .1
+
+
+# --- guidance: every branch predicts its own random number, so sums can be compared --------------
+
+V = {b: torch.randn(()).double() for b in
+     [(x, y) for x in ("given", "unknown", "average") for y in ("given", "unknown", "control")]}
+NONE, E, B, FULL = (V[k] for k in (("unknown", "unknown"), ("given", "unknown"),
+                                   ("unknown", "given"), ("given", "given")))
+
+
+def guided(form, e, b):
+    branches = compose(form, {"experiment": e, "biology": b},
+                       {"experiment": "average", "biology": "control"})
+    assert_close(sum(branches.values()), 1.)
+    return sum(c * V[branch] for branch, c in branches.items())
+
+
+@pytest.mark.parametrize("e, b", [(1.5, 2.), (0., 3.), (2., 2.), (1., 1.)])
+def test_each_form_is_its_formula(e, b):
+    control, average = V["given", "control"], V["average", "given"]
+    assert_close(guided("nested", e, b), NONE + e * (E - NONE) + b * (FULL - E))
+    assert_close(guided("independent", e, b), NONE + e * (E - NONE) + b * (B - NONE))
+    assert_close(guided("contrast", e, b),
+                 FULL + (b - 1) * (FULL - E) + (e - 1) * (FULL - B))
+    assert_close(guided("control", e, b),
+                 FULL + (b - 1) * (FULL - control) + (e - 1) * (FULL - average))
+
+
+@pytest.mark.parametrize("form", ["nested", "contrast", "control"])
+def test_weights_of_one_are_the_conditional_model_in_one_branch(form):
+    assert compose(form, {"experiment": 1., "biology": 1.}) == {("given", "given"): 1.}
+
+
+@pytest.mark.parametrize("form", ["nested", "independent"])
+def test_weights_of_zero_are_the_unconditional_model(form):
+    assert compose(form, {"experiment": 0., "biology": 0.}) == {("unknown", "unknown"): 1.}
+
+
+def test_equal_weights_nested_are_classifier_free_guidance():
+    assert_close(guided("nested", 3., 3.), NONE + 3 * (FULL - NONE))
+
+
+def test_nested_takes_any_number_of_groups_in_order():
+    branches = compose("nested", {"a": 2., "b": 3., "c": 4.})
+    u, g = "unknown", "given"
+    assert branches == {(u, u, u): -1., (g, u, u): -1., (g, g, u): -1., (g, g, g): 4.}
+
+
+def test_unknown_form_is_refused():
+    with pytest.raises(ValueError, match="nested"):
+        compose("sideways", {"biology": 1.})
+
+
+def test_every_latent_channel_is_guided():
+    predictions = torch.randn(3, 2, 8, 4, 4)
+    out = combine(predictions, [-1., .5, 1.5])
+    for channel in range(8):
+        p = predictions[:, :, channel]
+        assert_close(out[:, channel], -p[0] + .5 * p[1] + 1.5 * p[2])

@@ -1,0 +1,382 @@
+"""The true scripts, run for a few steps: train, resume, sample, evaluate; and every refusal."""
+import csv
+import json
+import pickle
+import shutil
+import zipfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+import data
+import evaluate
+import sample
+import train_ldm
+import train_vae
+from conftest import randomise
+
+SMILES = "CC1CCC(B(O)O)CC1"
+
+
+# --- training -------------------------------------------------------------------------------------
+
+def test_autoencoder_trains_and_reports(vae_path):
+    log = [json.loads(line) for line in open(vae_path.parent / "log.jsonl")]
+    assert [e["step"] for e in log] == [20, 40] and log[1]["l1"] < log[0]["l1"]
+    assert {"l1_per_channel", "psnr", "kl"} <= set(log[0])
+    content = train_vae.load_checkpoint(vae_path, "vae", "")
+    assert not torch.allclose(content["weights"]["latent_std"], torch.ones(1, 4, 1, 1))
+    with Image.open(vae_path.parent / "reconstruction.png") as picture:
+        assert min(picture.size) > 200
+
+
+def test_first_loss_is_one_and_training_lowers_it(ldm_config, tmp_path):
+    train_ldm.train(replace(ldm_config, out=str(tmp_path), steps=40, eval_every=20, lr=3e-3))
+    log = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
+    assert_close(log[0]["heldout_loss"], 1., atol=.1, rtol=0)
+    assert [e["step"] for e in log] == [0, 20, 40] and len(log[0]["by_noise"]) == 4
+    assert log[2]["train_loss"] < log[1]["train_loss"]
+    assert (tmp_path / "samples.png").exists() and (tmp_path / "curves.png").exists()
+
+
+def test_held_out_rows_reach_nothing_that_is_learned(screen, vae_path, ldm_config, monkeypatch):
+    """No pixel of a held-out row reaches intensities, weights, latent statistics or the cache of
+    training latents, and no value of one a vocabulary."""
+    manifest = data.read_manifest(screen)
+    allowed = {i for i, s in enumerate(manifest.columns["split"]) if s == "train"}
+    seen, read = set(), data.Pixels.__getitem__
+    monkeypatch.setattr(data.Pixels, "__getitem__", lambda self, i: seen.add(int(i)) or read(self, i))
+    config = train_vae.Config(data=str(screen), out=str(vae_path.parent / "leak"), steps=2, width=16,
+                              blocks=1)
+    monkeypatch.setattr(train_vae, "evaluate", lambda *a: (
+        {"l1": 0., "l1_per_channel": [], "psnr": 0., "kl": 0.}, "", a[1]))
+    held = [i for i, s in enumerate(manifest.columns["split"]) if s == "val"]
+    fit = data.fit_intensity
+    monkeypatch.setattr(data, "fit_intensity", lambda rule, pixels, rows: fit(rule, pixels, [
+        i for i in rows if i in allowed or pytest.fail("intensities of held-out rows")]))
+    train_vae.train(config)
+    assert seen - allowed == set(held[:256])  # read for the report, which is replaced here
+    prepared = train_ldm.prepare(ldm_config)
+    assert set(prepared.sides["training"].rows) <= allowed
+    known = {prepared.manifest.columns["smiles"][i] for i in prepared.sides["training"].rows}
+    assert len(prepared.sides["training"].molecules["smiles"]) == len(known)
+
+
+def test_resume_is_exact(ldm_config, tmp_path, monkeypatch):
+    whole = replace(ldm_config, out=str(tmp_path / "whole"), steps=6, eval_every=3)
+    cut = replace(whole, out=str(tmp_path / "cut"))
+    train_ldm.train(whole)
+
+    def stop_at_step_4(average, model, decay, step, real=train_ldm.ema_update):
+        if step == 4:
+            raise KeyboardInterrupt
+        real(average, model, decay, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_ldm, "ema_update", stop_at_step_4)
+        with pytest.raises(KeyboardInterrupt):
+            train_ldm.train(cut)
+    with pytest.raises(train_vae.CheckpointError, match="step 3 of 6: add --resume"):
+        train_ldm.train(cut)
+    train_ldm.train(replace(cut, resume=True))
+    a, b = (torch.load(tmp_path / d / "model.pt", weights_only=True) for d in ("whole", "cut"))
+    assert a["step"] == b["step"] == 6
+    for part in ("weights", "ema"):
+        for name in a[part]:
+            assert torch.equal(a[part][name], b[part][name]), (part, name)
+
+
+def test_resume_refuses_other_settings(ldm_config, ldm_path, tmp_path):
+    shutil.copy(ldm_path, tmp_path / "model.pt")
+    with pytest.raises(train_vae.CheckpointError, match="batch was 8"):
+        train_ldm.train(replace(ldm_config, out=str(tmp_path), steps=9, batch=4, resume=True))
+
+
+def test_a_finished_model_is_used_and_not_trained_again(ldm_config, ldm_path, capsys):
+    before = ldm_path.read_bytes()
+    assert train_ldm.train(ldm_config) == ldm_path
+    assert "trained already" in capsys.readouterr().out and ldm_path.read_bytes() == before
+
+
+def test_overfit_collapses_and_saves_nothing(ldm_config, tmp_path, capsys):
+    train_ldm.train(replace(ldm_config, out=str(tmp_path), overfit=True, steps=60, eval_every=30,
+                            lr=5e-3))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "training loss" in line]
+    first, last = (float(line.split("training loss ")[1].split(",")[0]) for line in lines)
+    assert last < .8 * first and not (tmp_path / "model.pt").exists()
+
+
+def test_ema_warms_up():
+    a, b = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    for p, value in ((a.weight, 0.), (b.weight, 1.)):
+        torch.nn.init.constant_(p, value)
+    train_ldm.ema_update(a, b, .999, 0)
+    assert_close(a.weight.item(), .9)  # decay (1 + 0) / (10 + 0)
+    train_ldm.ema_update(a, b, .5, 10_000)
+    assert_close(a.weight.item(), .95)
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_message(ldm_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_ldm.diffusion, "diffusion_loss",
+                        lambda *a, **k: torch.full((8,), torch.nan, requires_grad=True))
+    monkeypatch.setattr(train_ldm, "heldout_loss", lambda *a: (1., [1.] * 4))
+    with pytest.raises(train_vae.CheckpointError, match="nan at step 0"):
+        train_ldm.train(replace(ldm_config, out=str(tmp_path)))
+    assert not (tmp_path / "model.pt").exists()
+
+
+def test_only_one_group_can_be_told(ldm_config, tmp_path):
+    path = train_ldm.train(replace(ldm_config, out=str(tmp_path), experiment=(), steps=1,
+                                   eval_every=1))
+    model = sample.Model.load(path)
+    assert model.groups == ["biology"]
+    assert model.generate({"smiles": [SMILES]}, [0], steps=2, progress=False).shape[0] == 1
+
+
+def test_cached_latents_are_the_views_encoded(ldm_config):
+    prepared = train_ldm.prepare(replace(ldm_config, views=2))
+    latents, content = prepared.sides["training"], train_vae.load_checkpoint(ldm_config.vae, "vae", "")
+    x = next(train_ldm.cached_views(prepared.pixels, latents.rows, prepared.settings,
+                                    content["intensity"], 2))
+    mean, _ = train_vae.build_vae(content).encode(x)
+    cached = torch.from_numpy(np.array(latents.cache[:64, 0], np.float32))
+    assert_close(cached, mean, atol=.1, rtol=.1)  # float16, encoded under bf16
+    assert (x[0] - x[1]).abs().max() > .1  # two views of one image differ
+    z = latents.draw(np.arange(200), 0, torch.Generator().manual_seed(0))
+    assert_close(z.std().item(), 1., atol=.25, rtol=0)
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def model(ldm_path):
+    """A model whose every weight is random, so that nothing is silent."""
+    found = sample.Model.load(ldm_path)
+    randomise(found.denoiser)
+    with torch.no_grad():
+        for p in found.denoiser.parameters():
+            p.mul_(.5)
+    return found
+
+
+REQUEST = {"smiles": [SMILES] * 8, "dose": ["3"] * 8, "batch": ["B2"] * 8}
+
+
+def test_an_image_is_the_same_in_a_batch_of_one_and_of_eight(model):
+    together = model.generate(REQUEST, range(8), steps=4, progress=False)
+    alone = model.generate({k: v[:1] for k, v in REQUEST.items()}, [5], steps=4, progress=False)
+    parts = model.generate(REQUEST, range(8), steps=4, batch=3, progress=False)
+    assert_close(together[5:6], alone, atol=1e-4, rtol=0)  # float32
+    assert_close(together, parts, atol=1e-4, rtol=0)
+    assert (together[0] - together[1]).abs().max() > .01
+
+
+@pytest.mark.parametrize("name, other", [("smiles", "CCO"), ("dose", "0.3"), ("batch", "B1"),
+                                         ("plate", "P01"), ("row", "1"), ("column", "24")])
+def test_every_field_changes_the_image(model, name, other):
+    one = {"smiles": [SMILES], "dose": ["3"], "batch": ["B2"], "plate": ["P04"], "row": ["8"],
+           "column": ["8"]}
+    images = [model.generate(r, [0], steps=3, progress=False) for r in (
+        one, one | {name: [other]}, {k: v for k, v in one.items() if k != name})]
+    assert (images[0] - images[1]).abs().max() > 1e-4
+    assert (images[0] - images[2]).abs().max() > 1e-4  # unknown is another thing than known
+
+
+@pytest.mark.parametrize("form", ["nested", "independent", "contrast", "control"])
+def test_guidance_forms_as_the_network_sees_them(model, form):
+    z, t = torch.randn(1, *model.latent_shape), torch.tensor([500])
+    one = {k: v[:1] for k, v in REQUEST.items()}
+
+    def v(columns):
+        codes, known, molecules = model.denoiser.conditioner.encode(columns, 1)
+        with torch.no_grad():
+            return model.denoiser(z, t, codes, known, molecules)
+
+    full, none = v(one), v({})
+    b, e = v({k: one[k] for k in ("smiles", "dose")}), v({"batch": ["B2"]})
+    control = v(one | {"smiles": ["CS(C)=O"], "dose": ["0.0"]})
+    examples = model.content["examples"]["experiment"]
+    average = sum(v(one | {k: [x] for k, x in ex.items()}) for ex in examples) / len(examples)
+    wb, we = 2.5, 1.5
+    expected = {"nested": none + we * (e - none) + wb * (full - e),
+                "independent": none + we * (e - none) + wb * (b - none),
+                "contrast": full + (wb - 1) * (full - e) + (we - 1) * (full - b),
+                "control": full + (wb - 1) * (full - control) + (we - 1) * (full - average)}[form]
+    out = model.guided(one, 1, {"biology": wb, "experiment": we}, form)(z, t)
+    assert_close(out, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_command_line_writes_picture_hyperstack_and_record(ldm_path, tmp_path, cli):
+    status, out, error = cli(
+        sample, f"smiles={SMILES}", "dose=3", "batch=B2", "-n", 3, "--guidance", "biology=2",
+        "experiment=1.5", "--checkpoint", ldm_path, "--steps", 2, "--seed", 7, "--out", tmp_path)
+    assert status == 0, error
+    record = json.loads((tmp_path / "samples.json").read_text())
+    assert record["seeds"] == [7, 8, 9]
+    assert record["requests"] == [{"smiles": SMILES, "dose": "3", "batch": "B2"}] * 3
+    assert record["guidance"] == {"biology": 2.0, "experiment": 1.5} and len(record["sha1"]) == 40
+    with tifffile.TiffFile(tmp_path / "samples.tif") as tif:
+        assert tif.is_imagej and tif.series[0].axes == "TCYX"
+        assert tif.asarray().shape == (3, 5, 32, 32)
+        assert tif.imagej_metadata["Labels"][:5] == list(data.CHANNELS)
+    with Image.open(tmp_path / "samples.png") as picture:
+        assert min(picture.size) > 100
+
+
+def test_the_record_repeats_the_images(ldm_path, tmp_path, cli):
+    for name in ("a", "b"):
+        cli(sample, "batch=B2", "-n", 2, "--steps", 2, "--checkpoint", ldm_path, "--out",
+            tmp_path / name)
+    a, b = (tifffile.imread(tmp_path / n / "samples.tif") for n in "ab")
+    assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_a_sweep_shares_its_noise_and_words_come_in_any_order(ldm_path, tmp_path, cli, order):
+    words = [["--grid", "dose=0,3", "batch=B1,B2,B3", f"smiles={SMILES}"],
+             [f"smiles={SMILES}", "--grid", "dose=0,3", "batch=B1,B2,B3"]][order]
+    status, _, error = cli(sample, *words, "--checkpoint", ldm_path, "--steps", 2, "--out", tmp_path)
+    assert status == 0, error
+    record = json.loads((tmp_path / "samples.json").read_text())
+    assert record["seeds"] == [0] * 6
+    assert [(r["dose"], r["batch"]) for r in record["requests"]] == [
+        (d, b) for b in ("B1", "B2", "B3") for d in ("0", "3")]
+    assert {r["smiles"] for r in record["requests"]} == {SMILES}
+
+
+def test_a_number_outside_its_range_is_warned_of(ldm_path, tmp_path, cli):
+    status, out, _ = cli(sample, "dose=900", "-n", 1, "--checkpoint", ldm_path, "--steps", 1, "--out",
+                         tmp_path)
+    assert status == 0 and "outside the training range 0.3 to 10" in out
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+def test_quality_prints_a_table_and_writes_json_and_figure(ldm_path, tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train = evaluate.train_probe
+    monkeypatch.setattr(evaluate, "train_probe", lambda *a: train(*a[:3], steps=3))
+    status, out, error = cli(evaluate, "quality", "--checkpoint", ldm_path, "--quick", "--steps", 2,
+                             "--out", tmp_path)
+    assert status == 0, error
+    table = json.loads((tmp_path / "quality.json").read_text())["table"]
+    assert set(table) == {"val", "val_pair", "test_pair", "test_substituent", "test_scaffold"}
+    entry = table["test_pair"]
+    assert entry["real"]["distance"] < entry["real"]["ceiling"]
+    # forty steps of training make no cells: the generated images must look worse than real ones
+    assert entry["generated"]["distance"] > 2 * entry["real"]["distance"]
+    assert "through the autoencoder" in out and (tmp_path / "quality.png").exists()
+
+
+def test_quality_by_cell_covers_unseen_combinations(ldm_path, tmp_path, cli):
+    status, out, error = cli(evaluate, "quality", "--checkpoint", ldm_path, "--quick", "--steps", 1,
+                             "--by", "role", "batch", "--out", tmp_path)
+    assert status == 0, error
+    table = json.loads((tmp_path / "quality.json").read_text())["table"]
+    assert len(table) == 6 and {"generated", "real", "nearest_training_view"} <= set(table[0])
+
+
+# --- refusals: one line that names the fault, status 2, nothing written over ----------------------
+
+def manifest_with(folder, **columns):
+    """A manifest of two good images with other columns."""
+    np.save(folder / "good.npy", np.random.default_rng(0).integers(0, 255, (5, 32, 32), np.uint8))
+    n = max([2] + [len(v) for v in columns.values()])
+    rows = [{"image": "good.npy", **{k: v[i] for k, v in columns.items()}} for i in range(n)]
+    with open(folder / "m.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder / "m.csv"
+
+
+def test_vae_refusals(tmp_path, refused, vae_path):
+    before = vae_path.read_bytes()
+    refused(train_vae, "--data", tmp_path / "none.csv", "--out", tmp_path / "o", says=["no manifest at"])
+    refused(train_vae, "--learning_rate", "1", says=["unrecognized", "--learning_rate"])
+    refused(train_vae, "--steps", "many", says=["--steps", "many"])
+    refused(train_vae, "--out", vae_path.parent, says=["exists", "--overwrite"])
+    np.save(tmp_path / "other.npy", np.zeros((5, 24, 24), np.uint8))
+    sizes = manifest_with(tmp_path, image=["good.npy", "other.npy"])
+    lines = refused(train_vae, "--data", sizes, "--out", tmp_path / "o",
+                    says=["different sizes", "row 2", "row 3", "--crop"])
+    assert len(lines) == 1
+    refused(train_vae, "--data", sizes, "--crop", 28, "--out", tmp_path / "o", says=["row 3", "24x24"])
+    odd = manifest_with(tmp_path)
+    refused(train_vae, "--data", odd, "--crop", 30, "--out", tmp_path / "o", says=["multiple of 4"])
+    refused(train_vae, "--data", odd, "--channels", "DNA,ER", "--out", tmp_path / "o",
+            says=["row 2", "5 channels, 2 expected"])
+    refused(train_vae, "--data", odd, "--split", "plate", "--out", tmp_path / "o",
+            says=["no column plate"])
+    refused(train_vae, "--data", odd, "--intensity", "9:1", "--out", tmp_path / "o", says=["contrast"])
+    assert not (tmp_path / "o").exists() and vae_path.read_bytes() == before
+
+
+@pytest.mark.parametrize("columns, fields, says", [
+    ({"smiles": ["CCO", "C1CC"]}, ["smiles"], ["row 3", "C1CC"]),
+    ({"dose": ["1", "much"]}, ["dose"], ["row 3", "dose", "much"]),
+    ({"plate": ["1", "2"]}, ["plate"], ["plate:category or plate:number"]),
+    ({"plate": ["1", "2"]}, ["plaet"], ["no column plaet"]),
+    ({"true_x": ["1", "2"]}, ["true_x:number"], ["outcome"])])
+def test_field_refusals(tmp_path, refused, vae_path, columns, fields, says):
+    path = manifest_with(tmp_path, **columns)
+    lines = refused(train_ldm, "--data", path, "--vae", vae_path, "--out", tmp_path / "o",
+                    "--biology", *fields, "--experiment", says=says)
+    assert len(lines) == 1 and not (tmp_path / "o").exists()
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was executed",))
+
+
+def test_checkpoint_refusals(tmp_path, refused, vae_path, ldm_path):
+    refused(sample, "--checkpoint", tmp_path / "none.pt", says=["no ldm checkpoint", "train_ldm.py"])
+    refused(sample, "--checkpoint", vae_path, says=["another kind (vae)"])
+    refused(train_ldm, "--vae", ldm_path, "--out", tmp_path / "o", says=["another kind (ldm)"])
+    refused(train_ldm, "--vae", tmp_path / "none.pt", "--out", tmp_path / "o",
+            says=["no vae checkpoint", "train_vae.py"])
+    (tmp_path / "noise.pt").write_bytes(bytes(range(256)) * 20)
+    (tmp_path / "cut.pt").write_bytes(ldm_path.read_bytes()[:5000])
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Bomb()))
+    torch.save({"kind": "ldm", "inside": Bomb()}, tmp_path / "inside.pt")
+    for name in ("noise.pt", "cut.pt", "pickle.pt", "inside.pt"):
+        lines = refused(sample, "--checkpoint", tmp_path / name, says=[name, "no nanopaint checkpoint"])
+        assert len(lines) == 1
+    with zipfile.ZipFile(tmp_path / "zip.pt", "w") as archive:
+        archive.writestr("x", "y")
+    refused(sample, "--checkpoint", tmp_path / "zip.pt", says=["zip.pt"])
+
+
+def test_request_refusals(ldm_path, tmp_path, refused):
+    def no(*words, says):
+        lines = refused(sample, *words, "--checkpoint", ldm_path, "--out", tmp_path / "o", says=says)
+        assert len([line for line in lines if line.startswith("error")]) == 1
+    no("batch=B9", says=["unknown batch B9", "B1, B2, B3"])
+    no("bath=B1", says=["unknown field bath", "smiles, dose, batch"])
+    no("smiles=C1CC", says=["C1CC", "no valid SMILES"])
+    no("dose=much", says=["dose=much", "not a number"])
+    no("dose=-1", says=["negative"])
+    no("batch", says=["NAME=VALUE"])
+    no("batch=B1", "--guidance", "chemistry=2", says=["no group chemistry", "biology, experiment"])
+    no("--grid", "dose=0,1", "batch=B1,B2", "row=1,2", says=["at most two"])
+    no("-n", 0, says=["at least one"])
+    refused(sample, "--temperature", 3, says=["unrecognized"])
+    refused(sample, "--form", "sideways", says=["invalid choice"])
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("module", [data, train_vae, train_ldm, sample, evaluate])
+def test_help_says_every_setting_with_its_default(module, cli):
+    commands = {data: ["simulate"], evaluate: ["quality"]}.get(module, [])
+    status, out, _ = cli(module, *commands, "--help")
+    assert status == 0
+    if hasattr(module, "Config"):
+        for name, value in vars(module.Config()).items():
+            assert f"--{name}" in out
+        assert out.count("(default:") == len(vars(module.Config()))
