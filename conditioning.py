@@ -8,6 +8,7 @@ is normalised, and the combinations that guidance needs are trained on purpose (
 
     python conditioning.py      # which fields were dropped, and the size of each group's part
 """
+import argparse
 import itertools
 import math
 from dataclasses import dataclass, field as dataclass_field
@@ -28,7 +29,7 @@ class FieldError(ValueError):
     """A fault in the fields or in a request, one line each."""
 
 
-# --- fields: what each column means, learned from the training rows ---------------------------------
+# --- fields: what each column means, learned from the training rows ------------------------------
 
 @dataclass
 class Field:
@@ -166,7 +167,7 @@ def check_values(field, values):
         raise FieldError("\n".join(faults[:10] + more))
 
 
-# --- molecule encoders ------------------------------------------------------------------------------
+# --- molecule encoders ----------------------------------------------------------------------------
 
 def parse_smiles(text):
     """SMILES to an RDKit molecule, a ChemAxon tail (` |c:5|`) cut off; None if it is none."""
@@ -205,7 +206,7 @@ class Fingerprint(nn.Module):
 MOLECULE_ENCODERS = {"fingerprint": Fingerprint}
 
 
-# --- the conditioner ----------------------------------------------------------------------------------
+# --- the conditioner ------------------------------------------------------------------------------
 
 def sinusoid(t, dim=256, period=10_000):
     """The timestep's own sinusoid (as in unet.py): [0, 1000] to (B, dim), cosines first."""
@@ -237,11 +238,10 @@ class Conditioner(nn.Module):
         super().__init__()
         self.fields, self.encoder_name = fields, molecule_encoder
         self.groups = list(dict.fromkeys(f.group for f in fields))
-        self.encoders = nn.ModuleDict({f.name: self.encoder_of(f, embedding, token)
-                                       for f in fields})
-        self.null = nn.ParameterDict({f.name: nn.Parameter(torch.randn(embedding) * .02)
-                                      for f in fields})
-        self.gain = nn.ParameterDict({g: nn.Parameter(torch.ones(embedding)) for g in self.groups})
+        # in the order of fields and groups: a column may have any name, a module may not
+        self.encoders = nn.ModuleList(self.encoder_of(f, embedding, token) for f in fields)
+        self.null = nn.Parameter(torch.randn(len(fields), embedding) * .02)
+        self.gain = nn.Parameter(torch.ones(len(self.groups), embedding))
         self.null_token = nn.Parameter(torch.randn(1, 1, token) * .02)
         self.empty = nn.Parameter(torch.zeros(embedding), requires_grad=False)
 
@@ -269,7 +269,7 @@ class Conditioner(nn.Module):
                 place = {s: k for k, s in enumerate(distinct)} | {"": 0}
                 codes[field.name] = torch.tensor([place[v] for v in values])
                 known[:, i] = torch.tensor([v != "" for v in values])
-                molecules[field.name] = self.encoders[field.name].featurise(distinct)
+                molecules[field.name] = self.encoders[i].featurise(distinct)
             else:
                 codes[field.name], known[:, i] = field.encode(values)
         return codes, known, molecules
@@ -281,14 +281,14 @@ class Conditioner(nn.Module):
         for i, field in enumerate(self.fields):
             kept, code = keep[:, i:i + 1], codes[field.name]
             if field.kind == "molecule":
-                e, t = self.encoders[field.name](molecules[field.name][code])
+                e, t = self.encoders[i](molecules[field.name][code])
                 tokens.append(t)
                 mask.append(kept.expand(-1, t.shape[1]))
             else:
-                e = self.encoders[field.name](code)
-            sums[field.group] = sums[field.group] + torch.where(kept, e, self.null[field.name])
-        parts = {group: self.gain[group] * F.layer_norm(total, total.shape[-1:])
-                 for group, total in sums.items()}
+                e = self.encoders[i](code)
+            sums[field.group] = sums[field.group] + torch.where(kept, e, self.null[i])
+        parts = {group: gain * F.layer_norm(total, total.shape[-1:])
+                 for gain, (group, total) in zip(self.gain, sums.items())}
         return parts, torch.cat(tokens, 1), torch.cat(mask, 1)
 
     def forward(self, codes, keep, molecules):
@@ -298,7 +298,7 @@ class Conditioner(nn.Module):
         return vector, tokens, mask            # (B, E), (B, L, D), (B, L); one null token stays
 
 
-# --- what is dropped in training ----------------------------------------------------------------------
+# --- what is dropped in training ------------------------------------------------------------------
 
 def draw_keep(fields, n, rng, single=.2, each=.3):
     """The dropout plan: which fields each of n samples is shown, (n, fields) bool.
@@ -312,33 +312,42 @@ def draw_keep(fields, n, rng, single=.2, each=.3):
     subsets = [s for s in itertools.product((True, False), repeat=len(groups))
                if any(s) and not all(s)]
     shares = [.7 if subsets else .9, .1] + [.2 / len(subsets) for _ in subsets]
-    table = torch.tensor([[True] * len(groups), [False] * len(groups), *subsets])
+    table = torch.tensor([[True] * len(groups), [False] * len(groups), *subsets], dtype=torch.bool)
     branch = torch.multinomial(torch.tensor(shares), n, replacement=True, generator=rng)
     keep = table[branch][:, [groups.index(f.group) for f in fields]]
     alone = torch.rand(n, 1, generator=rng) < single
     return keep & ~(alone & (torch.rand(n, len(fields), generator=rng) < each))
 
 
-def hide_molecule_of_controls(fields, codes, molecules, rng, share=.5):
+def hide_molecule_of_controls(fields, codes, keep, molecules, rng, share=.5):
     """At dose 0 the molecule cannot matter: show half of the controls with a random molecule.
 
-    So a dose sweep from 0 stays inside what was learned. A control is a sample whose log field
-    is 0. Returns codes with some molecule places replaced.
+    So a dose sweep from 0 stays inside what was learned. A control is a sample that is *shown* a
+    log field at 0: where the dose is hidden or unknown, another molecule would be a lie.
+    keep (n, fields) bool. Returns codes with some molecule places replaced.
     """
-    doses = [codes[f.name] for f in fields if f.kind == "log"]
-    if not doses:
+    shown_zero = [keep[:, i] & (codes[f.name] == 0) for i, f in enumerate(fields) if f.kind == "log"]
+    if not shown_zero:
         return codes
-    control = torch.stack(doses).eq(0).any(0)
-    codes = dict(codes)
+    control, codes, n = torch.stack(shown_zero).any(0), dict(codes), len(keep)
     for field in fields:
         if field.kind == "molecule":
-            swap = control & (torch.rand(len(control), generator=rng) < share)
-            other = torch.randint(len(molecules[field.name]), control.shape, generator=rng)
-            codes[field.name] = torch.where(swap, other, codes[field.name])
+            swap = control & (torch.rand(n, generator=rng) < share).to(control.device)
+            other = torch.randint(len(molecules[field.name]), (n,), generator=rng)
+            codes[field.name] = torch.where(swap, other.to(control.device), codes[field.name])
     return codes
 
 
+def blank_unseen(fields, columns):
+    """Columns {name: strings} with categories that training never saw made blank: unknown."""
+    seen = {f.name: {*f.vocabulary, ""} for f in fields if f.kind == "category"}
+    return {name: [v if name not in seen or v in seen[name] else "" for v in values]
+            for name, values in columns.items()}
+
+
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     rows = {"smiles": ["CCO", "c1ccccc1O", "CS(C)=O"], "dose": ["1", "10", "0"],
             "batch": ["B1", "B2", ""]}
     fields = parse_fields({"biology": ["smiles", "dose"], "experiment": ["batch"]}, rows)

@@ -6,6 +6,7 @@ as a real plate; because it is simulated, what biology and experiment did to eac
 
     python data.py simulate --out runs/data      # draw the default screen
     python data.py show runs/data/manifest.csv   # check every file, summarise, draw a contact sheet
+    python data.py                               # the same cells under each mechanism, as a picture
 """
 import argparse
 import csv
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import tifffile
-from PIL import Image
+from PIL import Image, ImageSequence
 from rdkit import Chem, RDLogger
 from tqdm import tqdm
 
@@ -109,10 +110,11 @@ def home_batch(mechanism, batches):
     return list(MECHANISMS).index(mechanism) % batches
 
 
-def heldout_pairs(batches, away):
-    """{mechanism: batch} pairs kept out of training at any confounding: `away` batches from home.
-    The screen uses 3 for the test pairs and 1 for the validation pairs."""
-    return {m: (home_batch(m, batches) + away) % batches for m in MECHANISMS}
+def heldout_pairs(batches, kind):
+    """{mechanism: batch}, pairs kept out of training at any confounding. kind: "test", half of the
+    batches away from home, or "val", one away. A single batch leaves no pair to hold out."""
+    away = {"test": (batches + 1) // 2, "val": 1}[kind]
+    return {m: (home_batch(m, batches) + away) % batches for m in MECHANISMS if batches > 1}
 
 
 def layout(screen):
@@ -122,8 +124,12 @@ def layout(screen):
     is decided here, and so is its split: train, val (wells like those of training), val_pair and
     test_pair (mechanism and batch never seen together), test_substituent, test_scaffold.
     """
+    if not 0 <= screen.confounding <= 1 or min(
+            screen.batches, screen.plates_per_batch, screen.controls_per_plate, screen.replicates,
+            screen.sites, screen.size) < 1:
+        raise DataError("a screen has a confounding between 0 and 1 and at least one of everything")
     rng = np.random.default_rng([screen.seed, screen.draw, 1])
-    val_pair, test_pair = heldout_pairs(screen.batches, 1), heldout_pairs(screen.batches, 3)
+    val_pair, test_pair = (heldout_pairs(screen.batches, kind) for kind in ("val", "test"))
     plates = [[] for _ in range(screen.batches * screen.plates_per_batch)]
     for plate in plates:
         plate += [None] * screen.controls_per_plate
@@ -147,9 +153,9 @@ def layout(screen):
                                            scaffold="", substituent="", ec50=np.inf,
                                            kind="train"), 0.)
             split = molecule["kind"]
-            if test_pair.get(molecule["mechanism"]) == batch:
+            if split == "train" and test_pair.get(molecule["mechanism"]) == batch:
                 split = "test_pair"
-            elif val_pair.get(molecule["mechanism"]) == batch:
+            elif split == "train" and val_pair.get(molecule["mechanism"]) == batch:
                 split = "val_pair"
             elif split == "train" and rng.random() < .1:
                 split = "val"
@@ -176,7 +182,7 @@ UNTREATED = dict(
     cell_count=1., nucleus_radius=4.6, eccentricity=.22, binucleation=.04, cell_radius=11.5,
     elongation=.3, ruffling=.8, dna=.5, er=.42, er_spread=.75, rna=.2, nucleoli=.45,
     nucleolus_radius=1.15, nucleolus_count=3., golgi=.5, golgi_spread=1.7, membrane=.3, actin=.16,
-    mito=.8, mito_granularity=2.3, mito_spread=.62)
+    mito=.8, mito_granularity=2.5, mito_spread=.62)
 CELLS_PER_PIXEL = 11 / 64 ** 2  # eleven nuclei in a 64x64 field of view
 MARGIN = 8                      # pixels drawn around the field, so that cells are cut by its border
 
@@ -277,10 +283,10 @@ def draw_cells(cell, identity, size):
         spots = np.maximum(spots, seen[owner] * blob(y, x, place[owner], cell["nucleolus_radius"]))
     # Golgi: a patch beside the nucleus, compact when untreated.
     beside = centres + 1.25 * (radius * np.sign(normal[:, 4]))[:, None] * towards[:, ::-1]
-    golgi = blob(y, x, beside[owner], cell["golgi_spread"]) * (1 + .35 * patchy)
+    golgi = blob(y, x, beside[owner], cell["golgi_spread"]) * (1 + .25 * patchy)
     # Cell border: where a cell ends, or where the two nearest cells are equally near.
     edge = np.minimum(abs(1 - d), .8 * (nearest[1] - nearest[0]))
-    border = np.exp(-(edge / .09) ** 2) * inside
+    border = np.exp(-(edge / .11) ** 2) * inside
     # Mitochondria: filaments are the zero lines of a smooth random field around the nucleus.
     filament = np.exp(-(strands / .6) ** 2)
 
@@ -290,10 +296,10 @@ def draw_cells(cell, identity, size):
     fluid = inside * (1 - .8 * in_nucleus)
     stains = np.stack([
         cell["dna"] * in_nucleus * (1 + .1 * chromatin),
-        cell["er"] * fluid * fade(cell["er_spread"]) * (1 + .2 * reticulum),
+        cell["er"] * fluid * fade(cell["er_spread"]) * (1 + .15 * reticulum),
         cell["rna"] * inside * (1 - .4 * d.clip(0, 1)) + cell["nucleoli"] * spots * in_nucleus,
         cell["golgi"] * golgi * fluid + cell["membrane"] * border
-        + cell["actin"] * inside * (1 + .2 * fibres),
+        + cell["actin"] * inside * (1 + .15 * fibres),
         cell["mito"] * fluid * fade(cell["mito_spread"]) * filament])
     stains = stains.clip(0) * np.exp(.12 * normal[:, 5:10])[owner].transpose(2, 0, 1)
     height = inside * np.sqrt((1.05 - d ** 2).clip(.02)) + (.45 + .3 * spots) * in_nucleus
@@ -352,7 +358,7 @@ def expose(stains, row, optics, noise_rng):
     gain = batch["gain"] * plates[row["plate"]]
     image = smooth(stains, batch["blur"]) * gain[:, None, None] * light + batch["background"][:, None, None]
     image = image[:, MARGIN:-MARGIN, MARGIN:-MARGIN]
-    image = image + noise_rng.normal(size=image.shape) * np.sqrt(1e-4 * image.clip(0) + 2.5e-5)
+    image = image + noise_rng.normal(size=image.shape) * np.sqrt(2.5e-5 * image.clip(0) + 6e-6)
     return np.round(image.clip(0, 1) * 255).astype(np.uint8)
 
 
@@ -362,7 +368,7 @@ def phase_contrast(height, row, optics, noise_rng):
     relief = .9 * (np.roll(blurred, 1, 0) - np.roll(blurred, -1, 0))
     image = .45 + .35 * relief + .55 * (smooth(blurred, 2.) - blurred)
     image = image[MARGIN:-MARGIN, MARGIN:-MARGIN]
-    image = image + noise_rng.normal(0, .006, image.shape)
+    image = image + noise_rng.normal(0, .004, image.shape)
     return np.round(image.clip(0, 1) * 255).astype(np.uint8)[None]
 
 
@@ -480,8 +486,9 @@ def read_manifest(path, channels=CHANNELS, column="image", check=10_000):
     """Read a manifest and check it; every fault is reported, each with its row and column.
 
     channels: the names of the stains, in file order. They are also the columns to look for; where
-    they are absent, `column` names one file with all channels. check: up to this many images the
-    files are opened too (header and length; pixels are decoded at first use).
+    they are absent, `column` names one file with all channels (("any",): as many as there are).
+    check: up to this many distinct files are opened (header and length; pixels are decoded at
+    first use), of more only those of the first row.
     """
     path = Path(path)
     if not path.is_file():
@@ -515,18 +522,22 @@ def read_manifest(path, channels=CHANNELS, column="image", check=10_000):
                         f"its columns are {', '.join(columns)}")
     index = [None] * len(table)
     if "index" in columns:
-        index = [int(v) if v.isdigit() else None for v in columns["index"]]
+        bad = [i + 2 for i, v in enumerate(columns["index"]) if v and not v.isdigit()]
+        if bad:
+            raise DataError(f"{path}, row {bad[0]}, column index: {columns['index'][bad[0] - 2]} is "
+                            "no place in a stack (0, 1, ...)")
+        index = [int(v) if v else None for v in columns["index"]]
     files = [tuple(str(path.parent / n) if n else "" for n in row) for row in names]
     manifest = Manifest(path, columns, tuple(channels), files, index, {})
-    if len(files) <= check or check < 0:
-        check_files(manifest)
+    few = len({f for row in files for f in row}) <= check
+    check_files(manifest, range(len(manifest)) if few else [0])
     return manifest
 
 
-def check_files(manifest):
-    """Open every file of a manifest; DataError lists all that fail, at most twenty by name."""
+def check_files(manifest, rows):
+    """Open the files of these rows; DataError lists all that fail, at most twenty by name."""
     faults, headers = [], {}
-    for i in tqdm(range(len(manifest)), desc="checking files", disable=len(manifest) < 2000):
+    for i in tqdm(rows, desc="checking files", delay=3):
         shapes = set()
         for file in manifest.files[i]:
             if file not in headers:
@@ -623,7 +634,19 @@ def tiff_header(path):
         for page in tif.pages:
             if any(o + n > length for o, n in zip(page.dataoffsets, page.databytecounts)):
                 raise ValueError("the file ends before its pixels do")
+        if tif.pages[0].compression != 1:
+            read_tiff(path)  # some compressions cannot be read here: find out now
         return tif.series[0].shape, tif.series[0].dtype
+
+
+def read_tiff(path):
+    """Pixels of a TIFF; tifffile leaves LZW to a package of its own, Pillow brings it along."""
+    with tifffile.TiffFile(path) as tif:
+        if tif.pages[0].compression == 1:
+            return tif.asarray()
+        shape = tif.series[0].shape
+    with Image.open(path) as image:
+        return np.stack([np.array(frame) for frame in ImageSequence.Iterator(image)]).reshape(shape)
 
 
 def png_header(path):
@@ -632,6 +655,8 @@ def png_header(path):
         if b"IEND" not in file.read():
             raise ValueError("the file ends before its pixels do")
     with Image.open(path) as image:
+        if image.mode not in ("L", "I", "I;16", "RGB", "RGBA"):
+            raise ValueError(f"mode {image.mode}, not grey or RGB")
         dtype = np.uint16 if image.mode.startswith("I") else np.uint8
         bands = len(image.getbands())
         return (image.height, image.width) + ((bands,) if bands > 1 else ()), np.dtype(dtype)
@@ -644,8 +669,12 @@ def npy_header(path):
 
 def npz_header(path):
     with np.load(path, allow_pickle=False) as archive:
-        array = np.lib.format.read_array(archive.zip.open(npz_key(archive) + ".npy"))
-        return array.shape, array.dtype
+        with archive.zip.open(npz_key(archive) + ".npy") as file:
+            version = np.lib.format.read_magic(file)
+            read = {(1, 0): np.lib.format.read_array_header_1_0,
+                    (2, 0): np.lib.format.read_array_header_2_0}[version]
+            shape, _, dtype = read(file)
+        return shape, dtype
 
 
 def npz_key(archive):
@@ -665,7 +694,7 @@ def read_file(file, index=None):
     suffix = Path(file).suffix.lower()
     try:
         if suffix in (".tif", ".tiff"):
-            array = tifffile.imread(file)
+            array = read_tiff(file)
         elif suffix == ".png":
             with Image.open(file) as image:
                 array = np.array(image)
@@ -706,7 +735,10 @@ class Pixels:
         m = self.manifest
         planes = []
         for file in m.files[i]:
-            array = read_file(file, m.index[i])
+            try:
+                array = read_file(file, m.index[i])
+            except DataError as fault:
+                raise DataError(f"{m.path}, row {i + 2}: {fault}") from None
             axis, _ = channel_axis(array.shape, file, m)
             planes.append(array[None] if axis is None else np.moveaxis(array, axis, 0))
         if len({p.shape[1:] for p in planes}) > 1:
@@ -750,7 +782,8 @@ def fit_intensity(rule, pixels, rows, seed=0):
     else:
         try:
             low, high = (np.full(n, float(v)) for v in rule.split(":"))
-        except ValueError:
+            assert (low < high).all()
+        except (ValueError, AssertionError):
             raise DataError(f"--intensity {rule}: percentile, dtype, or a range such as 0:4095"
                             ) from None
     if (high <= low).any():
@@ -794,6 +827,9 @@ def split_rows(manifest, how="auto", fraction=.1, seed=0):
     if how == "auto":
         if "split" in columns:
             label = np.array(columns["split"])
+            if not {"train", "val"} <= set(label):
+                raise DataError(f"{manifest.path}, column split: it must name rows train and val "
+                                "(others are left for tests), or choose another --split")
             return np.flatnonzero(label == "train"), np.flatnonzero(label == "val")
         how = "image"
     names, _, wanted = how.partition("=")
@@ -809,11 +845,10 @@ def split_rows(manifest, how="auto", fraction=.1, seed=0):
         keys = np.arange(n).astype(str)
     distinct = np.unique(keys)
     if wanted:
-        chosen = [wanted]
-        if wanted not in distinct:
+        chosen = [molecule_key(wanted) if names == ["smiles"] else wanted]
+        if chosen[0] not in distinct:
             raise DataError(f"--split {how}: no row has it; there are {', '.join(distinct[:20])}")
     else:
-        # sorted by a hash of the value: a row added later moves no other row across the split
         order = sorted(distinct, key=lambda v: hashlib.sha1(f"{seed}/{v}".encode()).hexdigest())
         chosen = order[:max(1, round(fraction * len(distinct)))]
     held = np.isin(keys, chosen)
@@ -912,10 +947,25 @@ def show(manifest_path, channels=CHANNELS, out=None):
     print(f"contact sheet: {out}")
 
 
+def draw_mechanisms(path="runs/mechanisms.png", effect=.9):
+    """The same cells untreated and under each mechanism: composite, channels, brightfield."""
+    screen = Screen()
+    rows, names = [], ["none", *MECHANISMS]
+    for mechanism in names:
+        row = dict(row=5, column=5, site=1, batch="B1", plate="P01", true_mechanism=mechanism,
+                   true_effect=effect if mechanism != "none" else 0.)
+        field = draw_field(row, screen, microscope(screen), [3], counterpart=False)
+        image = (field["image"] / 127.5 - 1) * 1.4 + .4  # brighter, for the eye
+        rows.append([image.clip(-1, 1), *image.clip(-1, 1), field["brightfield"][0] / 127.5 - 1])
+    picture(path, rows, CHANNELS, names, ["all", *CHANNELS, "brightfield"], 1.2)
+    print(f"wrote {path}")
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = argparse.ArgumentParser(description=__doc__, epilog="Without a command: draw the same "
+                                     "cells under each mechanism, runs/mechanisms.png",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command")
     draw = commands.add_parser("simulate", help="draw a data set with its manifest",
                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     draw.add_argument("--out", default="runs/data", help="folder for images and manifest.csv")
@@ -932,8 +982,11 @@ def main():
     sheet.add_argument("--channels", default=",".join(CHANNELS), help="stains, in file order")
     sheet.add_argument("--out", default=None, help="the picture")
     args = vars(parser.parse_args())
+    command = args.pop("command")
     try:
-        if args.pop("command") == "simulate":
+        if command is None:
+            draw_mechanisms()
+        elif command == "simulate":
             out = args.pop("out")
             if (Path(out) / "manifest.csv").exists():
                 raise DataError(f"{out}/manifest.csv exists: choose another --out or remove it")

@@ -6,6 +6,7 @@ Ho et al. 2020 (arXiv:2006.11239) DDPM; Song et al. 2021 (arXiv:2010.02502) DDIM
 
     python diffusion.py      # samples of a known Gaussian: mean and spread against steps
 """
+import argparse
 import math
 from itertools import pairwise
 
@@ -59,6 +60,9 @@ class Schedule:
         self.target, self.T = target, steps
         abar = SCHEDULES[name](steps)
         abar = zero_terminal_snr(abar) if zero_snr else abar
+        if target == "noise" and abar[-1] < 1e-6:
+            raise ValueError(f"schedule {name} ends in noise: the noise target needs linear or "
+                             "scaled_linear")
         self.abar = torch.cat([abar, torch.ones(1, dtype=torch.float64)])  # abar[-1] = 1: clean
 
     def signal_noise(self, t, z):
@@ -210,6 +214,8 @@ def combine(predictions, coefficients):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     # A Gaussian N(2, 0.5^2) has an exact denoiser, so the samplers can be seen without a network.
     schedule = Schedule("linear", zero_snr=False)
 

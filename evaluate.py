@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
+from conditioning import parse_number
+from diffusion import FORMS
 from sample import STEPS, Model
 from train_ldm import cached_views
 from train_vae import (autocast, device, learning_rate, load_checkpoint, open_data, reconstruct,
@@ -285,7 +287,7 @@ def answer(probe, images, batch=64):
     return {q: torch.cat([o[q] for o in out]) for q in out[0]}
 
 
-def screen_probe(folder, model, steps=2500):
+def screen_probe(folder, model, steps=1500):
     """The probe of a simulated screen: trained on fresh cells under the same microscopes without
     confounding, on controls and on doses above half effect. Kept in runs/probe.
 
@@ -331,14 +333,17 @@ def real_images(opened, rows, rng=None):
     return views(opened.pixels, rows, opened.settings, opened.model.intensity, rng)
 
 
-def heldout_sets(opened):
-    """{name: rows} of what the training never saw: the values of the column `split`, else the
-    held-out rows."""
-    if opened.settings.split == "auto" and "split" in opened.manifest.columns:
-        label = np.array(opened.manifest.columns["split"])
-        return {name: np.flatnonzero(label == name) for name in dict.fromkeys(label)
-                if name != "train"}
-    return {"held out": opened.held}
+def heldout_sets(opened, wanted):
+    """{name: rows} of what the training never saw: the `wanted` values of the column `split`, or
+    the held-out rows where the autoencoder was trained with a split of its own."""
+    if opened.settings.split != "auto" or "split" not in opened.manifest.columns:
+        return {"held out": opened.held}
+    label = np.array(opened.manifest.columns["split"])
+    missing = [name for name in wanted if name not in label or name == "train"]
+    if missing:
+        raise data.DataError(f"--sets {' '.join(missing)}: the column split has "
+                             + ", ".join(sorted(set(label) - {"train"})))
+    return {name: np.flatnonzero(label == name) for name in wanted}
 
 
 def halves(manifest, rows, cells, limit, seed=0):
@@ -436,7 +441,7 @@ def quality(args):
     standardise = Standardise(features(real_images(opened, some), model.channels))
     request = SimpleNamespace(guidance=args.guidance, form=args.form, steps=args.steps)
     table, pictures = {}, {}
-    for name, rows in heldout_sets(opened).items():
+    for name, rows in heldout_sets(opened, args.sets).items():
         rows_a, rows_b = halves(manifest, rows, cells, limit)
         if not len(rows_a):
             print(f"{name}: no condition cell has four wells, left out")
@@ -511,6 +516,8 @@ def quality_by_cell(opened, args, out):
     """For each combination of `--by`: nuclei and intensities, real and generated, and how near the
     nearest training view is (a model that memorised has generated images nearer than held-out
     ones)."""
+    if args.also and args.also not in opened.manifest.columns:
+        raise data.DataError(f"--also: {opened.manifest.path} has no column {args.also}")
     model, manifest, n = opened.model, opened.manifest, 24 if args.quick else 64
     cells = cells_of(manifest, args.by)
     training = cached_views(opened.pixels, opened.train, opened.settings, model.intensity,
@@ -557,7 +564,7 @@ def quality_by_cell(opened, args, out):
 
 
 def parse_guidance(words):
-    return {name: float(value) for name, _, value in (w.partition("=") for w in words)}
+    return {name: parse_number(name, value) for name, _, value in (w.partition("=") for w in words)}
 
 
 def main():
@@ -573,9 +580,11 @@ def main():
                    "combinations make the rows of the table, such as compound plate")
     q.add_argument("--also", default=None, help="with --by: real images apart by this "
                    "column, such as well")
-    q.add_argument("--images", type=int, default=256, help="generated for each held-out set")
+    q.add_argument("--images", type=int, default=192, help="generated for each held-out set")
+    q.add_argument("--sets", nargs="+", help="values of the column split",
+                   default=["val", "test_pair", "test_substituent", "test_scaffold"])
     q.add_argument("--guidance", nargs="+", default=[], help="GROUP=WEIGHT for each group")
-    q.add_argument("--form", default="nested", help="form of guidance (diffusion.py)")
+    q.add_argument("--form", default="nested", choices=FORMS, help="of guidance, see diffusion.py")
     q.add_argument("--steps", type=int, default=STEPS, help="DDIM steps")
     q.add_argument("--quick", action="store_true", help="fewer images")
     args = parser.parse_args()

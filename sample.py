@@ -22,7 +22,7 @@ from tqdm import tqdm
 import data
 import diffusion
 from conditioning import Conditioner, Field, FieldError, parse_number
-from train_vae import CheckpointError, build_vae, device, load_checkpoint, run
+from train_vae import UserError, build_vae, device, load_checkpoint, run
 from unet import UNet, UNetConfig
 
 STEPS, WEIGHT = 30, 1.5  # DDIM steps, and the weight of every group unless --guidance says other
@@ -237,7 +237,7 @@ def main():
     fixed, swept, weights = parse_request(model, args.conditions, args.grid, args.guidance)
     n = args.n if args.n is not None else 1 if swept else 8
     if n < 1 or not 1 <= args.steps <= model.schedule.T:
-        raise CheckpointError(f"-n {n} --steps {args.steps}: at least one image, and 1 to "
+        raise UserError(f"-n {n} --steps {args.steps}: at least one image, and 1 to "
                               f"{model.schedule.T} steps")
 
     # rows of the picture: the second swept field (and the seed), columns: the first

@@ -22,9 +22,10 @@ from tqdm import tqdm
 import data
 import diffusion
 import train_vae
-from conditioning import draw_keep, hide_molecule_of_controls, parse_fields
+from conditioning import (MOLECULE_ENCODERS, draw_keep, hide_molecule_of_controls,
+                          parse_fields)
 from sample import Denoiser, Model, to_device
-from train_vae import (CheckpointError, autocast, device, learning_rate, load_checkpoint,
+from train_vae import (UserError, autocast, device, learning_rate, load_checkpoint,
                        save_checkpoint, step_rng, views, write_log)
 from unet import SIZES, unet_config
 
@@ -49,7 +50,7 @@ class Config:
     batch: int = 32                       # latents per step
     lr: float = 1e-3                      # peak learning rate, after warm-up, before decay
     ema: float = 0.999                    # decay of the averaged weights that sampling uses
-    views: int = 4                        # random views of each image in the latent cache
+    views: int = 2                        # random views of each image in the latent cache
     seed: int = 0                         # of weights, order, noise and dropout
     eval_every: int = 500                 # steps between held-out losses and checkpoints
     resume: bool = False                  # go on from model.pt
@@ -245,6 +246,12 @@ def prepare(config):
     torch.manual_seed(config.seed)
     z = vae.to_latent(views(pixels, train_rows[:1], settings, vae_content["intensity"]).to(device()))
     unet = unet_config(config.size, z.shape[1])
+    step = unet.fold * 2 ** (len(unet.multipliers) - 1)
+    if z.shape[2] % step or z.shape[3] % step:
+        step *= settings.downsampling
+        raise UserError(f"latents of {z.shape[2]}x{z.shape[3]} do not halve often enough for the "
+                        f"U-Net {config.size}: train the autoencoder with a --crop that is a "
+                        f"multiple of {step}")
     denoiser = Denoiser(unet, fields, config.molecule_encoder).to(device())
     schedule = dict(name=config.schedule, target=config.target, zero_snr=config.zero_snr)
     um = set(manifest.columns.get("pixel_um", [""]))
@@ -276,7 +283,7 @@ def resume(config, denoiser, average, optimiser, constant):
     if content["fields"] != constant["fields"]:
         changed.append("the fields' ranges and categories have changed")
     if changed:
-        raise CheckpointError(f"--resume of {path}: {'; '.join(changed)}")
+        raise UserError(f"--resume of {path}: {'; '.join(changed)}")
     denoiser.load_state_dict(content["weights"])
     average.load_state_dict(content["ema"])
     optimiser.load_state_dict(content["optimiser"])
@@ -285,6 +292,7 @@ def resume(config, denoiser, average, optimiser, constant):
 
 def train(config=Config()):
     """Train a latent diffusion model and write `out`/model.pt. Returns its path."""
+    check(config)
     out = Path(config.out)
     if (out / "model.pt").exists() and not (config.resume or config.overwrite or config.overfit):
         done = load_checkpoint(out / "model.pt", "ldm", "choose another --out")
@@ -292,7 +300,7 @@ def train(config=Config()):
             print(f"{out}/model.pt is trained already ({done['step']} steps; --overwrite trains it "
                   "again)")
             return farewell(out)
-        raise CheckpointError(f"{out}/model.pt stopped at step {done['step']} of {config.steps}: "
+        raise UserError(f"{out}/model.pt stopped at step {done['step']} of {config.steps}: "
                               "add --resume to go on, or --overwrite to start again")
     p = prepare(config)
     denoiser, schedule, latents, held = p.denoiser, p.schedule, *p.sides.values()
@@ -322,7 +330,7 @@ def train(config=Config()):
                 schedule, lambda z, t: denoiser(z, t, codes, keep, latents.molecules),
                 z0, eps, t, config.min_snr).mean()
         if not torch.isfinite(loss):
-            raise CheckpointError(f"the loss is {loss.item()} at step {step}: training stopped, "
+            raise UserError(f"the loss is {loss.item()} at step {step}: training stopped, "
                                   f"{out}/model.pt is as it was; try a smaller --lr")
         optimiser.zero_grad()
         loss.backward()
@@ -361,11 +369,23 @@ def farewell(out):
     return out / "model.pt"
 
 
+def check(config):
+    """Refuse settings that cannot be used, before anything is read or written."""
+    for name, options in (("size", SIZES), ("schedule", diffusion.SCHEDULES),
+                          ("target", diffusion.TARGETS), ("molecule_encoder", MOLECULE_ENCODERS)):
+        if getattr(config, name) not in options:
+            raise UserError(f"--{name} {getattr(config, name)}: one of {', '.join(options)}")
+    if config.target == "noise" and config.zero_snr:
+        raise UserError("--target noise needs --no-zero_snr: at zero signal the noise says nothing "
+                        "of the image")
+    both = {f.partition(":")[0] for f in config.biology} & {f.partition(":")[0]
+                                                            for f in config.experiment}
+    if both:
+        raise UserError(f"field {', '.join(both)} is given twice, as biology and as experiment")
+
+
 def main():
-    config = train_vae.settings(Config)
-    if config.size not in SIZES:
-        raise CheckpointError(f"--size {config.size}: one of {', '.join(SIZES)}")
-    train(config)
+    train(train_vae.settings(Config))
 
 
 if __name__ == "__main__":

@@ -59,11 +59,11 @@ class Config:
 
 # --- settings, errors, device -------------------------------------------------------------------
 
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged or of another kind."""
+class UserError(ValueError):
+    """A setting or a checkpoint that cannot be used."""
 
 
-USER_ERRORS = (data.DataError, conditioning.FieldError, CheckpointError)
+USER_ERRORS = (data.DataError, conditioning.FieldError, UserError)
 
 
 def run(main):
@@ -99,6 +99,10 @@ def settings(config, argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_settings(parser, config)
     values = vars(parser.parse_args(argv))
+    for setting in dataclasses.fields(config):
+        least = min(1, setting.default) if setting.type is int else -math.inf
+        if setting.type in (int, float) and values[setting.name] < least:
+            parser.error(f"--{setting.name} must be at least {least}")
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -146,16 +150,16 @@ def save_checkpoint(path, kind, content):
 def load_checkpoint(path, kind, hint):
     """Read a checkpoint; nothing in it is executed (weights_only). kind: vae or ldm."""
     if not Path(path).is_file():
-        raise CheckpointError(f"no {kind} checkpoint at {path}: {hint}")
+        raise UserError(f"no {kind} checkpoint at {path}: {hint}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError,
             IndexError, AttributeError, zipfile.BadZipFile) as fault:
         reason = "it holds code, which is never run" if "nsupported" in str(fault) else "damaged"
-        raise CheckpointError(f"{path} is no nanopaint checkpoint ({reason})") from None
+        raise UserError(f"{path} is no nanopaint checkpoint ({reason})") from None
     if not isinstance(content, dict) or content.get("kind") != kind:
         found = content.get("kind") if isinstance(content, dict) else None
-        raise CheckpointError(f"{path} is a checkpoint of another kind ({found}), not {kind}: "
+        raise UserError(f"{path} is a checkpoint of another kind ({found}), not {kind}: "
                               f"{hint}")
     return content
 
@@ -280,10 +284,14 @@ def train(config=Config()):
     """Train a VAE and write `out`/model.pt. Returns its path."""
     out = Path(config.out)
     if (out / "model.pt").exists() and not config.overwrite:
-        raise CheckpointError(f"{out}/model.pt exists: use --overwrite to train again, or another "
+        raise UserError(f"{out}/model.pt exists: use --overwrite to train again, or another "
                               "--out")
     shape = VAEConfig(len(config.channels.split(",")), config.latent_channels, config.downsampling,
                       config.fold, config.width, config.blocks)
+    try:
+        shape.widths()
+    except ValueError as fault:
+        raise UserError(str(fault)) from None
     manifest, pixels, train_rows, held_rows = open_data(config)
     intensity = data.fit_intensity(config.intensity, pixels, train_rows)
     held = views(pixels, held_rows[:256], config, intensity)
@@ -315,7 +323,7 @@ def train(config=Config()):
             x_hat, mean, logvar = vae(x, noise)
         loss, l1, kl = vae_loss(x, x_hat, mean, logvar, config.kl_weight)
         if not torch.isfinite(loss):
-            raise CheckpointError(f"the loss is {loss.item()} at step {step}: training stopped, "
+            raise UserError(f"the loss is {loss.item()} at step {step}: training stopped, "
                                   "nothing saved; try a smaller --lr")
         optimiser.zero_grad()
         loss.backward()

@@ -6,6 +6,7 @@ that seam is where a ControlNet enters.
 
     python unet.py      # sizes, parameters and the shapes through the default network
 """
+import argparse
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -205,6 +206,8 @@ def unet_config(size, latent_channels):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for size, config in SIZES.items():
         count = sum(p.numel() for p in UNet(config).parameters()) / 1e6
         print(f"{size:6s} {count:8.2f} M parameters")

@@ -7,6 +7,7 @@ on the training data. `to_latent` and `to_image` are the only door between pixel
 
     python vae.py      # the shapes and parameters of three configurations
 """
+import argparse
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,8 @@ class VAEConfig:
 
     def widths(self):
         """Channels of each level, finest first."""
+        if self.width % 8:
+            raise ValueError(f"width {self.width} is no multiple of 8")
         levels = (self.downsampling // self.fold).bit_length()
         if self.fold * 2 ** (levels - 1) != self.downsampling:
             raise ValueError(f"downsampling {self.downsampling} is not fold {self.fold} times a "
@@ -151,6 +154,8 @@ def vae_loss(x, x_hat, mean, logvar, kl_weight):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for side, config in [(64, VAEConfig()), (512, VAEConfig(downsampling=8, latent_channels=8)),
                          (512, VAEConfig(downsampling=4, latent_channels=1))]:
         vae = VAE(config)

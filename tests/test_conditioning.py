@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from conditioning import (Conditioner, Field, FieldError, Fingerprint, draw_keep,
+from conditioning import (Conditioner, Field, FieldError, Fingerprint, blank_unseen, draw_keep,
                           hide_molecule_of_controls, natural, parse_fields)
 from conftest import randomise
 
@@ -111,17 +111,15 @@ def test_a_dropped_field_leaves_no_trace(conditioner):
 def test_each_group_is_normalised_and_has_its_gain(conditioner):
     codes, known, molecules = conditioner.encode(ROWS, 4)
     with torch.no_grad():
-        for gain in conditioner.gain.values():
-            gain.fill_(1.)
+        conditioner.gain.fill_(1.)
         before, _, _ = conditioner.parts(codes, known, molecules)
-        for name in ("batch", "row"):  # a group whose embeddings are huge drowns no other
-            for p in [*conditioner.encoders[name].parameters(), conditioner.null[name]]:
-                p.mul_(1000 if p.ndim == 1 or name == "batch" else 1)
+        conditioner.encoders[2].weight.mul_(1000)  # a group of huge embeddings drowns no other
+        conditioner.null[2].mul_(1000)
         after, _, _ = conditioner.parts(codes, known, molecules)
         for group, part in after.items():
             assert_close(part.square().mean(1), torch.ones(4), atol=1e-3, rtol=0)
         assert_close(after["biology"], before["biology"])
-        conditioner.gain["biology"].mul_(2)
+        conditioner.gain[0].mul_(2)
         assert_close(conditioner.parts(codes, known, molecules)[0]["biology"],
                      2 * before["biology"])
 
@@ -150,12 +148,35 @@ def test_one_group_is_dropped_whole_in_a_tenth(fields):
 def test_only_controls_are_shown_another_molecule(conditioner, fields):
     rows = {"smiles": ["CCO", "CS(C)=O"] * 500, "dose": ["1", "0"] * 500}
     codes, _, molecules = conditioner.encode(rows, 1000)
-    shown = hide_molecule_of_controls(fields, codes, molecules, torch.Generator().manual_seed(0))
+    keep = torch.ones(1000, 4, dtype=torch.bool)
+    rng = torch.Generator().manual_seed(0)
+    shown = hide_molecule_of_controls(fields, codes, keep, molecules, rng)
     changed = shown["smiles"] != codes["smiles"]
     assert not changed[::2].any()
     # half of the controls are redrawn, and half of the draws from two molecules hit the other
     assert_close(changed[1::2].float().mean().item(), .25, atol=.06, rtol=0)
     assert shown["dose"] is codes["dose"]
+    keep[:, 1] = False  # where the dose is not shown, another molecule would be a lie
+    same = hide_molecule_of_controls(fields, codes, keep, molecules, rng)
+    assert torch.equal(same["smiles"], codes["smiles"])
+
+
+def test_a_blank_dose_is_no_control(conditioner, fields):
+    codes, known, molecules = conditioner.encode({"smiles": ["CCO", "CCN"] * 50}, 100)
+    shown = hide_molecule_of_controls(fields, codes, known, molecules, torch.Generator())
+    assert torch.equal(shown["smiles"], codes["smiles"])
+
+
+def test_unseen_categories_become_unknown(conditioner, fields):
+    columns = blank_unseen(fields, {"batch": ["B2", "B7", ""], "dose": ["1", "2", "3"]})
+    assert columns == {"batch": ["B2", "", ""], "dose": ["1", "2", "3"]}
+
+
+@pytest.mark.parametrize("name", ["type", "conc.um", "training", "a b"])
+def test_a_column_may_have_any_name(name):
+    field = parse_fields({"my.group": [name + ":category"]}, {name: ["x", "y"]})[0].fit(["x", "y"])
+    vector, _, _ = embed(Conditioner([field], 16, 8), {name: ["x", "y"]})
+    assert (vector[0] - vector[1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("a, b", [("C[C@H](O)c1ccccc1", "C[C@@H](O)c1ccccc1"),
@@ -177,5 +198,6 @@ def test_a_molecule_that_cannot_be_read_is_named(conditioner):
 
 
 def test_no_fields_at_all_still_condition_on_nothing():
-    vector, tokens, mask = embed(Conditioner([], 8, 4), {"x": ["1", "2"]})
+    keep = draw_keep([], 2, torch.Generator())
+    vector, tokens, mask = embed(Conditioner([], 8, 4), {"x": ["1", "2"]}, keep)
     assert vector.shape == (2, 8) and tokens.shape == (2, 1, 4) and mask.all()

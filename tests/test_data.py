@@ -67,11 +67,15 @@ def test_confounding_is_the_share_at_home(confounding):
 def test_held_out_pairs_and_molecules_never_reach_training(confounding):
     rows = data.layout(replace(SCREEN, confounding=confounding))
     train = [r for r in rows if r["split"] in ("train", "val")]
-    for away in (1, 3):
-        pairs = data.heldout_pairs(6, away)
+    for kind in ("val", "test"):
+        pairs = data.heldout_pairs(6, kind)
         assert not [r for r in train if pairs.get(r["true_mechanism"]) == int(r["batch"][1:]) - 1]
         assert all(b != data.home_batch(m, 6) for m, b in pairs.items())
+    for batches in range(2, 9):  # home is never held out
+        assert all(b != data.home_batch(m, batches) for kind in ("val", "test")
+                   for m, b in data.heldout_pairs(batches, kind).items())
     kind = {m["smiles"]: m["kind"] for m in data.molecules()}
+    assert {kind[r["smiles"]] for r in rows if r["split"].endswith("pair")} == {"train"}
     assert {kind[r["smiles"]] for r in train if r["role"] == "treated"} == {"train"}
     by_well = {}
     for r in rows:
@@ -282,6 +286,8 @@ def test_wrong_number_of_channels_and_bad_index(tmp_path):
     with pytest.raises(DataError, match="4 channels, 5 expected"):
         read_manifest(write_manifest(tmp_path, [{"image": "a.npy"}]))
     np.save(tmp_path / "b.npy", IMAGE[None].astype(np.uint8))
+    with pytest.raises(DataError, match="row 2, column index: 1.0"):
+        read_manifest(write_manifest(tmp_path, [{"image": "b.npy", "index": "1.0"}]))
     with pytest.raises(DataError, match="index 3 is beyond"):
         read_manifest(write_manifest(tmp_path, [{"image": "b.npy", "index": 3}]))
     np.save(tmp_path / "c.npy", IMAGE.astype(np.float64))
@@ -343,8 +349,8 @@ def test_split_keeps_groups_together():
     train, held = split_rows(bare(plate=plates), "plate", .2)
     assert len(train) == 160 and len(held) == 40
     assert not {plates[i] for i in train} & {plates[i] for i in held}
-    again, _ = split_rows(bare(plate=plates + ["P99"] * 5), "plate", .2)
-    assert set(train) - set(again) == set()  # new rows move no old row out of training
+    again, _ = split_rows(bare(plate=plates + plates), "plate", .2)
+    assert set(train) <= set(again)  # more rows of known plates move no plate across
 
 
 def test_split_by_molecule_sees_through_spelling():
@@ -363,6 +369,8 @@ def test_split_by_two_columns_and_by_value():
     assert list(held) == list(range(3, 20, 4)) and len(train) == 15
     _, held = split_rows(bare(**columns), "drug+plate", .25)
     assert len(held) == 5 and len({(columns["drug"][i], columns["plate"][i]) for i in held}) == 1
+    _, held = split_rows(bare(smiles=["CCO", "OCC", "CCN"]), "smiles=C(O)C")
+    assert list(held) == [0, 1]
     with pytest.raises(DataError, match="no column dose"):
         split_rows(bare(**columns), "dose")
     with pytest.raises(DataError, match="no row has it"):
@@ -372,6 +380,8 @@ def test_split_by_two_columns_and_by_value():
 def test_split_column_is_used_where_there_is_one():
     train, held = split_rows(bare(split=["train", "val", "test_pair", "train"]))
     assert list(train) == [0, 3] and list(held) == [1]
+    with pytest.raises(DataError, match="train and val"):
+        split_rows(bare(split=["training", "val"]))
 
 
 def test_show_prints_counts_and_draws(screen, tmp_path, cli):

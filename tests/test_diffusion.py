@@ -40,11 +40,13 @@ def test_zero_terminal_snr_ends_in_noise_and_keeps_the_start(name):
 def test_zero_snr_refuses_the_noise_target():
     with pytest.raises(ValueError, match="velocity"):
         Schedule(target="noise", zero_snr=True)
+    with pytest.raises(ValueError, match="ends in noise"):
+        Schedule("cosine", target="noise", zero_snr=False)
 
 
 @pytest.mark.parametrize("target", diffusion.TARGETS)
 def test_split_inverts_target(target):
-    schedule = Schedule(target=target, zero_snr=False)
+    schedule = Schedule("linear", target, zero_snr=False)
     z0, eps, t = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3), torch.tensor([0, 200, 500, 800])
     z = schedule.add_noise(z0, eps, t)
     back = schedule.split(z, schedule.target_of(z0, eps, t), t)
@@ -64,7 +66,7 @@ def test_velocity_is_the_derivative_by_angle():
 @pytest.mark.parametrize("target", diffusion.TARGETS)
 def test_loss_of_a_silent_network_is_one(target):
     torch.manual_seed(0)
-    schedule = Schedule(target=target, zero_snr=False)
+    schedule = Schedule("linear", target, zero_snr=False)
     z0, eps = torch.randn(256, 4, 8, 8), torch.randn(256, 4, 8, 8)
     t = torch.randint(1000, (256,))
     loss = diffusion.diffusion_loss(schedule, lambda z, t: torch.zeros_like(z), z0, eps, t).mean()
@@ -75,7 +77,7 @@ def test_loss_of_a_silent_network_is_one(target):
     ("noise", lambda snr: min(snr, 5.) / snr), ("image", lambda snr: min(snr, 5.)),
     ("velocity", lambda snr: min(snr, 5.) / (snr + 1))])
 def test_min_snr_weights(target, formula):
-    schedule = Schedule(target=target, zero_snr=False)
+    schedule = Schedule("linear", target, zero_snr=False)
     for t in (50, 300, 600):
         snr = (schedule.abar[t] / (1 - schedule.abar[t])).item()
         assert_close(schedule.min_snr_weight(t).item(), formula(snr))
