@@ -17,6 +17,7 @@ import struct
 import sys
 import zipfile
 import zlib
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +32,17 @@ RDLogger.DisableLog("rdApp.*")  # we name the row of a bad SMILES ourselves
 CHANNELS = ("DNA", "ER", "RNA", "AGP", "Mito")
 COLOURS = {"DNA": (.2, .4, 1), "ER": (0, .7, .3), "RNA": (.5, .5, .1), "AGP": (1, .4, .05),
            "Mito": (.8, .1, .5)}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that takes no abbreviations and complains in one line."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message):
+        print(f"error: {message} (--help lists the options)", file=sys.stderr)
+        sys.exit(2)
 
 
 class DataError(ValueError):
@@ -450,10 +462,15 @@ def write_manifest(path, rows):
     os.replace(path.with_suffix(".tmp"), path)
 
 
+def parse_smiles(text):
+    """SMILES to an RDKit molecule, a ChemAxon tail (` |c:5|`) cut off; None if it is none."""
+    words = text.split()
+    return Chem.MolFromSmiles(words[0]) if words else None
+
+
 def canonical(smiles):
-    """Canonical SMILES, the ChemAxon tail (` |c:5|`) cut off; None if it is no molecule."""
-    words = smiles.split()
-    molecule = Chem.MolFromSmiles(words[0]) if words else None
+    """Canonical SMILES, or None if it is no molecule."""
+    molecule = parse_smiles(smiles)
     return Chem.MolToSmiles(molecule) if molecule else None
 
 
@@ -539,13 +556,14 @@ def check_files(manifest, rows):
     faults, headers = [], {}
     for i in tqdm(rows, desc="checking files", delay=3):
         shapes = set()
-        for file in manifest.files[i]:
+        for k, file in enumerate(manifest.files[i]):
             if file not in headers:
                 try:
                     headers[file] = read_header(file)
                 except DataError as fault:
                     headers[file] = None
-                    faults.append(f"row {i + 2}: {fault}")
+                    column = manifest.channels[k] if len(manifest.files[i]) > 1 else "image"
+                    faults.append(f"row {i + 2}, column {column}: {fault}")
             if headers[file] is None:
                 continue
             try:
@@ -863,7 +881,7 @@ _keys = {}
 def molecule_key(smiles):
     """One string for one molecule, however it is written: its InChIKey, or the text itself."""
     if smiles not in _keys:
-        molecule = Chem.MolFromSmiles(smiles.split()[0]) if smiles.split() else None
+        molecule = parse_smiles(smiles)
         _keys[smiles] = Chem.MolToInchiKey(molecule) if molecule else smiles
     return _keys[smiles]
 
@@ -925,26 +943,35 @@ def picture(path, rows, channels, row_labels=(), column_labels=(), pixel_um=None
 # ------------------------------------------------------------------------------------------------
 
 def show(manifest_path, channels=CHANNELS, out=None):
-    """Check every file, print a summary of each column and draw a contact sheet."""
-    manifest = read_manifest(manifest_path, channels, check=-1)
-    pixels = Pixels(manifest)
+    """Check every file and value, print a summary of each column and draw a contact sheet.
+
+    Faults are listed after the summary (DataError).
+    """
+    manifest = read_manifest(manifest_path, channels, check=0)
     print(f"{manifest.path}: {len(manifest)} images, channels {', '.join(channels)}")
     for name, values in manifest.columns.items():
-        known = [v for v in values if v != ""]
-        distinct = sorted(set(known))
-        text = ", ".join(f"{v} ({known.count(v)})" for v in distinct) if len(distinct) <= 8 else \
-            f"{len(distinct)} distinct, {distinct[0][:30]} to {distinct[-1][:30]}"
-        print(f"  {name:26s} {len(values) - len(known):6d} blank   {text}")
-    rng = np.random.default_rng(0)
-    some = np.sort(rng.permutation(len(manifest))[:24])
-    smallest = min(min(pixels[i].shape[1:]) for i in some)
-    crop = min(smallest, 256)
-    intensity = fit_intensity("percentile", pixels, some)
-    views = [scale_intensity(take_view(pixels[i], crop), intensity) for i in some]
-    out = out or Path("runs") / f"{manifest.path.parent.name}_contact_sheet.png"
-    picture(out, [views[k:k + 8] for k in range(0, len(views), 8)], channels,
-            title=f"{manifest.path}: {len(some)} of {len(manifest)} images")
-    print(f"contact sheet: {out}")
+        count = Counter(v for v in values if v != "")
+        text = ", ".join(f"{v} ({count[v]})" for v in sorted(count)) if len(count) <= 8 else \
+            f"{len(count)} distinct, {min(count)[:30]} to {max(count)[:30]}"
+        print(f"  {name:26s} {len(values) - count.total():6d} blank   {text}")
+    faults = [f"{manifest.path}, row {i + 2}, column smiles: {v} is no valid SMILES"
+              for i, v in enumerate(manifest.columns.get("smiles", [])) if v and not canonical(v)]
+    try:
+        check_files(manifest, range(len(manifest)))
+    except DataError as fault:
+        faults += str(fault).splitlines()
+    if not faults:
+        pixels, rng = Pixels(manifest), np.random.default_rng(0)
+        some = np.sort(rng.permutation(len(manifest))[:24])
+        crop = min(256, *(min(pixels[i].shape[1:]) for i in some))
+        intensity = fit_intensity("percentile", pixels, some)
+        views = [scale_intensity(take_view(pixels[i], crop), intensity) for i in some]
+        out = out or Path("runs") / f"{manifest.path.parent.name}_contact_sheet.png"
+        picture(out, [views[k:k + 8] for k in range(0, len(views), 8)], channels,
+                title=f"{manifest.path}: {len(some)} of {len(manifest)} images")
+        print(f"no faults; contact sheet: {out}")
+    else:
+        raise DataError("\n".join(faults))
 
 
 def draw_mechanisms(path="runs/mechanisms.png", effect=.9):
@@ -962,7 +989,7 @@ def draw_mechanisms(path="runs/mechanisms.png", effect=.9):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, epilog="Without a command: draw the same "
+    parser = Parser(description=__doc__, epilog="Without a command: draw the same "
                                      "cells under each mechanism, runs/mechanisms.png",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command")
@@ -981,6 +1008,7 @@ def main():
     sheet.add_argument("manifest", help="the CSV")
     sheet.add_argument("--channels", default=",".join(CHANNELS), help="stains, in file order")
     sheet.add_argument("--out", default=None, help="the picture")
+    parser.epilog += "\n\n" + "\n".join(p.format_help() for p in (draw, sheet))
     args = vars(parser.parse_args())
     command = args.pop("command")
     try:
@@ -994,7 +1022,7 @@ def main():
         else:
             show(args["manifest"], tuple(args["channels"].split(",")), args["out"])
     except DataError as fault:
-        print(fault, file=sys.stderr)
+        print(f"error: {fault}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -6,6 +6,7 @@ its ceiling, and is written as JSON and as a figure.
 """
 import argparse
 import hashlib
+import inspect
 import itertools
 import json
 from dataclasses import replace
@@ -19,11 +20,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from conditioning import parse_number
+from conditioning import blank_unseen, check_values, parse_number
 from diffusion import FORMS
 from sample import STEPS, Model
 from train_ldm import cached_views
-from train_vae import (autocast, device, learning_rate, load_checkpoint, open_data, reconstruct,
+from train_vae import (UserError, autocast, device, learning_rate, load_checkpoint, open_data, reconstruct,
                        run, save_checkpoint, step_rng, views)
 
 NUCLEUS_RADIUS = 4.5  # pixels; what the segmentation looks for
@@ -72,6 +73,8 @@ def segment_nuclei(dna, radius=NUCLEUS_RADIUS, contrast=.06):
     low = (smoothed * ~mask).sum((1, 2)) / (~mask).sum((1, 2)).clamp(min=1)
     mask &= (high - low > contrast)[:, None, None]
     peaks = gaussian_blur(dna[:, None], .36 * radius)
+    ramp = torch.linspace(0, 1e-5, dna[0].numel(), device=dna.device).view_as(dna[0])
+    peaks = peaks + ramp  # one seed, not many, where a saturated nucleus is flat
     window = 2 * round(.5 * radius) + 1
     seeds = (F.max_pool2d(peaks, window, 1, window // 2) == peaks)[:, 0] & mask
     labels = (seeds.flatten(1).cumsum(1).view_as(seeds) * seeds).float()  # numbered along rows
@@ -138,7 +141,7 @@ def feature_names(channels):
             + [f"{a}_{b}_correlation" for a, b in pairs])
 
 
-def features(images, channels, batch=64):
+def features(images, channels, batch=64, radius=NUCLEUS_RADIUS):
     """Morphology of images (N, C, H, W) in [-1, 1]: (N, F) float32, named by feature_names.
 
     Counts, sizes and shapes of nuclei; share of the field covered; and per channel the mean,
@@ -150,7 +153,7 @@ def features(images, channels, batch=64):
     found = []
     for x in images.split(batch):
         x = (x.to(device()).float() + 1) / 2
-        labels = segment_nuclei(x[:, nucleus])
+        labels = segment_nuclei(x[:, nucleus], radius)
         area, eccentricity = object_shapes(labels)
         count = count_objects(labels)
         size = area.nanmean(1)
@@ -161,7 +164,7 @@ def features(images, channels, batch=64):
 
         flat = x.flatten(2)                                              # (B, C, HW)
         inside = (labels > 0).float()[:, None]                           # (B, 1, H, W)
-        r = round(NUCLEUS_RADIUS)
+        r = round(radius)
         ring = F.max_pool2d(inside, 2 * r + 1, 1, r) - inside
         scales = [x, *(gaussian_blur(x, s) for s in (1., 2., 4.))]
         per_channel = [flat.mean(2), flat.std(2), flat.quantile(.99, dim=2),
@@ -178,14 +181,15 @@ def features(images, channels, batch=64):
 
 
 class Standardise:
-    """Features to zero mean and unit variance over the real training images; NaN becomes 0."""
+    """Features to zero mean and unit variance over the real training images; NaN becomes 0, and
+    five deviations are the most that counts (the kernel takes third powers)."""
 
     def __init__(self, real):
         self.mean = real.nanmean(0)
         self.std = (real - self.mean).square().nanmean(0).sqrt().clamp(min=1e-6)
 
     def __call__(self, found):
-        return ((found - self.mean) / self.std).nan_to_num(0.).clamp(-8, 8)
+        return ((found - self.mean) / self.std).nan_to_num(0.).clamp(-5, 5)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -206,13 +210,20 @@ def kernel_distance(a, b):
             - 2 * k(a, b).mean()).item()
 
 
-def cell_distance(a, b, cells_a, cells_b, shift=0):
-    """Kernel distance per condition cell, averaged. With `shift` a cell is compared with another
-    one: that is the ceiling, images that obey the wrong condition."""
+def cell_distance(a, b, cells_a, cells_b):
+    """Kernel distance per condition cell, averaged over cells."""
+    return float(np.mean([kernel_distance(a[cells_a == name], b[cells_b == name])
+                          for name in sorted(set(cells_a) & set(cells_b))]))
+
+
+def wrong_cell_distance(a, b, cells_a, cells_b):
+    """The ceiling: kernel distance of each cell to the cells that differ from it in every part of
+    their name ("golgi x B2" and "actin x B3"), what images that obey the wrong condition get."""
     names = sorted(set(cells_a) & set(cells_b))
-    return float(np.mean([kernel_distance(a[cells_a == name],
-                                          b[cells_b == names[(i + shift) % len(names)]])
-                          for i, name in enumerate(names)]))
+    parts = {name: name.split(" x ") for name in names}
+    return float(np.mean([kernel_distance(a[cells_a == one], b[cells_b == other])
+                          for one in names for other in names
+                          if all(x != y for x, y in zip(parts[one], parts[other]))] or [np.nan]))
 
 
 def interval(statistic, wells, repeats=40, share=.7, seed=0):
@@ -223,12 +234,13 @@ def interval(statistic, wells, repeats=40, share=.7, seed=0):
     return [float(v) for v in np.nanpercentile(values, (5, 95))]
 
 
-def variance_ratio(a, b, cells_a, cells_b):
-    """Variance of features within a condition cell, a over b, summed over features and cells:
-    below 1 the images of a cell are too alike (mode collapse)."""
-    def within(x, cells):
-        return sum(x[cells == name].var(0).sum() for name in sorted(set(cells_a) & set(cells_b)))
-    return (within(a, cells_a) / within(b, cells_b)).item()
+def variance_ratio(a, b, conditions_a, conditions_b):
+    """Variance of features among images of one condition, a over b, summed over features and
+    averaged over conditions: below 1 the images of a condition are too alike (mode collapse)."""
+    def within(x, conditions):
+        groups = [x[conditions == name] for name in np.unique(conditions)]
+        return torch.stack([g.var(0).sum() for g in groups if len(g) > 1]).mean()
+    return (within(a, conditions_a) / within(b, conditions_b)).item()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -301,8 +313,13 @@ def screen_probe(folder, model, steps=1500):
     answers = {"true_mechanism": ["none", *data.MECHANISMS],
                "batch": [f"B{b + 1}" for b in range(screen.batches)]}
     code = Path(data.__file__).read_bytes().split(b"# 3. The manifest")[0]  # the simulator's source
+    code += (inspect.getsource(Probe) + inspect.getsource(train_probe)).encode()
     key = hashlib.sha1(f"{screen}{model.intensity}{steps}".encode() + code).hexdigest()[:12]
     path = Path("runs/probe") / f"probe-{key}.pt"
+    settings = model.content["vae"]["settings"]
+    if settings["binning"] != 1 or settings["crop"]:
+        print("the model sees binned or cropped images: no probe, it is trained on whole ones")
+        return None
     if not path.exists():
         print("drawing an unconfounded screen to train the probe on")
         images = np.stack([f["image"] for f in data.draw_fields(rows, screen, counterpart=False)])
@@ -324,7 +341,14 @@ def open_model(args):
     model = Model.load(args.checkpoint)
     settings = SimpleNamespace(**model.content["vae"]["settings"])
     settings.data = args.data or model.content["settings"]["data"]
+    if not 1 <= args.steps <= model.schedule.T:
+        raise UserError(f"--steps {args.steps}: between 1 and {model.schedule.T}")
+    model.weights(args.guidance)
     manifest, pixels, train, held = open_data(settings, draw=False)
+    for field in model.fields:
+        if field.name not in manifest.columns:
+            raise UserError(f"{manifest.path} has no column {field.name}, which the model was told")
+        check_values(field, manifest.columns[field.name])
     return SimpleNamespace(model=model, settings=settings, manifest=manifest, pixels=pixels,
                            train=train, held=held)
 
@@ -347,22 +371,24 @@ def heldout_sets(opened, wanted):
 
 
 def halves(manifest, rows, cells, limit, seed=0):
-    """Two disjoint sets of wells of equal size for each condition cell: arrays of rows (a, b).
-    Cells with fewer than four wells are left out; `limit` rows in each half at the most."""
-    rng = np.random.default_rng(seed)
-    wells = wells_of(manifest)
-    pairs = []
-    for name in sorted(set(cells[rows])):
+    """Two sets of rows from disjoint wells, of equal size in each condition cell: (a, b).
+
+    Two sites of each chosen well, so that the spread within a condition can be seen. Cells with
+    fewer than four wells are left out; about `limit` rows in each half.
+    """
+    rng, wells = np.random.default_rng(seed), wells_of(manifest)
+    names = [name for name in np.unique(cells[rows])
+             if len(np.unique(wells[rows][cells[rows] == name])) >= 4]
+    each = max(2, limit // (2 * max(1, len(names))))  # wells per cell and half
+    a, b = [], []
+    for name in names:
         inside = rows[cells[rows] == name]
-        distinct = rng.permutation(np.unique(wells[inside]))
-        if len(distinct) < 4:
-            continue
-        first = np.isin(wells[inside], distinct[:len(distinct) // 2])
-        n = min(first.sum(), (~first).sum())
-        pairs.append((inside[first][:n], inside[~first][:n]))
-    each = max(4, limit // max(1, len(pairs)))
-    return (np.concatenate([p[0][:each] for p in pairs] or [[]]).astype(int),
-            np.concatenate([p[1][:each] for p in pairs] or [[]]).astype(int))
+        pairs = [rng.permutation(inside[wells[inside] == w])[:2]
+                 for w in rng.permutation(np.unique(wells[inside]))]
+        n = min(each, len(pairs) // 2)
+        a += [i for pair in pairs[:n] for i in pair]
+        b += [i for pair in pairs[n:2 * n] for i in pair]
+    return np.array(a, int), np.array(b, int)
 
 
 def wells_of(manifest):
@@ -387,9 +413,7 @@ def quality_of(opened, rows_a, rows_b, cells, standardise, probe, request):
     model, manifest = opened.model, opened.manifest
     real_a, real_b = real_images(opened, rows_a), real_images(opened, rows_b)
     columns = {f.name: manifest.rows(rows_a, f.name) for f in model.fields}
-    for field in model.fields:  # what training never saw is unknown to the model
-        if field.kind == "category":
-            columns[field.name] = [v if v in field.vocabulary else "" for v in columns[field.name]]
+    columns = blank_unseen(model.fields, columns)
     sets = {"real": real_a, "autoencoder": reconstruct(model.vae, real_a)[0],
             "generated": model.generate(columns, range(len(rows_a)), request.guidance,
                                         request.form, request.steps)}
@@ -402,9 +426,9 @@ def quality_of(opened, rows_a, rows_b, cells, standardise, probe, request):
                  "interval": interval(lambda m: cell_distance(
                      a[m[:len(a)]], b[m[len(a):]], cells_a[m[:len(a)]], cells_b[m[len(a):]]),
                      np.concatenate([wells[rows_a], wells[rows_b]])),
-                 "variance_ratio": variance_ratio(a, b, cells_a, cells_b)}
+                 "variance_ratio": variance_ratio(a, b, wells[rows_a], wells[rows_b])}
         if name == "real":
-            entry["ceiling"] = cell_distance(a, b, cells_a, cells_b, shift=1)
+            entry["ceiling"] = wrong_cell_distance(a, b, cells_a, cells_b)
         if probe:
             entry |= probe_scores(probe, images, manifest, rows_a)
         result[name] = entry
@@ -429,6 +453,7 @@ def quality(args):
     opened = open_model(args)
     model, manifest = opened.model, opened.manifest
     out = Path(args.out or Path(args.checkpoint).parent)
+    out.mkdir(parents=True, exist_ok=True)
     if args.by:
         return quality_by_cell(opened, args, out)
     if "true_mechanism" not in manifest.columns:
@@ -446,8 +471,13 @@ def quality(args):
         if not len(rows_a):
             print(f"{name}: no condition cell has four wells, left out")
             continue
+        left_out = len(set(cells[rows])) - len(set(cells[rows_a]))
+        print(f"{name}: {len(set(cells[rows_a]))} condition cells, {left_out} with fewer than four "
+              "wells left out")
         table[name], sets = quality_of(opened, rows_a, rows_b, cells, standardise, probe, request)
         pictures[name] = {k: v[::max(1, len(v) // 8)][:8] for k, v in sets.items()}
+    if not table:
+        raise UserError("nothing to compare: no condition cell has four wells")
     print_quality(table, probe is not None)
     report = {"checkpoint": args.checkpoint, "guidance": model.weights(args.guidance),
               "form": args.form, "steps": args.steps, "table": table}
@@ -479,7 +509,7 @@ def print_quality(table, probed):
 
 # --- real plates: a table by condition cell -------------------------------------------------------
 
-def crossed_requests(opened, by, n):
+def crossed_requests(opened, by):
     """Every combination of the columns `by`, also those without a single image.
 
     Returns {cell: {field: value}}. A field takes its value from the first of the columns that
@@ -504,63 +534,74 @@ def nearest_distance(images, training, batch=64):
     return torch.cat([torch.cdist(x, b).min(1).values for x in a.split(batch)]) / a.shape[1] ** .5
 
 
-def summarise(images, channels):
+def summarise(images, channels, radius):
     """Nuclei per image and mean intensity of each channel on [0, 1]."""
-    found = features(images, channels)
-    names = feature_names(channels)
+    found, names = features(images, channels, radius=radius), feature_names(channels)
     keep = ["nuclei", *(f"{c}_mean" for c in channels)]
     return {k: float(found[:, names.index(k)].mean()) for k in keep}
 
 
+def one_cell(opened, args, cell, request, inside, training, n):
+    """One condition cell: (entry of the table, real images, generated images)."""
+    model, rng = opened.model, np.random.default_rng(1)
+    fake = model.generate({name: [value] * n for name, value in request.items()}, range(n),
+                          args.guidance, args.form, args.steps)
+    entry = {"cell": cell, "in_training": bool(np.isin(inside, opened.train).any()),
+             "generated": summarise(fake, model.channels, args.nucleus_radius),
+             "nearest_training_view": float(nearest_distance(fake, training).median())}
+    label = np.array([opened.manifest.columns[args.also][i] if args.also else "" for i in inside])
+    real = []
+    for value in np.unique(label):
+        images = real_images(opened, rng.choice(inside[label == value], 4 * n), rng)
+        entry[f"real {value}".strip()] = summarise(images, model.channels, args.nucleus_radius)
+        real += list(images[:6].numpy())
+    return entry, real[::max(1, len(real) // 6)][:6], list(fake[:6].numpy())
+
+
 def quality_by_cell(opened, args, out):
     """For each combination of `--by`: nuclei and intensities, real and generated, and how near the
-    nearest training view is (a model that memorised has generated images nearer than held-out
-    ones)."""
+    nearest training view is: a model that memorised has generated images nearer to one than
+    held-out real images are, after the autoencoder has blurred them as it blurs generated ones."""
     if args.also and args.also not in opened.manifest.columns:
         raise data.DataError(f"--also: {opened.manifest.path} has no column {args.also}")
-    model, manifest, n = opened.model, opened.manifest, 24 if args.quick else 64
-    cells = cells_of(manifest, args.by)
-    training = cached_views(opened.pixels, opened.train, opened.settings, model.intensity,
-                            model.content["settings"]["views"])
-    training = torch.cat(list(training))
+    model, n = opened.model, 24 if args.quick else 64
+    cells = cells_of(opened.manifest, args.by)
+    training = torch.cat(list(cached_views(opened.pixels, opened.train, opened.settings,
+                                           model.intensity, model.content["settings"]["views"])))
     rng = np.random.default_rng(1)
-    held = torch.cat([real_images(opened, opened.held, rng) for _ in range(1 + 64 // len(opened.held))])
-    split_by = args.also and np.array(manifest.columns[args.also])
-    table, rows, labels = [], [], []
-    for cell, request in crossed_requests(opened, args.by, n).items():
-        columns = {name: [value] * n for name, value in request.items()}
-        fake = model.generate(columns, range(n), args.guidance, args.form, args.steps)
-        inside = np.flatnonzero(cells == cell)
-        seen = np.isin(inside, opened.train).any()
-        entry = {"cell": cell, "in_training": bool(seen), "generated": summarise(fake, model.channels),
-                 "nearest_training_view": float(nearest_distance(fake, training).median())}
-        images = [list(fake[:6].numpy())]
-        for value in ([""] if split_by is None else sorted(set(split_by[inside]))) if len(inside) else []:
-            some = inside if split_by is None else inside[split_by[inside] == value]
-            real = real_images(opened, rng.choice(some, 4 * n), rng)
-            entry[f"real {value}".strip()] = summarise(real, model.channels)
-            images.append(list(real[:6].numpy()))
-        table.append(entry)
-        rows.append((images[1] if len(images) > 1 else [None] * 6) + images[0])
-        labels.append(cell.replace(" x ", "\n") + ("" if seen else "\n(unseen)"))
-    names = ["nuclei", *(f"{c}_mean" for c in model.channels)]
+    held = real_images(opened, rng.choice(opened.held, 64), rng)
+    blurred, _ = reconstruct(model.vae, held)
+    report = {"checkpoint": args.checkpoint, "guidance": model.weights(args.guidance),
+              "form": args.form, "steps": args.steps, "by": args.by, "table": [],
+              "held_out_nearest": float(nearest_distance(held, training).median()),
+              "held_out_nearest_autoencoder": float(nearest_distance(blurred, training).median())}
+    rows, labels = [], []
+    for cell, request in crossed_requests(opened, args.by).items():
+        entry, real, fake = one_cell(opened, args, cell, request, np.flatnonzero(cells == cell),
+                                     training, n)
+        report["table"].append(entry)
+        rows.append((real or [None] * 6) + fake)
+        labels.append(cell.replace(" x ", "\n") + ("" if entry["in_training"] else "\n(unseen)"))
+    print_cells(report, model.channels)
+    (out / "quality.json").write_text(json.dumps(report, indent=1))
+    data.picture(out / "quality.png", rows, model.channels, labels,
+                 ["real"] * 6 + ["generated"] * 6, model.pixel_um)
+    print(f"wrote {out}/quality.json and quality.png")
+
+
+def print_cells(report, channels):
+    """The table of quality_by_cell."""
+    names = ["nuclei", *(f"{c}_mean" for c in channels)]
     print(f"\n{'':42s}" + "".join(f"{k.replace('_mean', ''):>9s}" for k in names)
           + "  nearest training view")
-    for entry in table:
+    for entry in report["table"]:
         for kind in [k for k in entry if k.startswith(("real", "generated"))]:
-            label = entry["cell"] if kind == "generated" else ""
-            label += "" if kind != "generated" or entry["in_training"] else " (unseen)"
-            print(f"{label:28s}{kind:14s}" + "".join(f"{entry[kind][k]:9.3f}" for k in names)
+            label = entry["cell"] + ("" if entry["in_training"] else " (unseen)")
+            print(f"{label if kind == 'generated' else '':28s}{kind:14s}"
+                  + "".join(f"{entry[kind][k]:9.3f}" for k in names)
                   + (f"{entry['nearest_training_view']:9.3f}" if kind == "generated" else ""))
-    held_distance = float(nearest_distance(held, training).median())
-    print(f"held-out real images: nearest training view {held_distance:.3f}")
-    (out / "quality.json").write_text(json.dumps({
-        "checkpoint": args.checkpoint, "guidance": model.weights(args.guidance), "form": args.form,
-        "steps": args.steps, "by": args.by, "held_out_nearest_training_view": held_distance,
-        "table": table}, indent=1))
-    data.picture(out / "quality.png", rows, model.channels, labels, ["real"] * 6 + ["generated"] * 6,
-                 model.pixel_um)
-    print(f"wrote {out}/quality.json and quality.png")
+    print(f"nearest training view of held-out real images {report['held_out_nearest']:.3f}, after "
+          f"the autoencoder {report['held_out_nearest_autoencoder']:.3f}")
 
 
 def parse_guidance(words):
@@ -568,8 +609,8 @@ def parse_guidance(words):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = data.Parser(description=__doc__,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     q = commands.add_parser("quality", help="are held-out conditions drawn as they look?",
                             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -580,6 +621,8 @@ def main():
                    "combinations make the rows of the table, such as compound plate")
     q.add_argument("--also", default=None, help="with --by: real images apart by this "
                    "column, such as well")
+    q.add_argument("--nucleus_radius", type=float, default=NUCLEUS_RADIUS,
+                   help="pixels, with --by: what the segmentation looks for")
     q.add_argument("--images", type=int, default=192, help="generated for each held-out set")
     q.add_argument("--sets", nargs="+", help="values of the column split",
                    default=["val", "test_pair", "test_substituent", "test_scaffold"])
@@ -587,6 +630,7 @@ def main():
     q.add_argument("--form", default="nested", choices=FORMS, help="of guidance, see diffusion.py")
     q.add_argument("--steps", type=int, default=STEPS, help="DDIM steps")
     q.add_argument("--quick", action="store_true", help="fewer images")
+    parser.epilog = q.format_help()
     args = parser.parse_args()
     args.guidance = parse_guidance(args.guidance)
     {"quality": quality}[args.command](args)

@@ -44,6 +44,9 @@ class Model:
     """All that sampling needs, built from one checkpoint (a dict, see train_ldm.checkpoint)."""
 
     def __init__(self, content, weights="ema"):
+        missing = {"fields", "unet", "vae", "schedule", "latent_shape", weights} - set(content)
+        if missing:
+            raise UserError(f"the checkpoint lacks {', '.join(sorted(missing))}: train it again")
         self.fields = [Field(**f) for f in content["fields"]]
         self.denoiser = Denoiser(UNetConfig(**content["unet"]), self.fields,
                                  content["molecule_encoder"])
@@ -163,8 +166,9 @@ def check_request(model, columns):
                 number = parse_number(name, value)
                 if number < 0 and field.kind == "log":
                     raise FieldError(f"{name}={value}: a log field cannot be negative")
-                if not (number == 0 and field.kind == "log" or field.low <= number <= field.high):
-                    warnings.warn(f"{name}={value} is outside the training range {field.low:g} to "
+                low = 0. if field.kind == "log" else field.low
+                if not low <= number <= field.high:
+                    warnings.warn(f"{name}={value} is outside the training range {low:g} to "
                                   f"{field.high:g}: taken as the nearest value inside")
 
 
@@ -202,15 +206,15 @@ def write_hyperstack(path, images, model):
     metadata = {"axes": "TCYX", "mode": "grayscale",
                 "Labels": [c for _ in stack for c in model.channels]}
     if model.pixel_um:
-        metadata |= {"unit": "um", "spacing": model.pixel_um}
+        metadata |= {"unit": "um"}
     resolution = (1 / model.pixel_um,) * 2 if model.pixel_um else None
     tifffile.imwrite(path, stack.astype(np.float32), imagej=True, metadata=metadata,
                      resolution=resolution)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = data.Parser(description=__doc__,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("conditions", nargs="*", metavar="NAME=VALUE",
                         help="what is known of the cells; fields not given are unknown")
     parser.add_argument("--checkpoint", default="runs/ldm/model.pt",
@@ -238,7 +242,7 @@ def main():
     n = args.n if args.n is not None else 1 if swept else 8
     if n < 1 or not 1 <= args.steps <= model.schedule.T:
         raise UserError(f"-n {n} --steps {args.steps}: at least one image, and 1 to "
-                              f"{model.schedule.T} steps")
+                        f"{model.schedule.T} steps")
 
     # rows of the picture: the second swept field (and the seed), columns: the first
     across, down = (list(swept.items()) + [("", [""])] * 2)[:2]
@@ -263,7 +267,7 @@ def main():
     data.picture(out / "samples.png", rows, model.channels,
                  [f"{down[0]}={d}" for _ in range(n) for d in down[1]] if down[0] else [],
                  [f"{across[0]}={a}" for a in across[1]] if swept else
-                 [f"seed {s}" for s in seeds[:width]], model.pixel_um,
+                 [f"seed {s}" for s in seeds] if n == width else [], model.pixel_um,
                  "  ".join(f"{k}={v}" for k, v in fixed.items()))
     write_hyperstack(out / "samples.tif", images, model)
     checkpoint = Path(args.checkpoint).read_bytes()

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import data
 import diffusion
 import train_vae
-from conditioning import (MOLECULE_ENCODERS, draw_keep, hide_molecule_of_controls,
+from conditioning import (MOLECULE_ENCODERS, blank_unseen, draw_keep, hide_molecule_of_controls,
                           parse_fields)
 from sample import Denoiser, Model, to_device
 from train_vae import (UserError, autocast, device, learning_rate, load_checkpoint,
@@ -76,7 +76,8 @@ def cache_latents(vae, pixels, rows, config, intensity, views_each, folder, name
     key = hashlib.sha1()
     for tensor in vae.state_dict().values():
         key.update(tensor.cpu().numpy().tobytes())
-    key.update(f"{pixels.manifest.path.resolve()}{pixels.manifest.path.stat()}{list(rows)}"
+    file = pixels.manifest.path
+    key.update(f"{file.resolve()}{file.stat().st_size}{file.stat().st_mtime_ns}{list(rows)}"
                f"{intensity}{config.crop}{config.flips}{config.binning}".encode())
     path = Path(folder) / f"latents-{name}-{views_each}views-{key.hexdigest()[:12]}.npy"
     if path.exists():
@@ -103,8 +104,9 @@ class Latents:
 
     def __init__(self, cache, vae, manifest, rows, conditioner, each):
         self.cache, self.vae, self.rows, self.each = cache, vae, rows, each
+        columns = {f.name: manifest.rows(rows, f.name) for f in conditioner.fields}
         self.codes, self.known, self.molecules = to_device(conditioner.encode(
-            {f.name: manifest.rows(rows, f.name) for f in conditioner.fields}, len(rows)))
+            blank_unseen(conditioner.fields, columns), len(rows)))
 
     def draw(self, places, view, noise_rng):
         """Latents (B, Z, h, w) of these places among the rows, each a fresh posterior sample."""
@@ -137,8 +139,10 @@ def training_batch(latents, config, schedule, fields, step):
     t = torch.randint(schedule.T, (len(z0),), generator=noise_rng).to(z0.device)
     codes, known = latents.conditions(places)
     keep = known & draw_keep(fields, len(z0), noise_rng).to(known.device)
-    codes = hide_molecule_of_controls(fields, codes, latents.molecules, noise_rng)
-    return z0, eps, t, codes, known if config.overfit else keep
+    if config.overfit:
+        return z0, eps, t, codes, known
+    return z0, eps, t, hide_molecule_of_controls(fields, codes, keep, latents.molecules,
+                                                 noise_rng), keep
 
 
 @torch.no_grad()
@@ -146,7 +150,7 @@ def heldout_loss(denoiser, latents, schedule, count=512):
     """Loss on fixed noise under the full condition: the mean, and by quarter of the noise levels
     (from little noise to pure noise), because the mean hides everything."""
     rng, noise_rng = step_rng(12345, 0)
-    places = np.arange(count) % len(latents.rows)
+    places = rng.permutation(count) % len(latents.rows)
     z0 = latents.draw(places, 0, noise_rng)
     eps = torch.randn(z0.shape, generator=noise_rng).to(z0)
     t = (torch.arange(count) * 7919 % count * schedule.T // count).to(z0.device)
@@ -178,12 +182,14 @@ def negative_control(fields, manifest, rows):
 
 
 def group_examples(fields, manifest, rows, count=6):
-    """For each group a few of its training rows' values, evenly drawn: the e' of `control`."""
-    examples = {}
+    """For each group the values of a few training rows that differ in the group's first field (six
+    batches, say): what guidance of the form `control` averages over."""
+    examples, order = {}, np.random.default_rng(0).permutation(rows)
     for group in dict.fromkeys(f.group for f in fields):
         names = [f.name for f in fields if f.group == group]
-        some = np.random.default_rng(0).permutation(rows)[:count]
-        examples[group] = [{n: manifest.columns[n][i] for n in names} for i in some]
+        distinct = {manifest.columns[names[0]][i]: i for i in order}
+        examples[group] = [{n: manifest.columns[n][i] for n in names}
+                           for i in list(distinct.values())[:count]]
     return examples
 
 
@@ -223,35 +229,46 @@ def draw_curves(folder):
     plt.close(fig)
 
 
-def prepare(config):
-    """Everything up to the first step: data, autoencoder, fields, networks, latents."""
-    if not Path(config.vae).exists() and config.vae == Config.vae:
-        print("no autoencoder yet: training one")
-        train_vae.train(train_vae.Config(data=config.data))
-    vae, vae_content = train_vae.load_vae(config.vae)
-    settings = SimpleNamespace(**vae_content["settings"] | {"data": config.data})
-    if vae_content["settings"]["data"] != config.data:
-        print(f"note: the autoencoder {config.vae} was trained on {vae_content['settings']['data']}; "
-              "its crop, binning, split and intensities are used")
-    manifest, pixels, train_rows, held_rows = train_vae.open_data(settings)
+def open_fields(config, manifest, train_rows):
+    """The fields that a config names, checked against the manifest and fitted to training rows."""
     groups = {"biology": config.biology, "experiment": config.experiment}
     fields = parse_fields(groups, manifest.columns)
-    fields = [f.fit(manifest.rows(train_rows, f.name)) for f in fields]
+    return [f.fit(manifest.rows(train_rows, f.name)) for f in fields]
+
+
+def open_vae(config):
+    """The autoencoder, trained first where the default one is missing; fields are checked before."""
+    if not Path(config.vae).exists() and config.vae == Config.vae:
+        first = train_vae.Config(data=config.data)
+        manifest, _, train_rows, _ = train_vae.open_data(first)
+        open_fields(config, manifest, train_rows)
+        print("no autoencoder yet: training one")
+        train_vae.train(first)
+    vae, content = train_vae.load_vae(config.vae)
+    trained_on = content["settings"]["data"]
+    if trained_on != config.data and config.vae == Config.vae:
+        raise UserError(f"{config.vae} was trained on {trained_on}, not on {config.data}: train one "
+                        f"with python train_vae.py --data {config.data} --out ..., and name it with "
+                        "--vae")
+    return vae, content
+
+
+def prepare(config):
+    """Everything up to the first step: data, autoencoder, fields, networks, latents."""
+    vae, vae_content = open_vae(config)
+    settings = SimpleNamespace(**vae_content["settings"] | {"data": config.data})
+    manifest, pixels, train_rows, held_rows = train_vae.open_data(settings)
+    fields = open_fields(config, manifest, train_rows)
     print("fields: " + (", ".join(f"{f.name} ({f.kind}, {f.group})" for f in fields) or "none"))
-    # a held-out category the training rows never had is unknown to the model
-    held_rows = np.array([i for i in held_rows if all(
-        f.kind != "category" or manifest.columns[f.name][i] in ("", *f.vocabulary)
-        for f in fields)], int)
 
     torch.manual_seed(config.seed)
     z = vae.to_latent(views(pixels, train_rows[:1], settings, vae_content["intensity"]).to(device()))
     unet = unet_config(config.size, z.shape[1])
     step = unet.fold * 2 ** (len(unet.multipliers) - 1)
     if z.shape[2] % step or z.shape[3] % step:
-        step *= settings.downsampling
         raise UserError(f"latents of {z.shape[2]}x{z.shape[3]} do not halve often enough for the "
                         f"U-Net {config.size}: train the autoencoder with a --crop that is a "
-                        f"multiple of {step}")
+                        f"multiple of {step * settings.downsampling}")
     denoiser = Denoiser(unet, fields, config.molecule_encoder).to(device())
     schedule = dict(name=config.schedule, target=config.target, zero_snr=config.zero_snr)
     um = set(manifest.columns.get("pixel_um", [""]))
@@ -262,46 +279,83 @@ def prepare(config):
         control=negative_control(fields, manifest, train_rows),
         examples=group_examples(fields, manifest, train_rows), settings=asdict(config),
         vae={k: vae_content[k] for k in ("config", "weights", "intensity", "settings")})
+    prepared = SimpleNamespace(manifest=manifest, pixels=pixels, held_rows=held_rows, fields=fields,
+                               settings=settings, denoiser=denoiser, constant=constant, sides={},
+                               schedule=diffusion.Schedule(**schedule))
+    if config.resume:
+        check_resume(config, constant)
     Path(config.out).mkdir(parents=True, exist_ok=True)
-    sides = {}
     for name, rows, each in (("training", train_rows, config.views), ("held-out", held_rows, 1)):
         cache = cache_latents(vae, pixels, rows, settings, vae_content["intensity"], each,
                               config.out, name)
-        sides[name] = Latents(cache, vae, manifest, rows, denoiser.conditioner, each)
-    return SimpleNamespace(manifest=manifest, pixels=pixels, held_rows=held_rows, fields=fields,
-                           settings=settings, denoiser=denoiser, constant=constant, sides=sides,
-                           schedule=diffusion.Schedule(**schedule))
+        prepared.sides[name] = Latents(cache, vae, manifest, rows, denoiser.conditioner, each)
+    return prepared
+
+
+def changed_settings(config, content):
+    """Settings that differ from those of a checkpoint, but for what may change on the way."""
+    free = {"steps", "resume", "overwrite", "overfit", "eval_every", "out"}
+    return [f"{k} was {content['settings'].get(k)}" for k, v in asdict(config).items()
+            if k not in free and content["settings"].get(k) != v]
+
+
+def check_resume(config, constant):
+    """Refuse to go on from `out`/model.pt under other settings, fields or another autoencoder."""
+    path = Path(config.out) / "model.pt"
+    content = load_checkpoint(path, "ldm", "start without --resume")
+    changed = changed_settings(config, content)
+    if content["fields"] != constant["fields"]:
+        changed.append("the fields' ranges and categories have changed")
+    if any(not torch.equal(w.cpu(), constant["vae"]["weights"][k].cpu())
+           for k, w in content["vae"]["weights"].items()):
+        changed.append("the autoencoder is another one")
+    if changed:
+        raise UserError(f"--resume of {path}: {'; '.join(changed)}")
+    return content
 
 
 def resume(config, denoiser, average, optimiser, constant):
     """Load weights, their average and the optimiser from `out`/model.pt; returns the next step."""
-    path = Path(config.out) / "model.pt"
-    content = load_checkpoint(path, "ldm", "start without --resume")
-    free = {"steps", "resume", "overwrite", "eval_every", "out", "data", "vae"}
-    changed = [f"{k} was {content['settings'][k]}" for k, v in asdict(config).items()
-               if k not in free and content["settings"][k] != v]
-    if content["fields"] != constant["fields"]:
-        changed.append("the fields' ranges and categories have changed")
-    if changed:
-        raise UserError(f"--resume of {path}: {'; '.join(changed)}")
+    content = check_resume(config, constant)
     denoiser.load_state_dict(content["weights"])
     average.load_state_dict(content["ema"])
     optimiser.load_state_dict(content["optimiser"])
     return content["step"]
 
 
+def already_trained(config):
+    """Whether `out`/model.pt is what this config asks for, finished; refuses to overwrite any
+    other one unasked."""
+    path = Path(config.out) / "model.pt"
+    if not path.exists() or config.resume or config.overwrite or config.overfit:
+        return False
+    content = load_checkpoint(path, "ldm", "choose another --out")
+    changed = changed_settings(config, content)
+    if changed:
+        raise UserError(f"{path} was trained with other settings ({'; '.join(changed)}): choose "
+                        "another --out, or --overwrite")
+    if content["step"] < config.steps:
+        raise UserError(f"{path} stopped at step {content['step']} of {config.steps}: add --resume "
+                        "to go on, or --overwrite to start again")
+    print(f"{path} is trained already ({content['step']} steps; --overwrite trains it again)")
+    return True
+
+
+def print_shares(fields):
+    """The dropout plan as it comes out, over 100,000 draws."""
+    keep = draw_keep(fields, 100_000, torch.Generator().manual_seed(0))
+    if fields:
+        print(f"shown in training: every field {keep.all(1).float().mean():.2f}, none "
+              f"{(~keep).all(1).float().mean():.2f}; " + ", ".join(
+                  f"{f.name} {keep[:, i].float().mean():.2f}" for i, f in enumerate(fields)))
+
+
 def train(config=Config()):
     """Train a latent diffusion model and write `out`/model.pt. Returns its path."""
     check(config)
     out = Path(config.out)
-    if (out / "model.pt").exists() and not (config.resume or config.overwrite or config.overfit):
-        done = load_checkpoint(out / "model.pt", "ldm", "choose another --out")
-        if done["step"] >= config.steps:
-            print(f"{out}/model.pt is trained already ({done['step']} steps; --overwrite trains it "
-                  "again)")
-            return farewell(out)
-        raise UserError(f"{out}/model.pt stopped at step {done['step']} of {config.steps}: "
-                              "add --resume to go on, or --overwrite to start again")
+    if already_trained(config):
+        return farewell(out)
     p = prepare(config)
     denoiser, schedule, latents, held = p.denoiser, p.schedule, *p.sides.values()
     average = copy.deepcopy(denoiser).eval().requires_grad_(False)
@@ -310,6 +364,7 @@ def train(config=Config()):
     count = sum(w.numel() for w in denoiser.unet.parameters()) / 1e6
     print(f"U-Net {config.size}: {count:.2f} M parameters, latents {tuple(latents.cache.shape[2:])}, "
           f"{len(latents.rows)} images x {config.views} views, {len(held.rows)} held out")
+    print_shares(p.fields)
     first, start, recent = 0, time.time(), []
     if config.resume:
         first = resume(config, denoiser, average, optimiser, p.constant)
@@ -317,8 +372,9 @@ def train(config=Config()):
         # 1.00 by construction: the output starts at zero, target and latents are standardised
         mean, by_noise = heldout_loss(average, held, schedule)
         print(f"held-out loss at step 0: {mean:.2f}")
-        (out / "log.jsonl").unlink(missing_ok=True)
-        write_log(out / "log.jsonl", step=0, heldout_loss=mean, by_noise=by_noise)
+        if not config.overfit:
+            (out / "log.jsonl").unlink(missing_ok=True)
+            write_log(out / "log.jsonl", step=0, heldout_loss=mean, by_noise=by_noise)
 
     for step in tqdm(range(first, config.steps), desc="training the diffusion model",
                      initial=first, total=config.steps, mininterval=1):
@@ -331,7 +387,7 @@ def train(config=Config()):
                 z0, eps, t, config.min_snr).mean()
         if not torch.isfinite(loss):
             raise UserError(f"the loss is {loss.item()} at step {step}: training stopped, "
-                                  f"{out}/model.pt is as it was; try a smaller --lr")
+                            f"{out}/model.pt is as it was; try a smaller --lr")
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.)
@@ -363,7 +419,7 @@ def farewell(out):
     content = load_checkpoint(out / "model.pt", "ldm", "train again")
     example = " ".join(f"'{f['name']}={content['examples'][f['group']][0][f['name']]}'"
                        for f in content["fields"][:3])
-    print(f"wrote {out}/model.pt, samples.png (real above generated) and curves.png. Now try\n"
+    print(f"{out} has model.pt, samples.png (real above generated) and curves.png. Now try\n"
           f"  python sample.py --checkpoint {out}/model.pt {example} -n 8\n"
           f"  python evaluate.py quality --checkpoint {out}/model.pt")
     return out / "model.pt"
@@ -375,9 +431,10 @@ def check(config):
                           ("target", diffusion.TARGETS), ("molecule_encoder", MOLECULE_ENCODERS)):
         if getattr(config, name) not in options:
             raise UserError(f"--{name} {getattr(config, name)}: one of {', '.join(options)}")
-    if config.target == "noise" and config.zero_snr:
-        raise UserError("--target noise needs --no-zero_snr: at zero signal the noise says nothing "
-                        "of the image")
+    try:
+        diffusion.Schedule(config.schedule, config.target, zero_snr=config.zero_snr)
+    except ValueError as fault:
+        raise UserError(f"--target {config.target}: {fault}") from None
     both = {f.partition(":")[0] for f in config.biology} & {f.partition(":")[0]
                                                             for f in config.experiment}
     if both:

@@ -73,6 +73,9 @@ def run(main):
     except USER_ERRORS as fault:
         print(f"error: {fault}", file=sys.stderr)
         sys.exit(2)
+    except OSError as fault:  # no space left, a folder that is a file, no permission
+        print(f"error: {fault}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -95,8 +98,7 @@ def add_settings(parser, config):
 def settings(config, argv=None):
     """Command line to Config: a wrong name or type ends with a message and exit status 2."""
     module = sys.modules[config.__module__].__doc__
-    parser = argparse.ArgumentParser(description=module,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = data.Parser(description=module, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_settings(parser, config)
     values = vars(parser.parse_args(argv))
     for setting in dataclasses.fields(config):
@@ -159,8 +161,7 @@ def load_checkpoint(path, kind, hint):
         raise UserError(f"{path} is no nanopaint checkpoint ({reason})") from None
     if not isinstance(content, dict) or content.get("kind") != kind:
         found = content.get("kind") if isinstance(content, dict) else None
-        raise UserError(f"{path} is a checkpoint of another kind ({found}), not {kind}: "
-                              f"{hint}")
+        raise UserError(f"{path} is a checkpoint of another kind ({found}), not {kind}: {hint}")
     return content
 
 
@@ -244,8 +245,8 @@ def reconstruct(vae, images, batch=64):
 
 
 def through_small_image(images, numbers):
-    """The baseline of the same compression: area downsampling to at most `numbers` values per
-    image (rounded up to a square), then bicubic upsampling."""
+    """The baseline of the same compression: area downsampling to squares that hold at least
+    `numbers` values per image, then bicubic upsampling."""
     side = math.ceil((numbers / images.shape[1]) ** .5)
     small = F.interpolate(images, (side, side), mode="area")
     return F.interpolate(small, images.shape[2:], mode="bicubic").clamp(-1, 1)
@@ -284,8 +285,7 @@ def train(config=Config()):
     """Train a VAE and write `out`/model.pt. Returns its path."""
     out = Path(config.out)
     if (out / "model.pt").exists() and not config.overwrite:
-        raise UserError(f"{out}/model.pt exists: use --overwrite to train again, or another "
-                              "--out")
+        raise UserError(f"{out}/model.pt exists: use --overwrite to train again, or another --out")
     shape = VAEConfig(len(config.channels.split(",")), config.latent_channels, config.downsampling,
                       config.fold, config.width, config.blocks)
     try:
@@ -294,6 +294,7 @@ def train(config=Config()):
         raise UserError(str(fault)) from None
     manifest, pixels, train_rows, held_rows = open_data(config)
     intensity = data.fit_intensity(config.intensity, pixels, train_rows)
+    held_rows = np.random.default_rng(0).permutation(held_rows)  # from all plates
     held = views(pixels, held_rows[:256], config, intensity)
     if len(held) < 64:  # few images: several random pieces of each
         held = torch.cat([views(pixels, held_rows, config, intensity, np.random.default_rng(k))
@@ -323,8 +324,8 @@ def train(config=Config()):
             x_hat, mean, logvar = vae(x, noise)
         loss, l1, kl = vae_loss(x, x_hat, mean, logvar, config.kl_weight)
         if not torch.isfinite(loss):
-            raise UserError(f"the loss is {loss.item()} at step {step}: training stopped, "
-                                  "nothing saved; try a smaller --lr")
+            raise UserError(f"the loss is {loss.item()} at step {step}: training stopped, nothing "
+                            "saved; try a smaller --lr")
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.)
@@ -356,5 +357,9 @@ def train(config=Config()):
     return out / "model.pt"
 
 
+def main():
+    train(settings(Config))
+
+
 if __name__ == "__main__":
-    run(lambda: train(settings(Config)))
+    run(main)

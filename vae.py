@@ -32,7 +32,7 @@ class VAEConfig:
         if self.width % 8:
             raise ValueError(f"width {self.width} is no multiple of 8")
         levels = (self.downsampling // self.fold).bit_length()
-        if self.fold * 2 ** (levels - 1) != self.downsampling:
+        if not levels or self.fold * 2 ** (levels - 1) != self.downsampling:
             raise ValueError(f"downsampling {self.downsampling} is not fold {self.fold} times a "
                              "power of two")
         return [self.width * min(2 ** i, 4) for i in range(levels)]

@@ -9,7 +9,8 @@ from torch.testing import assert_close
 import data
 import evaluate
 from evaluate import (Standardise, cell_distance, feature_names, features, kernel_distance,
-                      object_shapes, otsu, segment_nuclei, variance_ratio)
+                      object_shapes, otsu, segment_nuclei, variance_ratio,
+                      wrong_cell_distance)
 
 
 def disc(y, x, a, b=None, side=64):
@@ -30,6 +31,10 @@ def test_nuclei_are_counted_and_touching_ones_are_parted():
     labels = segment_nuclei(dna[None])
     assert len(labels.unique()) == 1 + len(centres)
     assert len({int(labels[0, y, x]) for y, x in centres}) == len(centres)
+
+
+def test_a_saturated_nucleus_is_one():
+    assert segment_nuclei(disc(32, 32, 10)[None].clamp(max=.6), radius=8.).max() == 1
 
 
 def test_an_empty_field_has_no_nuclei():
@@ -95,25 +100,35 @@ def test_kernel_distance_is_unbiased():
 
 def test_distance_per_cell_sees_what_a_pooled_distance_cannot():
     rng = torch.Generator().manual_seed(0)
-    cells = np.repeat(["x", "y"], 40)
+    cells = np.repeat(["golgi x B1", "actin x B2"], 40)
     centre = torch.tensor([[1.]] * 40 + [[-1.]] * 40)
     a, b = (torch.randn(80, 6, generator=rng) * .3 + centre for _ in range(2))
     shuffled = torch.cat([a[40:], a[:40]])  # the same images under the wrong condition
     assert_close(kernel_distance(shuffled, b), kernel_distance(a, b), atol=1e-5, rtol=0)
     assert cell_distance(shuffled, b, cells, cells) > 20 * abs(cell_distance(a, b, cells, cells))
     assert_close(cell_distance(shuffled, b, cells, cells),
-                 cell_distance(a, b, cells, cells, shift=1))
+                 wrong_cell_distance(a, b, cells, cells))
 
 
-def test_variance_ratio_of_half_the_spread_is_a_quarter():
-    x, cells = torch.randn(40, 6), np.repeat(["x", "y"], 20)
-    assert_close(variance_ratio(x / 2 + 3, x, cells, cells), .25)
+def test_ceiling_takes_cells_that_differ_in_every_part():
+    x = torch.arange(6.)[:, None] * 10 + torch.randn(6, 8)
+    cells = np.repeat(["golgi x B1", "golgi x B2", "actin x B2"], 2)
+    far = [kernel_distance(x[:2], x[4:]), kernel_distance(x[4:], x[:2])]
+    assert_close(wrong_cell_distance(x, x, cells, cells), float(np.mean(far)))
+
+
+def test_variance_ratio_sees_mode_collapse_within_conditions():
+    x, conditions = torch.randn(400, 6), np.repeat(np.arange(100), 4)
+    assert_close(variance_ratio(x / 2 + 3, x, conditions, conditions), .25)
+    means = x.view(100, 4, 6).mean(1, keepdim=True).expand(-1, 4, -1).reshape(400, 6)
+    assert variance_ratio(means, x, conditions, conditions) < 1e-6
 
 
 def test_standardise_fills_what_is_missing_with_the_mean():
     real = torch.tensor([[1., 2.], [3., torch.nan], [5., 6.]])
     out = Standardise(real)(real)
-    assert_close(out.mean(0), torch.zeros(2)) and out[1, 1] == 0
+    assert_close(out.mean(0), torch.zeros(2))
+    assert out[1, 1] == 0 and Standardise(real)(real * 1e6).max() == 5
 
 
 def test_halves_share_no_well(screen):
@@ -122,6 +137,8 @@ def test_halves_share_no_well(screen):
     a, b = evaluate.halves(manifest, np.arange(len(manifest)), cells, 200)
     wells = evaluate.wells_of(manifest)
     assert len(a) == len(b) > 50 and not set(wells[a]) & set(wells[b])
+    few, _ = evaluate.halves(manifest, np.arange(len(manifest)), cells, 40)
+    assert len(set(wells[few])) > 15  # from many wells, not all sites of a few
     assert sorted(cells[a]) == sorted(cells[b])
 
 
