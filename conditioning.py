@@ -326,7 +326,8 @@ def hide_molecule_of_controls(fields, codes, keep, molecules, rng, share=.5):
     log field at 0: where the dose is hidden or unknown, another molecule would be a lie.
     keep (n, fields) bool. Returns codes with some molecule places replaced.
     """
-    shown_zero = [keep[:, i] & (codes[f.name] == 0) for i, f in enumerate(fields) if f.kind == "log"]
+    shown_zero = [keep[:, i] & (codes[f.name] == 0) for i, f in enumerate(fields)
+                  if f.kind == "log"]
     if not shown_zero:
         return codes
     control, codes, n = torch.stack(shown_zero).any(0), dict(codes), len(keep)

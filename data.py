@@ -56,19 +56,19 @@ class DataError(ValueError):
 # A motif sets the mechanism: the direction in which the cells change. Each effect is a difference
 # of logarithms at full effect, so 0.35 on nucleus_radius means exp(0.35) = 1.4 times the radius.
 MECHANISMS = {
-    "dna_damage":   dict(motif="N(CCCl)CCCl", nucleus_radius=.38, dna=-.35, cell_radius=.2,
+    "dna_damage":   dict(motif="N(CCCl)CCCl", nucleus_radius=.45, dna=-.4, cell_radius=.2,
                          cell_count=-.35),
-    "tubulin":      dict(motif="c5cc(OC)c(OC)c(OC)c5", binucleation=2.7, elongation=-1.,
+    "tubulin":      dict(motif="c5cc(OC)c(OC)c(OC)c5", binucleation=2.9, elongation=-1.,
                          mito_spread=-.7, cell_count=-.25),
     "actin":        dict(motif="C5CSC(=O)N5", membrane=-1.3, actin=-.9, ruffling=1.4,
                          cell_radius=-.25),
-    "mitochondria": dict(motif="NN=C(C#N)C#N", mito=-1., mito_granularity=.7, mito_spread=.5),
+    "mitochondria": dict(motif="NN=C(C#N)C#N", mito=-1.4, mito_granularity=.7, mito_spread=.5),
     "er_stress":    dict(motif="B(O)O", er=.6, er_spread=-.8, rna=.3),
-    "nucleolar":    dict(motif="n5cnc6c5ncnc6N", nucleoli=.5, nucleolus_radius=.55,
-                         nucleolus_count=-1.1, rna=-.6),
+    "nucleolar":    dict(motif="n5cnc6c5ncnc6N", nucleoli=.6, nucleolus_radius=.6,
+                         nucleolus_count=-1.1, rna=-.8),
     "golgi":        dict(motif="/C=C/C(=O)OC", golgi_spread=1.1, golgi=-.35, actin=.35),
-    "apoptosis":    dict(motif="C(=O)NS(=O)(=O)C", cell_count=-1.1, nucleus_radius=-.35, dna=.5,
-                         cell_radius=-.3, mito=-.3),
+    "apoptosis":    dict(motif="C(=O)NS(=O)(=O)C", cell_count=-1.1, nucleus_radius=-.45, dna=.7,
+                         cell_radius=-.3, er=-.5, mito=-.3),
 }
 # The substituents (at {R}) and the scaffold set the potency: the half-effect dose in micromolar.
 # Two activity cliffs: the wrong enantiomer, and a charge that keeps the molecule out of the cell.
@@ -226,7 +226,7 @@ def smooth(noise, sigma):
     h, w = noise.shape[-2:]
     fy, fx = np.fft.fftfreq(h)[:, None], np.fft.rfftfreq(w)[None]
     kernel = np.exp(-2 * (np.pi * sigma) ** 2 * (fx ** 2 + fy ** 2))
-    return np.fft.irfft2(np.fft.rfft2(noise) * kernel, s=(h, w)).astype(np.float32)
+    return np.fft.irfft2(np.fft.rfft2(noise) * kernel.astype(np.float32), s=(h, w))
 
 
 def textures(noise, sigmas):
@@ -266,8 +266,9 @@ def draw_cells(cell, identity, size):
     # outline), so where cells meet they share a border, instead of adding up.
     y, x = np.mgrid[:side, :side].astype(np.float32)
     ruffled_y, ruffled_x = y + cell["ruffling"] * shift_y, x + cell["ruffling"] * shift_x
-    long_axis = cell["cell_radius"] * np.exp(.15 * normal[:, 0] + cell["elongation"] * abs(normal[:, 1]))
-    short_axis = long_axis * np.exp(-2 * cell["elongation"] * abs(normal[:, 1]))
+    stretch = np.exp(cell["elongation"] * abs(normal[:, 1]))
+    mean_axis = cell["cell_radius"] * np.exp(.15 * normal[:, 0])
+    long_axis, short_axis = mean_axis * stretch, mean_axis / stretch
     distances = ellipse_distance(ruffled_y, ruffled_x, centres[:, :, None, None],
                                  *(v[:, None, None] for v in (angle, long_axis, short_axis)))
     owner = distances.argmin(0)                                                  # (S, S)
@@ -277,18 +278,18 @@ def draw_cells(cell, identity, size):
 
     # Nuclei: ellipses; in a binucleated cell two smaller ones side by side. From here on every
     # number of a cell is spread over the pixels it owns: v[owner] is (S, S).
-    double = identity["binucleate"][alive] < cell["binucleation"]
-    radius = cell["nucleus_radius"] * np.exp(.1 * normal[:, 2]) * np.where(double, .8, 1.)
+    double = (identity["binucleate"][alive] < cell["binucleation"]).astype(np.float32)
+    radius = cell["nucleus_radius"] * np.exp(.1 * normal[:, 2]) * (1 - .2 * double)
     squash = np.exp(cell["eccentricity"] * abs(normal[:, 3]))
     axes = [v[owner] for v in (angle, radius * squash, radius / squash)]
-    apart = np.where(double, 1.2, 0.) * radius
+    apart = 1.2 * double * radius
     towards = np.stack([np.sin(angle), np.cos(angle)], 1)                        # (n, 2)
     lobes = [ellipse_distance(y, x, (centres + sign * apart[:, None] * towards)[owner]
                               .transpose(2, 0, 1), *axes) for sign in (-1, 1)]
     in_nucleus = soft_step(1 - np.minimum(*lobes), .11)
 
     # Nucleoli: round spots in the nucleus. How many are seen depends on nucleolus_count.
-    spots = np.zeros((side, side))
+    spots = np.zeros((side, side), np.float32)
     for k in range(5):
         place = centres + identity["nucleoli"][alive, k] * .55 * radius[:, None]
         seen = identity["nucleolus_rank"][alive, k] < cell["nucleolus_count"] / 5
@@ -315,8 +316,8 @@ def draw_cells(cell, identity, size):
         cell["mito"] * fluid * fade(cell["mito_spread"]) * filament])
     stains = stains.clip(0) * np.exp(.12 * normal[:, 5:10])[owner].transpose(2, 0, 1)
     height = inside * np.sqrt((1.05 - d ** 2).clip(.02)) + (.45 + .3 * spots) * in_nucleus
-    nuclei = np.concatenate([centres[~double], *(
-        (centres + sign * apart[:, None] * towards)[double] for sign in (-1, 1))])
+    nuclei = np.concatenate([centres[double == 0], *(
+        (centres + sign * apart[:, None] * towards)[double == 1] for sign in (-1, 1))])
     return stains, height, nuclei - MARGIN
 
 
@@ -366,11 +367,13 @@ def expose(stains, row, optics, noise_rng):
     batch, side = batches[row["batch"]], stains.shape[-1]
     y, x = np.mgrid[-1:1:side * 1j, -1:1:side * 1j]
     towards = .35 * np.array([[-1, -1], [-1, 1], [1, -1], [1, 1]])[(row["site"] - 1) % 4]
-    light = 1 - .12 * ((y - towards[0]) ** 2 + (x - towards[1]) ** 2)
-    gain = batch["gain"] * plates[row["plate"]]
-    image = smooth(stains, batch["blur"]) * gain[:, None, None] * light + batch["background"][:, None, None]
+    light = 1 - .12 * ((y - towards[0]) ** 2 + (x - towards[1]) ** 2).astype(np.float32)
+    gain, background = ((v[:, None, None]).astype(np.float32) for v in (
+        batch["gain"] * plates[row["plate"]], batch["background"]))
+    image = smooth(stains, batch["blur"]) * gain * light + background
     image = image[:, MARGIN:-MARGIN, MARGIN:-MARGIN]
-    image = image + noise_rng.normal(size=image.shape) * np.sqrt(2.5e-5 * image.clip(0) + 6e-6)
+    noise = noise_rng.standard_normal(image.shape, np.float32)  # of photons and of the camera
+    image = image + noise * np.sqrt(2.5e-5 * image.clip(0) + 6e-6)
     return np.round(image.clip(0, 1) * 255).astype(np.uint8)
 
 
@@ -541,8 +544,9 @@ def read_manifest(path, channels=CHANNELS, column="image", check=10_000):
     if "index" in columns:
         bad = [i + 2 for i, v in enumerate(columns["index"]) if v and not v.isdigit()]
         if bad:
-            raise DataError(f"{path}, row {bad[0]}, column index: {columns['index'][bad[0] - 2]} is "
-                            "no place in a stack (0, 1, ...)")
+            value = columns["index"][bad[0] - 2]
+            raise DataError(f"{path}, row {bad[0]}, column index: {value} is no place in a stack "
+                            "(0, 1, ...)")
         index = [int(v) if v else None for v in columns["index"]]
     files = [tuple(str(path.parent / n) if n else "" for n in row) for row in names]
     manifest = Manifest(path, columns, tuple(channels), files, index, {})

@@ -24,8 +24,8 @@ from conditioning import blank_unseen, check_values, parse_number
 from diffusion import FORMS
 from sample import STEPS, Model
 from train_ldm import cached_views
-from train_vae import (UserError, autocast, device, learning_rate, load_checkpoint, open_data, reconstruct,
-                       run, save_checkpoint, step_rng, views)
+from train_vae import (UserError, autocast, device, learning_rate, load_checkpoint, open_data,
+                       reconstruct, run, save_checkpoint, step_rng, views)
 
 NUCLEUS_RADIUS = 4.5  # pixels; what the segmentation looks for
 
@@ -176,8 +176,8 @@ def features(images, channels, batch=64, radius=NUCLEUS_RADIUS):
         unit = centred / centred.norm(dim=2, keepdim=True).clamp(min=1e-6)
         correlation = unit @ unit.transpose(1, 2)                        # (B, C, C)
         i, j = torch.triu_indices(len(channels), len(channels), 1)
-        found.append(torch.cat([torch.stack(parts, 1), *per_channel, correlation[:, i, j]], 1).cpu())
-    return torch.cat(found)
+        found.append(torch.cat([torch.stack(parts, 1), *per_channel, correlation[:, i, j]], 1))
+    return torch.cat(found).cpu()
 
 
 class Standardise:
@@ -239,7 +239,7 @@ def variance_ratio(a, b, conditions_a, conditions_b):
     averaged over conditions: below 1 the images of a condition are too alike (mode collapse)."""
     def within(x, conditions):
         groups = [x[conditions == name] for name in np.unique(conditions)]
-        return torch.stack([g.var(0).sum() for g in groups if len(g) > 1]).mean()
+        return torch.tensor([g.var(0).sum() for g in groups if len(g) > 1]).mean()
     return (within(a, conditions_a) / within(b, conditions_b)).item()
 
 
@@ -457,16 +457,16 @@ def quality(args):
     if args.by:
         return quality_by_cell(opened, args, out)
     if "true_mechanism" not in manifest.columns:
-        raise data.DataError(f"{manifest.path} is not simulated: say with --by which columns make a "
-                             "condition, such as --by compound plate")
-    limit = 96 if args.quick else args.images
+        raise data.DataError(f"{manifest.path} is not simulated: say with --by which columns make "
+                             "a condition, such as --by compound plate")
+    limit, sets = 96 if args.quick else args.images, heldout_sets(opened, args.sets)
     probe = screen_probe(manifest.path.parent, model)
     cells = cells_of(manifest, ["true_mechanism", "batch"])
     some = np.random.default_rng(0).permutation(opened.train)[:1000]
     standardise = Standardise(features(real_images(opened, some), model.channels))
     request = SimpleNamespace(guidance=args.guidance, form=args.form, steps=args.steps)
     table, pictures = {}, {}
-    for name, rows in heldout_sets(opened, args.sets).items():
+    for name, rows in sets.items():
         rows_a, rows_b = halves(manifest, rows, cells, limit)
         if not len(rows_a):
             print(f"{name}: no condition cell has four wells, left out")
@@ -474,18 +474,18 @@ def quality(args):
         left_out = len(set(cells[rows])) - len(set(cells[rows_a]))
         print(f"{name}: {len(set(cells[rows_a]))} condition cells, {left_out} with fewer than four "
               "wells left out")
-        table[name], sets = quality_of(opened, rows_a, rows_b, cells, standardise, probe, request)
-        pictures[name] = {k: v[::max(1, len(v) // 8)][:8] for k, v in sets.items()}
+        table[name], images = quality_of(opened, rows_a, rows_b, cells, standardise, probe,
+                                         request)
+        pictures[name] = {k: v[::max(1, len(v) // 8)][:8] for k, v in images.items()}
     if not table:
         raise UserError("nothing to compare: no condition cell has four wells")
     print_quality(table, probe is not None)
     report = {"checkpoint": args.checkpoint, "guidance": model.weights(args.guidance),
               "form": args.form, "steps": args.steps, "table": table}
     (out / "quality.json").write_text(json.dumps(report, indent=1))
-    rows = [list(images.numpy()) for sets in pictures.values() for images in sets.values()]
-    data.picture(out / "quality.png", rows, model.channels,
-                 [f"{name}\n{kind}" for name, sets in pictures.items() for kind in sets],
-                 pixel_um=model.pixel_um)
+    labels = [f"{name}\n{kind}" for name, kinds in pictures.items() for kind in kinds]
+    rows = [list(images.numpy()) for kinds in pictures.values() for images in kinds.values()]
+    data.picture(out / "quality.png", rows, model.channels, labels, pixel_um=model.pixel_um)
     print(f"wrote {out}/quality.json and quality.png")
 
 

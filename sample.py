@@ -1,6 +1,6 @@
 """Generate Cell Painting images from a trained checkpoint, asked for in a biologist's terms.
 
-    python sample.py smiles="CC1CCC(B(O)O)CC1" dose=3 batch=B2 -n 8 --guidance biology=2 experiment=2
+    python sample.py smiles="CC1CCC(B(O)O)CC1" dose=3 batch=B2 -n 8 --guidance biology=2
     python sample.py --grid dose=0,0.3,1,3,10 batch=B1,B2,B3 smiles="CC1CCC(B(O)O)CC1"
 
 A field that is not given is unknown, not zero. The same seed gives the same cells, whatever else
@@ -200,7 +200,7 @@ def parse_request(model, pairs, grid, guidance):
 
 
 def write_hyperstack(path, images, model):
-    """Images (n, C, H, W) in [-1, 1] as an ImageJ hyperstack, in the units of the training files."""
+    """Images (n, C, H, W) in [-1, 1] as an ImageJ hyperstack, in the training files' units."""
     low, high = (np.array(model.intensity[k], np.float32)[:, None, None] for k in ("low", "high"))
     stack = low + (images.numpy() + 1) / 2 * (high - low)
     metadata = {"axes": "TCYX", "mode": "grayscale",

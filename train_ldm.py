@@ -34,7 +34,7 @@ from unet import SIZES, unet_config
 class Config:
     # data
     data: str = train_vae.Config.data     # the manifest; the default one is drawn if it is missing
-    vae: str = "runs/vae/model.pt"        # autoencoder, trained first if missing; it fixes the split
+    vae: str = "runs/vae/model.pt"        # autoencoder, trained if missing; it fixes the split
     biology: tuple = ("smiles", "dose")   # fields of this group, as NAME or NAME:KIND
     experiment: tuple = ("batch", "plate", "row:number", "column:number")  # fields of this group
     # model
@@ -48,7 +48,7 @@ class Config:
     out: str = "runs/ldm"                 # model.pt, samples.png, curves.png, log.jsonl go here
     steps: int = 1900                     # optimiser steps
     batch: int = 32                       # latents per step
-    lr: float = 1e-3                      # peak learning rate, after warm-up, before decay
+    lr: float = 2e-3                      # peak learning rate, after warm-up, before decay
     ema: float = 0.999                    # decay of the averaged weights that sampling uses
     views: int = 2                        # random views of each image in the latent cache
     seed: int = 0                         # of weights, order, noise and dropout
@@ -237,7 +237,7 @@ def open_fields(config, manifest, train_rows):
 
 
 def open_vae(config):
-    """The autoencoder, trained first where the default one is missing; fields are checked before."""
+    """The autoencoder; where the default one is missing, fields are checked and it is trained."""
     if not Path(config.vae).exists() and config.vae == Config.vae:
         first = train_vae.Config(data=config.data)
         manifest, _, train_rows, _ = train_vae.open_data(first)
@@ -247,9 +247,9 @@ def open_vae(config):
     vae, content = train_vae.load_vae(config.vae)
     trained_on = content["settings"]["data"]
     if trained_on != config.data and config.vae == Config.vae:
-        raise UserError(f"{config.vae} was trained on {trained_on}, not on {config.data}: train one "
-                        f"with python train_vae.py --data {config.data} --out ..., and name it with "
-                        "--vae")
+        raise UserError(f"{config.vae} was trained on {trained_on}, not on {config.data}: train "
+                        f"one with python train_vae.py --data {config.data} --out ..., and name it "
+                        "with --vae")
     return vae, content
 
 
@@ -262,7 +262,8 @@ def prepare(config):
     print("fields: " + (", ".join(f"{f.name} ({f.kind}, {f.group})" for f in fields) or "none"))
 
     torch.manual_seed(config.seed)
-    z = vae.to_latent(views(pixels, train_rows[:1], settings, vae_content["intensity"]).to(device()))
+    x = views(pixels, train_rows[:1], settings, vae_content["intensity"])
+    z = vae.to_latent(x.to(device()))
     unet = unet_config(config.size, z.shape[1])
     step = unet.fold * 2 ** (len(unet.multipliers) - 1)
     if z.shape[2] % step or z.shape[3] % step:
@@ -362,8 +363,9 @@ def train(config=Config()):
     optimiser = torch.optim.AdamW(denoiser.parameters(), lr=config.lr, betas=(.9, .99),
                                   fused=True)
     count = sum(w.numel() for w in denoiser.unet.parameters()) / 1e6
-    print(f"U-Net {config.size}: {count:.2f} M parameters, latents {tuple(latents.cache.shape[2:])}, "
-          f"{len(latents.rows)} images x {config.views} views, {len(held.rows)} held out")
+    print(f"U-Net {config.size}: {count:.2f} M parameters, latents "
+          f"{tuple(latents.cache.shape[2:])}, {len(latents.rows)} images x {config.views} views, "
+          f"{len(held.rows)} held out")
     print_shares(p.fields)
     first, start, recent = 0, time.time(), []
     if config.resume:

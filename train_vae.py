@@ -142,7 +142,7 @@ def learning_rate(step, steps, peak, warmup=100):
 # --- checkpoints --------------------------------------------------------------------------------
 
 def save_checkpoint(path, kind, content):
-    """Write {"kind": kind, ...}, under a temporary name first: an interrupted write loses nothing."""
+    """Write {"kind": kind, ...}, under a temporary name first: interrupted, it loses nothing."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"kind": kind, **content}, path.with_suffix(".tmp"))

@@ -21,7 +21,7 @@ class VAEConfig:
     latent_channels: int = 4  # Z
     downsampling: int = 4     # image side / latent side, a power of two
     fold: int = 2             # the stem folds fold x fold pixels into channels: cheap, no loss
-    width: int = 64           # channels of the finest level; doubled at each coarser one, at most 4x
+    width: int = 64           # channels of the finest level; doubled at each coarser one, to 4x
     blocks: int = 2           # residual blocks per level
 
     # 512x512x5 images: downsampling=8, latent_channels=8 gives 64x64x8 latents,
@@ -139,7 +139,7 @@ class VAE(nn.Module):
 
 
 def kl_divergence(mean, logvar):
-    """KL(N(mean, exp logvar) || N(0, 1)) in nats per image, (B,). Appendix B of Kingma & Welling."""
+    """KL(N(mean, exp logvar) || N(0, 1)) in nats per image, (B,): Kingma & Welling, appendix B."""
     return 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).flatten(1).sum(1)
 
 

@@ -17,12 +17,12 @@ SHARED = ROOT.parent / "shared" / "data"
 
 @pytest.fixture(scope="session")
 def screen_settings():
-    return data.Screen(batches=3, replicates=1, sites=1, controls_per_plate=8, size=32)
+    return data.Screen(batches=3, replicates=1, sites=2, controls_per_plate=8, size=32)
 
 
 @pytest.fixture(scope="session")
 def screen(tmp_path_factory, screen_settings):
-    """The manifest of a screen of some 1,300 images of 32x32 pixels."""
+    """The manifest of a screen of some 2,600 images of 32x32 pixels."""
     return data.simulate(tmp_path_factory.mktemp("screen"), screen_settings)
 
 

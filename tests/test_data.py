@@ -99,8 +99,9 @@ def test_without_effect_the_cells_are_the_untreated_ones():
 
 
 @pytest.mark.parametrize("mechanism, measure, sign", [
-    ("dna_damage", "nucleus_radius", 1), ("apoptosis", "nuclei", -1), ("tubulin", "binucleation", 1),
-    ("mitochondria", "Mito", -1), ("er_stress", "RNA", 1), ("actin", "AGP", -1),
+    ("dna_damage", "nucleus_radius", 1), ("apoptosis", "nuclei", -1),
+    ("tubulin", "binucleation", 1), ("mitochondria", "Mito", -1), ("er_stress", "RNA", 1),
+    ("actin", "AGP", -1),
     ("nucleolar", "RNA", -1), ("golgi", "AGP", 1)])
 def test_each_mechanism_does_what_it_says(mechanism, measure, sign):
     before, after = fields_of(), fields_of(true_mechanism=mechanism, true_effect=.9)
@@ -196,8 +197,9 @@ def test_every_format_gives_the_same_pixels(tmp_path, kind, dtype):
 
 def test_other_stains_by_name(tmp_path):
     np.save(tmp_path / "a.npy", IMAGE[:3].astype(np.uint8))
-    manifest = read_manifest(write_manifest(tmp_path, [{"image": "a.npy"}]), ("Actin", "DNA", "Tub"))
-    assert manifest.channels == ("Actin", "DNA", "Tub") and Pixels(manifest)[0].shape[0] == 3
+    names = ("Actin", "DNA", "Tub")
+    manifest = read_manifest(write_manifest(tmp_path, [{"image": "a.npy"}]), names)
+    assert manifest.channels == names and Pixels(manifest)[0].shape[0] == 3
 
 
 def test_binning_is_the_mean_of_squares(tmp_path):
@@ -386,7 +388,7 @@ def test_split_column_is_used_where_there_is_one():
 
 def test_show_prints_counts_and_draws(screen, tmp_path, cli):
     status, out, _ = cli(data, "show", screen, "--out", tmp_path / "sheet.png")
-    assert status == 0 and "images, channels DNA" in out and "control (48)" in out
+    assert status == 0 and "images, channels DNA" in out and "control (96)" in out
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert min(sheet.size) > 200
 

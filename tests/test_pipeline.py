@@ -60,8 +60,8 @@ def test_held_out_rows_reach_nothing_that_is_learned(screen, vae_path, ldm_confi
         return views(pixels, rows, config, intensity, rng)
 
     monkeypatch.setattr(train_vae, "views", only_training)
-    config = train_vae.Config(data=str(screen), out=str(vae_path.parent / "leak"), steps=2, width=16,
-                              blocks=1)
+    config = train_vae.Config(data=str(screen), out=str(vae_path.parent / "leak"), steps=2,
+                              width=16, blocks=1)
     fit = data.fit_intensity
     monkeypatch.setattr(data, "fit_intensity", lambda rule, pixels, rows: fit(rule, pixels, [
         i for i in rows if i in allowed or pytest.fail("intensities of held-out rows")]))
@@ -168,7 +168,8 @@ def test_only_one_group_can_be_told(ldm_config, tmp_path):
 
 def test_cached_latents_are_the_views_encoded(ldm_config):
     prepared = train_ldm.prepare(replace(ldm_config, views=2))
-    latents, content = prepared.sides["training"], train_vae.load_checkpoint(ldm_config.vae, "vae", "")
+    latents = prepared.sides["training"]
+    content = train_vae.load_checkpoint(ldm_config.vae, "vae", "")
     x = next(train_ldm.cached_views(prepared.pixels, latents.rows, prepared.settings,
                                     content["intensity"], 2))
     mean, _ = train_vae.build_vae(content).encode(x)
@@ -268,7 +269,8 @@ def test_the_record_repeats_the_images(ldm_path, tmp_path, cli):
 def test_a_sweep_shares_its_noise_and_words_come_in_any_order(ldm_path, tmp_path, cli, order):
     words = [["--grid", "dose=0,3", "batch=B1,B2,B3", f"smiles={SMILES}"],
              [f"smiles={SMILES}", "--grid", "dose=0,3", "batch=B1,B2,B3"]][order]
-    status, _, error = cli(sample, *words, "--checkpoint", ldm_path, "--steps", 2, "--out", tmp_path)
+    status, _, error = cli(sample, *words, "--checkpoint", ldm_path, "--steps", 2, "--out",
+                           tmp_path)
     assert status == 0, error
     record = json.loads((tmp_path / "samples.json").read_text())
     assert record["seeds"] == [0] * 6
@@ -278,8 +280,8 @@ def test_a_sweep_shares_its_noise_and_words_come_in_any_order(ldm_path, tmp_path
 
 
 def test_a_number_outside_its_range_is_warned_of(ldm_path, tmp_path, cli):
-    status, out, _ = cli(sample, "dose=900", "-n", 1, "--checkpoint", ldm_path, "--steps", 1, "--out",
-                         tmp_path)
+    status, out, _ = cli(sample, "dose=900", "-n", 1, "--checkpoint", ldm_path, "--steps", 1,
+                         "--out", tmp_path)
     assert status == 0 and "outside the training range 0 to 10" in out
 
 
@@ -325,7 +327,8 @@ def manifest_with(folder, **columns):
 
 def test_vae_refusals(tmp_path, refused, vae_path):
     before = vae_path.read_bytes()
-    refused(train_vae, "--data", tmp_path / "none.csv", "--out", tmp_path / "o", says=["no manifest at"])
+    refused(train_vae, "--data", tmp_path / "none.csv", "--out", tmp_path / "o",
+            says=["no manifest at"])
     refused(train_vae, "--learning_rate", "1", says=["unrecognized", "--learning_rate"])
     refused(train_vae, "--steps", "many", says=["--steps", "many"])
     refused(train_vae, "--out", vae_path.parent, says=["exists", "--overwrite"])
@@ -334,14 +337,16 @@ def test_vae_refusals(tmp_path, refused, vae_path):
     lines = refused(train_vae, "--data", sizes, "--out", tmp_path / "o",
                     says=["different sizes", "row 2", "row 3", "--crop"])
     assert len(lines) == 1
-    refused(train_vae, "--data", sizes, "--crop", 28, "--out", tmp_path / "o", says=["row 3", "24x24"])
+    refused(train_vae, "--data", sizes, "--crop", 28, "--out", tmp_path / "o",
+            says=["row 3", "24x24"])
     odd = manifest_with(tmp_path)
     refused(train_vae, "--data", odd, "--crop", 30, "--out", tmp_path / "o", says=["multiple of 4"])
     refused(train_vae, "--data", odd, "--channels", "DNA,ER", "--out", tmp_path / "o",
             says=["row 2", "5 channels, 2 expected"])
     refused(train_vae, "--data", odd, "--split", "plate", "--out", tmp_path / "o",
             says=["no column plate"])
-    refused(train_vae, "--data", odd, "--intensity", "9:1", "--out", tmp_path / "o", says=["contrast"])
+    refused(train_vae, "--data", odd, "--intensity", "9:1", "--out", tmp_path / "o",
+            says=["--intensity 9:1", "0:4095"])
     assert not (tmp_path / "o").exists() and vae_path.read_bytes() == before
 
 
@@ -364,7 +369,8 @@ class Bomb:
 
 
 def test_checkpoint_refusals(tmp_path, refused, vae_path, ldm_path):
-    refused(sample, "--checkpoint", tmp_path / "none.pt", says=["no ldm checkpoint", "train_ldm.py"])
+    refused(sample, "--checkpoint", tmp_path / "none.pt",
+            says=["no ldm checkpoint", "train_ldm.py"])
     refused(sample, "--checkpoint", vae_path, says=["another kind (vae)"])
     refused(train_ldm, "--vae", ldm_path, "--out", tmp_path / "o", says=["another kind (ldm)"])
     refused(train_ldm, "--vae", tmp_path / "none.pt", "--out", tmp_path / "o",
@@ -374,7 +380,8 @@ def test_checkpoint_refusals(tmp_path, refused, vae_path, ldm_path):
     (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Bomb()))
     torch.save({"kind": "ldm", "inside": Bomb()}, tmp_path / "inside.pt")
     for name in ("noise.pt", "cut.pt", "pickle.pt", "inside.pt"):
-        lines = refused(sample, "--checkpoint", tmp_path / name, says=[name, "no nanopaint checkpoint"])
+        lines = refused(sample, "--checkpoint", tmp_path / name,
+                        says=[name, "no nanopaint checkpoint"])
         assert len(lines) == 1
     with zipfile.ZipFile(tmp_path / "zip.pt", "w") as archive:
         archive.writestr("x", "y")
@@ -392,7 +399,8 @@ def test_setting_refusals(tmp_path, refused, ldm_config, screen):
             (["--step", "3"], ["unrecognized"]),
             (["--experiment", "dose"], ["dose", "twice"])):
         assert len(refused(train_ldm, *words, "--out", tmp_path / "o", says=says)) == 1
-    refused(train_vae, "--width", 12, "--data", screen, "--out", tmp_path / "o", says=["multiple of 8"])
+    refused(train_vae, "--width", 12, "--data", screen, "--out", tmp_path / "o",
+            says=["multiple of 8"])
     refused(train_vae, "--fold", 4, "--downsampling", 2, "--data", screen, "--out", tmp_path / "o",
             says=["power of two"])
     assert not (tmp_path / "o").exists()
@@ -411,7 +419,8 @@ def test_evaluate_refusals(tmp_path, refused, ldm_path):
 
 def test_request_refusals(ldm_path, tmp_path, refused):
     def no(*words, says):
-        lines = refused(sample, *words, "--checkpoint", ldm_path, "--out", tmp_path / "o", says=says)
+        lines = refused(sample, *words, "--checkpoint", ldm_path, "--out", tmp_path / "o",
+                        says=says)
         assert len(lines) == 1
     no("batch=B9", says=["unknown batch B9", "B1, B2, B3"])
     no("bath=B1", says=["unknown field bath", "smiles, dose, batch"])
