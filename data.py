@@ -936,7 +936,7 @@ def picture(path, rows, channels, row_labels=(), column_labels=(), pixel_um=None
             fig.text(.02 + .09 * k, .005, c, color=colour, fontsize=8, weight="bold",
                      bbox=dict(facecolor="black", pad=1.5, lw=0))
     fig.suptitle(title, fontsize=8)
-    fig.tight_layout(pad=.3, rect=(0, .03, 1, 1))
+    fig.tight_layout(pad=.3, rect=(0, .03, 1, .96 if title else 1))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=110)
     plt.close(fig)

@@ -182,14 +182,14 @@ def features(images, channels, batch=64, radius=NUCLEUS_RADIUS):
 
 class Standardise:
     """Features to zero mean and unit variance over the real training images; NaN becomes 0, and
-    five deviations are the most that counts (the kernel takes third powers)."""
+    three deviations are the most that counts, as the kernel takes third powers."""
 
     def __init__(self, real):
         self.mean = real.nanmean(0)
         self.std = (real - self.mean).square().nanmean(0).sqrt().clamp(min=1e-6)
 
     def __call__(self, found):
-        return ((found - self.mean) / self.std).nan_to_num(0.).clamp(-5, 5)
+        return ((found - self.mean) / self.std).nan_to_num(0.).clamp(-3, 3)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -25,7 +25,8 @@ from conditioning import Conditioner, Field, FieldError, parse_number
 from train_vae import UserError, build_vae, device, load_checkpoint, run
 from unet import UNet, UNetConfig
 
-STEPS, WEIGHT = 30, 1.5  # DDIM steps, and the weight of every group unless --guidance says other
+STEPS = 30                                   # DDIM steps
+WEIGHTS = {"biology": 2., "experiment": 1.5}  # guidance unless asked otherwise; 1.5 for other groups
 
 
 class Denoiser(nn.Module):
@@ -70,7 +71,7 @@ class Model:
         if unknown:
             raise FieldError(f"no group {', '.join(unknown)} to guide: this model has "
                              + ", ".join(self.groups))
-        return {g: guidance.get(g, WEIGHT) for g in reversed(self.groups)}
+        return {g: guidance.get(g, WEIGHTS.get(g, 1.5)) for g in reversed(self.groups)}
 
     def branch_columns(self, columns, n, branch):
         """The request as one branch of the guidance sees it: a list of columns, averaged over.
@@ -224,7 +225,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0,
                         help="of the first image; image i has seed + i (default: %(default)s)")
     parser.add_argument("--guidance", nargs="+", default=[], metavar="GROUP=WEIGHT",
-                        help=f"1 is the plain model, 0 ignores the group (default: {WEIGHT} each)")
+                        help="1 is the plain model, 0 ignores the group (default: " + " ".join(
+                            f"{g}={w}" for g, w in WEIGHTS.items()) + ")")
     parser.add_argument("--form", choices=diffusion.FORMS, default="nested",
                         help="how the guidance of groups is composed (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=STEPS, help="default: %(default)s")

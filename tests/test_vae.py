@@ -79,8 +79,10 @@ def test_every_parameter_gets_a_gradient_and_every_channel_counts():
         assert (vae.to_latent(changed) - z).abs().max() > 1e-4
 
 
-def test_small_image_baseline_keeps_at_most_one_square_more():
+def test_small_image_baseline_keeps_as_many_numbers():
     flat = torch.full((1, 5, 64, 64), .5)
     assert_close(through_small_image(flat, 1024), flat)
     noise = torch.rand(1, 5, 64, 64)
     assert_close(through_small_image(noise, 5 * 64 * 64), noise)
+    # shrunk to one number per channel, an image is its mean
+    assert_close(through_small_image(noise, 5)[0, :, 0, 0], noise.mean((0, 2, 3)))
