@@ -200,8 +200,8 @@ def draw_samples(path, model, manifest, pixels, rows, settings, count=8):
     order = np.random.default_rng(0).permutation(rows)
     if dose:
         order = sorted(order, key=lambda i: -float(manifest.columns[dose][i] or 0))
-    distinct = {manifest.columns[molecule][i] if molecule else i: i for i in reversed(order)}
-    chosen = ([i for i in order if i in distinct.values()] + list(order))[:count]
+    first = {manifest.columns[molecule][i] if molecule else i: i for i in reversed(order)}
+    chosen = sorted(order, key=lambda i: i not in first.values())[:count]
     columns = {f.name: manifest.rows(chosen, f.name) for f in model.fields}
     real = views(pixels, chosen, settings, model.intensity)
     fake = model.generate(columns, range(len(chosen)))
