@@ -226,12 +226,15 @@ def wrong_cell_distance(a, b, cells_a, cells_b):
                           if all(x != y for x, y in zip(parts[one], parts[other]))] or [np.nan]))
 
 
-def interval(statistic, wells, repeats=40, share=.7, seed=0):
-    """5 to 95 % of a statistic(mask) over subsets of `share` of the wells, without replacement."""
-    rng, distinct = np.random.default_rng(seed), np.unique(wells)
-    values = [statistic(np.isin(wells, rng.permutation(distinct)[:round(share * len(distinct))]))
-              for _ in range(repeats)]
-    return [float(v) for v in np.nanpercentile(values, (5, 95))]
+def interval(statistic, wells, strata, repeats=40, share=.7, seed=0):
+    """5 to 95 % of a statistic(mask) over subsets of wells without replacement: in each stratum
+    (condition cell and half) `share` of its wells, rounded up, so that no cell falls out."""
+    rng, values = np.random.default_rng(seed), []
+    inside = {s: np.unique(wells[strata == s]) for s in np.unique(strata)}
+    for _ in range(repeats):
+        kept = [rng.permutation(w)[:int(np.ceil(share * len(w)))] for w in inside.values()]
+        values.append(statistic(np.isin(wells, np.concatenate(kept))))
+    return [float(v) for v in np.percentile(values, (5, 95))]
 
 
 def variance_ratio(a, b, conditions_a, conditions_b):
@@ -374,12 +377,12 @@ def halves(manifest, rows, cells, limit, seed=0):
     """Two sets of rows from disjoint wells, of equal size in each condition cell: (a, b).
 
     Two sites of each chosen well, so that the spread within a condition can be seen. Cells with
-    fewer than four wells are left out; about `limit` rows in each half.
+    fewer than four wells are left out. About `limit` rows in each half, more with many cells.
     """
     rng, wells = np.random.default_rng(seed), wells_of(manifest)
     names = [name for name in np.unique(cells[rows])
              if len(np.unique(wells[rows][cells[rows] == name])) >= 4]
-    each = max(2, limit // (2 * max(1, len(names))))  # wells per cell and half
+    each = max(4, limit // (2 * max(1, len(names))))  # wells per cell and half, where there are
     a, b = [], []
     for name in names:
         inside = rows[cells[rows] == name]
@@ -419,13 +422,14 @@ def quality_of(opened, rows_a, rows_b, cells, standardise, probe, request):
                                         request.form, request.steps)}
     b = standardise(features(real_b, model.channels))
     cells_a, cells_b, wells = cells[rows_a], cells[rows_b], wells_of(manifest)
+    strata = np.array([f"a {c}" for c in cells_a] + [f"b {c}" for c in cells_b])
     result = {"images": len(rows_a), "cells": len(set(cells_a))}
     for name, images in sets.items():
         a = standardise(features(images, model.channels))
         entry = {"distance": cell_distance(a, b, cells_a, cells_b),
                  "interval": interval(lambda m: cell_distance(
                      a[m[:len(a)]], b[m[len(a):]], cells_a[m[:len(a)]], cells_b[m[len(a):]]),
-                     np.concatenate([wells[rows_a], wells[rows_b]])),
+                     np.concatenate([wells[rows_a], wells[rows_b]]), strata),
                  "variance_ratio": variance_ratio(a, b, wells[rows_a], wells[rows_b])}
         if name == "real":
             entry["ceiling"] = wrong_cell_distance(a, b, cells_a, cells_b)
@@ -592,12 +596,12 @@ def quality_by_cell(opened, args, out):
 def print_cells(report, channels):
     """The table of quality_by_cell."""
     names = ["nuclei", *(f"{c}_mean" for c in channels)]
-    print(f"\n{'':42s}" + "".join(f"{k.replace('_mean', ''):>9s}" for k in names)
+    print(f"\n{'':48s}" + "".join(f"{k.replace('_mean', ''):>9s}" for k in names)
           + "  nearest training view")
     for entry in report["table"]:
         for kind in [k for k in entry if k.startswith(("real", "generated"))]:
             label = entry["cell"] + ("" if entry["in_training"] else " (unseen)")
-            print(f"{label if kind == 'generated' else '':28s}{kind:14s}"
+            print(f"{label if kind == 'generated' else '':34s}{kind:14s}"
                   + "".join(f"{entry[kind][k]:9.3f}" for k in names)
                   + (f"{entry['nearest_training_view']:9.3f}" if kind == "generated" else ""))
     print(f"nearest training view of held-out real images {report['held_out_nearest']:.3f}, after "
