@@ -26,7 +26,7 @@ from train_vae import UserError, build_vae, device, load_checkpoint, run
 from unet import UNet, UNetConfig
 
 STEPS = 30                                   # DDIM steps
-WEIGHTS = {"biology": 2., "experiment": 1.5}  # guidance unless asked otherwise; 1.5 for other groups
+WEIGHTS = {"biology": 2., "experiment": 1.5}  # guidance unless asked otherwise; others 1.5
 
 
 class Denoiser(nn.Module):
