@@ -4,20 +4,26 @@ A field is a metadata column with a kind (molecule, number, log, category) and a
 experiment). As in DiffusionSat (Khanna et al. 2024, arXiv:2312.03606) a number is scaled to the
 timestep's range, goes through the timestep's sinusoid and an MLP of its own, and is added to the
 timestep embedding. Unlike there, absence is a learned null and not the legal value 0, each group
-is normalised, and the combinations that guidance needs are trained on purpose (`draw_keep`).
+is mixed by an MLP and normalised, and the combinations that guidance needs are trained on purpose (`draw_keep`).
 
     python conditioning.py      # which fields were dropped, and the size of each group's part
 """
 import argparse
 import itertools
 import math
+import os
+import re
+import warnings
+import zipfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field as dataclass_field
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from rdkit import Chem, RDLogger
-from rdkit.Chem import rdFingerprintGenerator
+from rdkit.Chem import Descriptors, rdFingerprintGenerator
 from tqdm import tqdm
 
 RDLogger.DisableLog("rdApp.*")
@@ -168,42 +174,292 @@ def check_values(field, values):
 
 
 # --- molecule encoders ----------------------------------------------------------------------------
+#
+# An encoder has `fit`, what it learns from the training molecules or is told by an option (a dict
+# that travels in the checkpoint); `featurise`, done once per molecule; and `forward`, at every
+# step: features (B, ...) to a pooled vector (B, E), tokens (B, L, D) and which tokens count (B, L).
 
 def parse_smiles(text):
-    """SMILES to an RDKit molecule, a ChemAxon tail (` |c:5|`) cut off; None if it is none."""
+    """SMILES to an RDKit molecule; None if it is none. A ChemAxon tail (` |c:5|`) is cut off, and
+    of a salt only the largest part is kept: the counter-ion does not act on cells."""
     words = text.split()
-    return Chem.MolFromSmiles(words[0]) if words else None
+    molecule = Chem.MolFromSmiles(words[0]) if words else None
+    if molecule is not None and "." in words[0]:
+        molecule = max(Chem.GetMolFrags(molecule, asMols=True), key=Chem.Mol.GetNumHeavyAtoms)
+    return molecule
 
 
-class Fingerprint(nn.Module):
-    """Morgan counts (Rogers & Hahn 2010) through an MLP; charge and chirality are seen.
+def each_molecule(function, smiles):
+    """[function(molecule) for each SMILES], with a progress bar; many are shared by all cores."""
+    if len(smiles) < 2000:
+        return [function(parse_smiles(s)) for s in smiles]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        return list(tqdm(pool.map(function, map(parse_smiles, smiles), chunksize=64),
+                         desc="reading molecules", total=len(smiles)))
 
-    An encoder has `featurise`, done once per molecule, and `forward`, done at every step.
-    """
-    bits, radius, tokens = 2048, 2, 4
 
-    def __init__(self, embedding, token):
+def mlp(cin, hidden, cout):
+    return nn.Sequential(nn.Linear(cin, hidden), nn.SiLU(), nn.Linear(hidden, cout))
+
+
+class Encoder(nn.Module):
+    """An encoder of fixed vectors: an MLP, and a few tokens split from its output."""
+    tokens = 4
+
+    def __init__(self, settings, embedding, token):
         super().__init__()
-        self.pool = nn.Sequential(nn.Linear(self.bits, embedding), nn.SiLU(),
-                                  nn.Linear(embedding, embedding))
+        self.settings = settings
+        self.build(embedding, token)
+
+    def build(self, embedding, token):
+        self.pool = mlp(self.width(), embedding, embedding)
         self.split = nn.Linear(embedding, self.tokens * token)
 
-    @classmethod
-    def featurise(cls, smiles):
-        """List of SMILES to (M, bits): log1p of how often each circular fragment occurs."""
-        morgan = rdFingerprintGenerator.GetMorganGenerator(
-            radius=cls.radius, fpSize=cls.bits, includeChirality=True)
-        slow = len(smiles) > 2000
-        return torch.stack([
-            torch.from_numpy(morgan.GetCountFingerprintAsNumPy(parse_smiles(s)).astype("float32"))
-            for s in tqdm(smiles, desc="reading molecules", disable=not slow)]).log1p()
+    @staticmethod
+    def fit(smiles, options):
+        """Settings from the training molecules and {option: value}, ready for JSON."""
+        return {}
 
-    def forward(self, features):                                         # (B, bits)
-        pooled = self.pool(features)                                     # (B, E)
-        return pooled, self.split(F.silu(pooled)).unflatten(1, (self.tokens, -1))  # (B, L, D)
+    def forward(self, features):                                         # (B, width)
+        pooled = self.pool(self.scale(features))                         # (B, E)
+        tokens = self.split(F.silu(pooled)).unflatten(1, (self.tokens, -1))
+        return pooled, tokens, torch.ones_like(tokens[:, :, 0], dtype=torch.bool)
 
 
-MOLECULE_ENCODERS = {"fingerprint": Fingerprint}
+class Fingerprint(Encoder):
+    """Morgan counts (Rogers & Hahn 2010), `radius` bonds around each atom, folded to `bits`."""
+
+    @staticmethod
+    def fit(smiles, options):
+        return {"bits": int(options.get("bits", 2048)), "radius": int(options.get("radius", 2))}
+
+    def width(self):
+        return self.settings["bits"]
+
+    def featurise(self, smiles):
+        """(M, bits): log1p of how often each fragment occurs; chirality and charge are seen."""
+        generator = rdFingerprintGenerator.GetMorganGenerator(
+            radius=self.settings["radius"], fpSize=self.settings["bits"], includeChirality=True)
+        counts = [generator.GetCountFingerprintAsNumPy(parse_smiles(s)) for s in tqdm(
+            smiles, desc="reading molecules", disable=len(smiles) < 2000)]
+        return torch.from_numpy(np.stack(counts).astype("float32")).log1p()
+
+    def scale(self, features):
+        # few bits are set: to length sqrt(bits), so that the first layer sees unit-sized input
+        return F.normalize(features, dim=-1) * features.shape[-1] ** .5
+
+
+def calculate_descriptors(molecule):
+    return list(Descriptors.CalcMolDescriptors(molecule).values())
+
+
+class DescriptorEncoder(Encoder):
+    """RDKit's two hundred descriptors (weight, polar area, charges, counts of fragments ...),
+    standardised on the training molecules. Blind to handedness."""
+
+    @staticmethod
+    def fit(smiles, options):
+        values = np.array(each_molecule(calculate_descriptors, smiles), float)
+        values[~np.isfinite(values)] = np.nan
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a descriptor that is nowhere finite has no mean
+            mean, std = np.nanmean(values, 0), np.nanstd(values, 0)
+        mean, std = np.nan_to_num(mean), np.nan_to_num(std)
+        return {"mean": mean.tolist(), "std": np.where(std > 1e-6, std, 1.).tolist()}
+
+    def width(self):
+        return len(self.settings["mean"])
+
+    def featurise(self, smiles):
+        """(M, descriptors), standardised and clipped to five deviations; not finite: the mean."""
+        values = np.array(each_molecule(calculate_descriptors, smiles), float)
+        values = (values - self.settings["mean"]) / self.settings["std"]
+        return torch.from_numpy(np.nan_to_num(values, posinf=0, neginf=0)).float().clamp(-5, 5)
+
+    def scale(self, features):
+        return features
+
+
+class Table(Encoder):
+    """Vectors of any other encoder, from an .npz keyed by SMILES or InChIKey (--molecule_table)."""
+
+    @staticmethod
+    def fit(smiles, options):
+        if not options.get("table"):
+            raise FieldError("the molecule encoder table needs --molecule_table FILE.npz")
+        settings = {"table": str(options["table"])}
+        vectors = torch.stack(list(read_table(settings["table"], smiles)))
+        return settings | {"mean": vectors.mean(0).tolist(),
+                           "std": vectors.std(0, correction=0).clamp(min=1e-6).tolist()}
+
+    def width(self):
+        return len(self.settings["mean"])
+
+    def featurise(self, smiles):
+        return torch.stack(list(read_table(self.settings["table"], smiles)))
+
+    def scale(self, features):
+        mean, std = (torch.tensor(self.settings[k]).to(features) for k in ("mean", "std"))
+        return ((features - mean) / std).clamp(-5, 5)
+
+
+def read_table(path, smiles):
+    """The vectors of these molecules, in order; all that are missing are named."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            table = {key: torch.from_numpy(archive[key].astype("float32")) for key in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as fault:
+        raise FieldError(f"{path} is no table of vectors (.npz keyed by SMILES or InChIKey): "
+                         f"{fault}") from None
+    found = [next((table[k] for k in (s, Chem.MolToSmiles(parse_smiles(s)),
+                                      Chem.MolToInchiKey(parse_smiles(s))) if k in table), None)
+             for s in smiles]
+    missing = [s for s, vector in zip(smiles, found) if vector is None]
+    if missing:
+        raise FieldError(f"{path} has no vector for {len(missing)} molecules: "
+                         + ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else ""))
+    return found
+
+
+class Identity(Encoder):
+    """One vector for each training molecule, one for all that are unseen: what an encoder that
+    knows nothing of structure can do. It cannot generalise, and is there to show that."""
+
+    @staticmethod
+    def fit(smiles, options):
+        return {"known": sorted({Chem.MolToInchiKey(parse_smiles(s)) for s in smiles})}
+
+    def build(self, embedding, token):
+        self.vectors = nn.Embedding(len(self.settings["known"]) + 1, embedding)  # 0: unseen
+        self.split = nn.Linear(embedding, self.tokens * token)
+
+    def featurise(self, smiles):
+        place = {key: i + 1 for i, key in enumerate(self.settings["known"])}
+        return torch.tensor([place.get(Chem.MolToInchiKey(parse_smiles(s)), 0) for s in smiles])
+
+    def pool(self, place):                                               # (B,)
+        return self.vectors(place)
+
+    def scale(self, features):
+        return features
+
+
+BONDS = {"SINGLE": 1, "DOUBLE": 2, "TRIPLE": 3, "AROMATIC": 4}   # 5, 6: a double bond, E or Z
+ATOM_FEATURES = 6
+
+
+def read_graph(molecule):
+    """Atoms (A, 6: element, charge, hydrogens, handedness, aromatic, ring) and bond types (A, A)."""
+    Chem.AssignStereochemistry(molecule, cleanIt=True, force=True)
+    hand = {"R": 1, "S": 2}
+    atoms = [[min(a.GetAtomicNum(), 99), a.GetFormalCharge() % 8, min(a.GetTotalNumHs(), 7),
+              hand.get(a.GetPropsAsDict(True, True).get("_CIPCode"), 0), a.GetIsAromatic(),
+              a.IsInRing()] for a in molecule.GetAtoms()]
+    bonds = np.zeros((len(atoms), len(atoms)), np.int64)
+    for bond in molecule.GetBonds():
+        kind = {"STEREOE": 5, "STEREOZ": 6}.get(str(bond.GetStereo()),
+                                                BONDS.get(str(bond.GetBondType()), 1))
+        i, j = bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()
+        bonds[i, j] = bonds[j, i] = kind
+    return np.array(atoms, np.int64), bonds
+
+
+class Graph(Encoder):
+    """Message passing over atoms and bonds: a graph isomorphism network (Xu et al. 2019,
+    arXiv:1810.00826) with one weight per type of bond. Chosen over directed-bond messages (D-MPNN)
+    because its states live on atoms, which are the tokens. Handedness and E/Z enter by their
+    labels, so neither depends on the order of atoms."""
+    rounds, hidden = 4, 128
+
+    def build(self, embedding, token):
+        self.atom = nn.ModuleList(nn.Embedding(n, self.hidden) for n in (100, 8, 8, 3, 2, 2))
+        self.bond = nn.ModuleList(nn.Linear(self.hidden, 6 * self.hidden) for _ in range(self.rounds))
+        self.update = nn.ModuleList(mlp(self.hidden, 2 * self.hidden, self.hidden)
+                                    for _ in range(self.rounds))
+        self.pool = mlp(self.hidden, embedding, embedding)
+        self.split = nn.Linear(self.hidden, token)
+
+    def featurise(self, smiles):
+        """(M, A, 6 + A): the atoms' features plus one (0: no atom), and their bonds."""
+        graphs = each_molecule(read_graph, smiles)
+        size = max(len(atoms) for atoms, _ in graphs)
+        packed = np.zeros((len(graphs), size, ATOM_FEATURES + size), np.int64)
+        for row, (atoms, bonds) in zip(packed, graphs):
+            row[:len(atoms), :ATOM_FEATURES] = atoms
+            row[:len(atoms), 0] += 1
+            row[:len(atoms), ATOM_FEATURES:ATOM_FEATURES + len(atoms)] = bonds
+        return torch.from_numpy(packed)
+
+    def forward(self, graph):                                            # (B, A, 6 + A)
+        there = graph[:, :, 0] > 0                                       # (B, A)
+        element = (graph[:, :, 0] - 1).clamp(min=0)
+        codes = [element, *graph[:, :, 1:ATOM_FEATURES].unbind(2)]
+        h = sum(table(code) for table, code in zip(self.atom, codes))    # (B, A, hidden)
+        bonds = F.one_hot(graph[:, :, ATOM_FEATURES:], 7)[..., 1:].to(h)  # (B, A, A, 6)
+        for messages, update in zip(self.bond, self.update):
+            sent = messages(h).unflatten(2, (6, self.hidden))            # (B, A, 6, hidden)
+            h = h + update(F.layer_norm(h + torch.einsum("bijk,bjkc->bic", bonds, sent),
+                                        h.shape[-1:]))
+        h = h * there[..., None]
+        pooled = self.pool(F.layer_norm(h.sum(1), h.shape[-1:]))         # (B, E)
+        return pooled, self.split(h), there                              # tokens are atoms
+
+
+SMILES_TOKEN = re.compile(r"\[[^\]]+\]|Br|Cl|%\d\d|.")
+
+
+class SmilesTransformer(Encoder):
+    """A small transformer over the tokens of SMILES. In training each molecule is spelt at random
+    in one of several ways (Bjerrum 2017, arXiv:1703.07076), otherwise in the canonical one."""
+    spellings, longest, width_, layers = 8, 96, 128, 2
+
+    @staticmethod
+    def fit(smiles, options):
+        found = {t for s in smiles for spelling in spell(s, 8) for t in SMILES_TOKEN.findall(spelling)}
+        return {"vocabulary": sorted(found)}
+
+    def build(self, embedding, token):
+        self.embed = nn.Embedding(len(self.settings["vocabulary"]) + 2, self.width_)  # 0 none, 1 new
+        self.place = nn.Parameter(torch.randn(self.longest, self.width_) * .02)
+        layer = nn.TransformerEncoderLayer(self.width_, 4, 2 * self.width_, 0., "gelu",
+                                           batch_first=True, norm_first=True)
+        self.body = nn.TransformerEncoder(layer, self.layers, enable_nested_tensor=False)
+        self.pool = mlp(self.width_, embedding, embedding)
+        self.split = nn.Linear(self.width_, token)
+
+    def featurise(self, smiles):
+        """(M, spellings, longest): places in the vocabulary; the first spelling is canonical."""
+        place = {t: i + 2 for i, t in enumerate(self.settings["vocabulary"])}
+        packed = torch.zeros(len(smiles), self.spellings, self.longest, dtype=torch.long)
+        for row, s in zip(packed, smiles):
+            for line, spelling in zip(row, spell(s, self.spellings)):
+                codes = [place.get(t, 1) for t in SMILES_TOKEN.findall(spelling)][:self.longest]
+                line[:len(codes)] = torch.tensor(codes)
+        longest = int((packed > 0).sum(2).max())
+        return packed[:, :, :longest]
+
+    def forward(self, spellings):                                        # (B, spellings, L)
+        n = len(spellings)
+        chosen = (torch.randint(self.spellings, (n,)) if self.training
+                  else torch.zeros(n, dtype=torch.long)).to(spellings.device)
+        codes = spellings[torch.arange(n, device=spellings.device), chosen]
+        there = codes > 0                                                # (B, L)
+        h = self.embed(codes) + self.place[:codes.shape[1]]
+        h = self.body(h, src_key_padding_mask=~there)                    # (B, L, width)
+        h = h * there[..., None]
+        pooled = self.pool(h.sum(1) / there.sum(1, keepdim=True).clamp(min=1))
+        return pooled, self.split(h), there
+
+
+def spell(smiles, ways):
+    """A molecule's canonical SMILES, then `ways` - 1 random but reproducible spellings of it."""
+    molecule = parse_smiles(smiles)
+    canonical = Chem.MolToSmiles(molecule)
+    return [canonical, *Chem.MolToRandomSmilesVect(molecule, ways - 1, randomSeed=1)]
+
+
+MOLECULE_ENCODERS = {"fingerprint": Fingerprint, "descriptors": DescriptorEncoder, "graph": Graph,
+                     "smiles": SmilesTransformer, "table": Table, "identity": Identity}
 
 
 # --- the conditioner ------------------------------------------------------------------------------
@@ -230,24 +486,31 @@ class NumberEncoder(nn.Module):
 class Conditioner(nn.Module):
     """Fields to a vector (B, E), tokens (B, L, D) and a token mask (B, L).
 
-    vector = sum over groups of gain_g * LayerNorm(sum over the group's fields of e_f), where e_f
-    is the field's embedding if it is kept and the field's learned null if not.
+    vector = sum over groups of gain_g * LayerNorm(u_g + MLP_g(u_g)), u_g = sum over the group's
+    fields of LayerNorm(e_f), or of the field's learned null where it is not kept. The norm of each
+    field and group keeps any from drowning another; the MLP lets the fields of a group act
+    together, as a dose acts through its molecule.
     """
 
-    def __init__(self, fields, embedding, token, molecule_encoder="fingerprint"):
+    def __init__(self, fields, embedding, token, molecule_encoder="fingerprint",
+                 molecule_settings=None):
         super().__init__()
-        self.fields, self.encoder_name = fields, molecule_encoder
+        self.fields, self.encoder_class = fields, MOLECULE_ENCODERS[molecule_encoder]
+        self.molecule_settings = molecule_settings or self.encoder_class.fit([], {})
         self.groups = list(dict.fromkeys(f.group for f in fields))
         # in the order of fields and groups: a column may have any name, a module may not
         self.encoders = nn.ModuleList(self.encoder_of(f, embedding, token) for f in fields)
         self.null = nn.Parameter(torch.randn(len(fields), embedding) * .02)
+        self.mix = nn.ModuleList(nn.Sequential(
+            nn.Linear(embedding, 2 * embedding), nn.SiLU(), nn.Linear(2 * embedding, embedding))
+            for _ in self.groups)
         self.gain = nn.Parameter(torch.ones(len(self.groups), embedding))
         self.null_token = nn.Parameter(torch.randn(1, 1, token) * .02)
         self.empty = nn.Parameter(torch.zeros(embedding), requires_grad=False)
 
     def encoder_of(self, field, embedding, token):
         if field.kind == "molecule":
-            return MOLECULE_ENCODERS[self.encoder_name](embedding, token)
+            return self.encoder_class(self.molecule_settings, embedding, token)
         if field.kind == "category":
             return nn.Embedding(len(field.vocabulary), embedding)
         return NumberEncoder(embedding)
@@ -281,14 +544,15 @@ class Conditioner(nn.Module):
         for i, field in enumerate(self.fields):
             kept, code = keep[:, i:i + 1], codes[field.name]
             if field.kind == "molecule":
-                e, t = self.encoders[i](molecules[field.name][code])
+                e, t, there = self.encoders[i](molecules[field.name][code])
                 tokens.append(t)
-                mask.append(kept.expand(-1, t.shape[1]))
+                mask.append(kept & there)
             else:
                 e = self.encoders[i](code)
+            e = F.layer_norm(e, e.shape[-1:])
             sums[field.group] = sums[field.group] + torch.where(kept, e, self.null[i])
-        parts = {group: gain * F.layer_norm(total, total.shape[-1:])
-                 for gain, (group, total) in zip(self.gain, sums.items())}
+        parts = {group: gain * F.layer_norm(u + mix(u), u.shape[-1:])
+                 for gain, mix, (group, u) in zip(self.gain, self.mix, sums.items())}
         return parts, torch.cat(tokens, 1), torch.cat(mask, 1)
 
     def forward(self, codes, keep, molecules):

@@ -56,19 +56,19 @@ class DataError(ValueError):
 # A motif sets the mechanism: the direction in which the cells change. Each effect is a difference
 # of logarithms at full effect, so 0.35 on nucleus_radius means exp(0.35) = 1.4 times the radius.
 MECHANISMS = {
-    "dna_damage":   dict(motif="N(CCCl)CCCl", nucleus_radius=.45, dna=-.4, cell_radius=.2,
-                         cell_count=-.35),
+    "dna_damage":   dict(motif="N(CCCl)CCCl", nucleus_radius=.55, dna=-.5, cell_radius=.3,
+                         cell_count=-.45),
     "tubulin":      dict(motif="c5cc(OC)c(OC)c(OC)c5", binucleation=2.9, elongation=-1.,
-                         mito_spread=-.7, cell_count=-.25),
+                         mito_spread=-.4, cell_count=-.25),
     "actin":        dict(motif="C5CSC(=O)N5", membrane=-1.3, actin=-.9, ruffling=1.4,
                          cell_radius=-.25),
-    "mitochondria": dict(motif="NN=C(C#N)C#N", mito=-1.4, mito_granularity=.7, mito_spread=.5),
+    "mitochondria": dict(motif="NN=C(C#N)C#N", mito=-1.6, mito_granularity=.9, mito_spread=.7),
     "er_stress":    dict(motif="B(O)O", er=.6, er_spread=-.8, rna=.3),
     "nucleolar":    dict(motif="n5cnc6c5ncnc6N", nucleoli=.6, nucleolus_radius=.6,
                          nucleolus_count=-1.1, rna=-.8),
     "golgi":        dict(motif="/C=C/C(=O)OC", golgi_spread=1.1, golgi=-.35, actin=.35),
-    "apoptosis":    dict(motif="C(=O)NS(=O)(=O)C", cell_count=-1.1, nucleus_radius=-.45, dna=.7,
-                         cell_radius=-.3, er=-.5, mito=-.3),
+    "apoptosis":    dict(motif="C(=O)NS(=O)(=O)C", cell_count=-1.1, nucleus_radius=-.5, dna=.8,
+                         cell_radius=-.4, er=-.8, rna=-.5, mito=-.7),
 }
 # The substituents (at {R}) and the scaffold set the potency: the half-effect dose in micromolar.
 # Two activity cliffs: the wrong enantiomer, and a charge that keeps the molecule out of the cell.
@@ -115,6 +115,11 @@ def molecules():
                                   mechanism=mechanism, scaffold=scaffold, kind=kind,
                                   substituent=substituent, ec50=factor * SUBSTITUENTS[substituent]))
     return found
+
+
+def hill(dose, ec50):
+    """The share of the full effect that a dose has, 0 to 1."""
+    return round(dose ** HILL / (dose ** HILL + ec50 ** HILL), 4)
 
 
 def home_batch(mechanism, batches):
@@ -172,7 +177,6 @@ def layout(screen):
             elif split == "train" and rng.random() < .1:
                 split = "val"
             r, c = divmod(int(place), 24)
-            effect = dose ** HILL / (dose ** HILL + molecule["ec50"] ** HILL)
             rows += [dict(compound=molecule["compound"], smiles=molecule["smiles"], dose=dose,
                           batch=f"B{batch + 1}", plate=f"P{p + 1:02d}",
                           well=f"{'ABCDEFGHIJKLMNOP'[r]}{c + 1:02d}", row=r + 1, column=c + 1,
@@ -180,7 +184,7 @@ def layout(screen):
                           pixel_um=1.2, true_mechanism=molecule["mechanism"],
                           true_scaffold=molecule["scaffold"],
                           true_substituent=molecule["substituent"],
-                          true_ec50=molecule["ec50"], true_effect=round(effect, 4))
+                          true_ec50=molecule["ec50"], true_effect=hill(dose, molecule["ec50"]))
                      for site in range(screen.sites)]
     return rows
 
@@ -392,11 +396,13 @@ def draw_field(row, screen, optics, seed, counterpart=True):
 
     Returns a dict: image (5, s, s), untreated (the same cells before treatment) and brightfield
     (1, s, s), all uint8, and the drawn truth (the `true_*` values of the row). Without
-    `counterpart` the untreated cells are not drawn.
+    `counterpart` the untreated cells are not drawn. Rows that share a number `cells` show the same
+    cells from the same well, whatever was done to them and wherever they are photographed.
     """
     edge = row["row"] in (1, 16) or row["column"] in (1, 24)
-    well = np.random.default_rng([screen.seed, screen.draw, 3, row["row"], row["column"],
-                                  int(row["plate"][1:])])
+    place = [row["cells"]] if "cells" in row else [row["row"], row["column"],
+                                                   int(row["plate"][1:])]
+    well = np.random.default_rng([screen.seed, screen.draw, 3, *place])
     density, well_effect = np.exp(well.normal(0, .12)) * (.75 if edge else 1.), well.normal(0, .08)
     cells = identities(np.random.default_rng(seed), density, screen.size)
     effect = min(1., row["true_effect"] * np.exp(well_effect))
@@ -420,7 +426,8 @@ def draw_field(row, screen, optics, seed, counterpart=True):
 def _draw_chunk(task):
     rows, screen, first, counterpart = task
     optics = microscope(screen)
-    return [draw_field(row, screen, optics, [screen.seed, screen.draw, 4, first + i], counterpart)
+    return [draw_field(row, screen, optics, [screen.seed, screen.draw, 4,
+                                             row.get("cells", first + i)], counterpart)
             for i, row in enumerate(rows)]
 
 

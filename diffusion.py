@@ -99,11 +99,18 @@ class Schedule:
         # a floor, else the velocity would never be trained at t = T, where sampling starts
         return weight.clamp(min=1e-2).float()
 
-    def timesteps(self, n):
-        """n steps, descending, from T-1 ("trailing", Lin et al. 2023, section 3.3), then -1."""
-        if not 1 <= n <= self.T:
-            raise ValueError(f"{n} sampling steps: between 1 and {self.T} are possible")
-        return [round(self.T * i / n) - 1 for i in range(n, -1, -1)]
+    def timesteps(self, n, top=None):
+        """n steps, descending, from `top`, then -1. From T-1 unless told otherwise: the last
+        training step is the first sampling step ("trailing", Lin et al. 2023, section 3.3)."""
+        top = self.T - 1 if top is None else top
+        if not 1 <= n <= top + 1:
+            raise ValueError(f"{n} sampling steps: between 1 and {top + 1} are possible")
+        return [round((top + 1) * i / n) - 1 for i in range(n, -1, -1)]
+
+    def last_invertible(self, snr=1e-3):
+        """The last t at which something of the image is left: where `invert` stops."""
+        abar = self.abar[:self.T]
+        return int((abar / (1 - abar) >= snr).sum()) - 1
 
 
 def diffusion_loss(schedule, denoise, z0, eps, t, min_snr=False):
@@ -145,11 +152,12 @@ def gaussian(rngs, shape, device="cpu"):
 
 @torch.no_grad()
 def sample(denoise, schedule, seeds, shape, steps=50, eta=0., sampler="ddim", device="cpu",
-           each_step=lambda: None):
-    """Noise to latents (len(seeds), *shape), one seed per image; `sampler` is ddim or ddpm."""
+           each_step=lambda: None, start=None, top=None):
+    """Noise to latents (len(seeds), *shape), one seed per image; `sampler` is ddim or ddpm.
+    start: latents at noise level `top` to go on from, such as an inverted image."""
     rngs = generators(seeds)
-    z = gaussian(rngs, shape, device)
-    for t, t_next in pairwise(schedule.timesteps(steps)):
+    z = gaussian(rngs, shape, device) if start is None else start
+    for t, t_next in pairwise(schedule.timesteps(steps, top)):
         prediction = denoise(z, torch.full((len(z),), t, device=device))
         stochastic = (sampler == "ddpm" or eta > 0) and t_next >= 0
         noise = gaussian(rngs, shape, device) if stochastic else torch.zeros_like(z)
@@ -157,6 +165,26 @@ def sample(denoise, schedule, seeds, shape, steps=50, eta=0., sampler="ddim", de
             z = ddpm_step(schedule, z, prediction, t, t_next, noise)
         else:
             z = ddim_step(schedule, z, prediction, t, t_next, eta, noise)
+        each_step()
+    return z
+
+
+@torch.no_grad()
+def invert(denoise, schedule, z, steps, top, rounds=3, each_step=lambda: None):
+    """Clean latents z (B, Z, h, w) to the latents at noise level `top` that `sample` (DDIM, eta 0,
+    the same steps, start and top) turns into z again.
+
+    DDIM's step down from t to `below` reads z_below = a_below z_0 + s_below eps(z_t). Solved for
+    z_t it still holds z_t on the right, inside eps: a fixed point, found in a few rounds (Song et
+    al. 2021, section 4.3, take the first).
+    """
+    for below, t in pairwise(reversed(schedule.timesteps(steps, top))):
+        a, s = schedule.signal_noise(t, z)
+        a_below, s_below = schedule.signal_noise(below, z)
+        z_below = z
+        for _ in range(rounds):
+            _, eps = schedule.split(z, denoise(z, torch.full((len(z),), t, device=z.device)), t)
+            z = a / a_below * (z_below - s_below * eps) + s * eps
         each_step()
     return z
 
@@ -211,6 +239,15 @@ def combine(predictions, coefficients):
     """sum_k c_k v_k over branches: predictions (K, B, Z, h, w), all latent channels alike."""
     c = torch.as_tensor(coefficients).to(predictions)
     return torch.einsum("k,k...->...", c, predictions)
+
+
+def rescale(guided, given, share):
+    """Bring the spread of a guided prediction back to that of the plain conditional one, by a
+    `share` from 0 to 1: Eqs. 14-16 of Lin et al. 2023. Both (B, Z, h, w)."""
+    if not share:
+        return guided
+    ratio = given.flatten(1).std(1) / guided.flatten(1).std(1).clamp(min=1e-6)
+    return guided * (share * ratio + 1 - share)[:, None, None, None]
 
 
 if __name__ == "__main__":

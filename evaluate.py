@@ -20,12 +20,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
+import train_ldm
+import train_vae
 from conditioning import blank_unseen, check_values, parse_number
 from diffusion import FORMS
 from sample import STEPS, Model
 from train_ldm import cached_views
 from train_vae import (UserError, autocast, device, learning_rate, load_checkpoint, open_data,
-                       reconstruct, run, save_checkpoint, step_rng, views)
+                       reconstruct, run, save_checkpoint, step_rng, views, write_log)
 
 NUCLEUS_RADIUS = 4.5  # pixels; what the segmentation looks for
 
@@ -226,15 +228,23 @@ def wrong_cell_distance(a, b, cells_a, cells_b):
                           if all(x != y for x, y in zip(parts[one], parts[other]))] or [np.nan]))
 
 
-def interval(statistic, wells, strata, repeats=40, share=.7, seed=0):
+def interval(statistic, wells, strata, repeats=100, share=.5, seed=0):
     """5 to 95 % of a statistic(mask) over subsets of wells without replacement: in each stratum
-    (condition cell and half) `share` of its wells, rounded up, so that no cell falls out."""
+    (condition cell and half) `share` of its wells, rounded up, so that no cell falls out. A half
+    of the sample varies about the whole as the whole varies about the population."""
     rng, values = np.random.default_rng(seed), []
     inside = {s: np.unique(wells[strata == s]) for s in np.unique(strata)}
     for _ in range(repeats):
         kept = [rng.permutation(w)[:int(np.ceil(share * len(w)))] for w in inside.values()]
         values.append(statistic(np.isin(wells, np.concatenate(kept))))
-    return [float(v) for v in np.percentile(values, (5, 95))]
+    return around(statistic(np.ones(len(wells), bool)), values)
+
+
+def around(estimate, values):
+    """5 to 95 % of the values of half samples, about the estimate from the whole: with few wells
+    the halves themselves lie off it."""
+    low, high = np.nanpercentile(values, (5, 95)) - np.nanmean(values)
+    return [float(estimate + low), float(estimate + high)]
 
 
 def variance_ratio(a, b, conditions_a, conditions_b):
@@ -273,8 +283,9 @@ class Probe(nn.Module):
         return {q: head(h) for q, head in self.heads.items()}
 
 
-def train_probe(images, answers, labels, steps, seed=0, batch=32):
-    """Train a Probe on images (N, C, H, W) with labels {question: (N,) long}."""
+def train_probe(images, answers, labels, steps, seed=0, batch=32, weights=None):
+    """Train a Probe on images (N, C, H, W) with labels {question: (N,) long}, drawn with equal
+    probability or by `weights` (N,)."""
     torch.manual_seed(seed)
     probe = Probe(images.shape[1], answers).to(device())
     optimiser = torch.optim.AdamW(probe.parameters(), lr=2e-3, weight_decay=.02)
@@ -282,7 +293,7 @@ def train_probe(images, answers, labels, steps, seed=0, batch=32):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, steps, 2e-3)
         rng, _ = step_rng(seed, step)
-        chosen = torch.from_numpy(rng.integers(len(images), size=batch))
+        chosen = torch.from_numpy(rng.choice(len(images), batch, p=weights))
         x = torch.rot90(images[chosen], int(rng.integers(4)), (2, 3))
         x = x.flip(3) if rng.random() < .5 else x
         with autocast():
@@ -608,6 +619,777 @@ def print_cells(report, channels):
           f"the autoencoder {report['held_out_nearest_autoencoder']:.3f}")
 
 
+# ------------------------------------------------------------------------------------------------
+# 5. disentangle: how much of the image is biology, how much is experiment?
+# ------------------------------------------------------------------------------------------------
+
+def omega_squared(y, blocked=True):
+    """Share of variance explained in a balanced factorial, without the upward bias of eta squared.
+
+    y: (biology, experiment, seeds, F). blocked: seed s stands for the same cells (or the same
+    noise) in every place of the factorial, so that its own variance is no error. Returns
+    {"biology", "experiment", "interaction": (F,)}, from (Olejnik & Algina 2003, Psychol. Methods 8)
+
+        omega^2 = (SS_effect - df_effect MS_error) / (SS_total + MS_error)
+    """
+    b, e, n, _ = y.shape
+    y = y.double()
+    mean = y.mean((0, 1, 2))
+    biology, experiment = y.mean((1, 2)) - mean, y.mean((0, 2)) - mean   # (b, F), (e, F)
+    both = y.mean(2) - mean - biology[:, None] - experiment[None]        # (b, e, F)
+    squares = {"biology": (e * n * biology.square().sum(0), b - 1),
+               "experiment": (b * n * experiment.square().sum(0), e - 1),
+               "interaction": (n * both.square().sum((0, 1)), (b - 1) * (e - 1))}
+    total = (y - mean).square().sum((0, 1, 2))
+    error = total - sum(s for s, _ in squares.values())
+    df = b * e * (n - 1)
+    if blocked:
+        error = error - b * e * (y.mean((0, 1)) - mean).square().sum(0)
+        df -= n - 1
+    error = error / df
+    return {name: ((s - d * error) / (total + error).clamp(min=1e-12)).float()
+            for name, (s, d) in squares.items()}
+
+
+def leaks(found, truth, least=.05):
+    """What of one side shows where only the other should, beyond what it does in the truth.
+
+    found, truth: as from omega_squared. A feature belongs to the side that explains more of it in
+    the truth (at least `least`). L(e->b): share of the biological features that the experiment
+    explains, minus the same in the truth, averaged over them; L(b->e): the other way round.
+    """
+    biology, experiment = truth["biology"], truth["experiment"]
+    counts = torch.maximum(biology, experiment) >= least
+    ours = counts & (biology > experiment)
+    theirs = counts & ~ours
+    return {"leak_e_to_b": (found["experiment"] - experiment)[ours].mean().item(),
+            "leak_b_to_e": (found["biology"] - biology)[theirs].mean().item()}
+
+
+def effect_size(y, truth):
+    """How large the effects of biology are, as a share of the true ones: the projection of each
+    level's mean feature change from level 0 (the negative control) on the true change, (b, e, n, F)
+    each. 1 is right, above it is exaggeration."""
+    found, true = ((x.mean((1, 2)) - x.mean((1, 2))[:1])[1:] for x in (y, truth))   # (b - 1, F)
+    return ((found * true).sum() / (true * true).sum()).item()
+
+
+class SimulatedFactorial:
+    """Every mechanism (and the untreated cells) in every batch, the same cells in each: what the
+    simulator would photograph, and what a model is asked for.
+
+    Seed s stands for one well (position, plate), one molecule of each mechanism and one dose above
+    half effect. Of the seen molecules, so that only the *pair* may be new.
+    """
+    blocked = True
+
+    def __init__(self, opened, seeds):
+        folder = opened.manifest.path.parent
+        screen = data.Screen(**json.loads((folder / "simulation.json").read_text()))
+        self.screen, self.opened = replace(screen, draw=2000), opened
+        self.biology = ["none", *data.MECHANISMS]
+        self.experiment = [f"B{b + 1}" for b in range(screen.batches)]
+        self.seeds = seeds
+        self.unseen = {kind: {(m, f"B{b + 1}") for m, b in data.heldout_pairs(screen.batches, kind)
+                              .items()} for kind in ("val", "test")}
+
+    def rows(self, first=0):
+        """Rows of the factorial as data.layout writes them, in the order (biology, experiment,
+        seed). Another `first` seed: other cells."""
+        molecules = {m: [x for x in data.molecules() if x["mechanism"] == m and x["kind"] == "train"
+                         and x["ec50"] < max(data.DOSES)] for m in self.biology}
+        rows = []
+        for m, batch in itertools.product(self.biology, self.experiment):
+            for s in range(first, first + self.seeds):
+                rng = np.random.default_rng([self.screen.seed, 5, s])
+                place, plate = rng.integers(2, 23), rng.integers(self.screen.plates_per_batch)
+                row, picks = rng.integers(2, 15), rng.random(2)
+                molecule = (molecules[m][int(picks[0] * len(molecules[m]))] if molecules[m] else
+                            dict(smiles=data.DMSO, ec50=np.inf))
+                doses = [d for d in data.DOSES if d >= molecule["ec50"]]
+                dose = doses[int(picks[1] * len(doses))] if doses else 0.
+                plate = self.experiment.index(batch) * self.screen.plates_per_batch + plate + 1
+                rows.append(dict(
+                    smiles=molecule["smiles"], dose=dose, batch=batch, plate=f"P{plate:02d}",
+                    row=int(row), column=int(place), site=int(rng.integers(1, 5)), cells=s,
+                    true_mechanism=m, true_effect=data.hill(dose, molecule["ec50"])))
+        return rows
+
+    def truth(self, first):
+        """Fresh fields of view from the simulator, (biology * experiment * seeds, C, H, W)."""
+        fields = data.draw_fields(self.rows(first), self.screen, counterpart=False)
+        return torch.from_numpy(data.scale_intensity(np.stack([f["image"] for f in fields]),
+                                                     self.opened.model.intensity))
+
+    def requests(self):
+        return {f.name: [str(r[f.name]) for r in self.rows()] for f in self.opened.model.fields}
+
+    def held(self, kind):
+        """Which places (biology, experiment) of the factorial are held-out pairs of this kind."""
+        return torch.tensor([[(m, b) in self.unseen[kind] for b in self.experiment]
+                             for m in self.biology])
+
+
+class RealFactorial:
+    """Two columns of a manifest, crossed: complete cells only, real crops for the truth."""
+    blocked = False
+
+    def __init__(self, opened, by, seeds):
+        self.opened, self.seeds, cells = opened, seeds, cells_of(opened.manifest, by)
+        self.rows_of = {name: np.flatnonzero(cells == name) for name in set(cells)}
+        first, second = (sorted(set(opened.manifest.columns[name])) for name in by)
+        self.experiment = [e for e in second
+                           if sum(f"{b} x {e}" in self.rows_of for b in first) > 1]
+        self.biology = [b for b in first
+                        if all(f"{b} x {e}" in self.rows_of for e in self.experiment)]
+        # the negative control first: the level that most images have
+        self.biology.sort(key=lambda b: -sum(len(self.rows_of[f"{b} x {e}"])
+                                             for e in self.experiment))
+        if len(self.biology) < 2 or len(self.experiment) < 2:
+            raise UserError(f"--by {' '.join(by)}: no two values of the one were both imaged with "
+                            "two of the other")
+        table = crossed_requests(opened, by)
+        self.asked = [table[f"{b} x {e}"] for b in self.biology for e in self.experiment]
+
+    def truth(self, first):
+        rng = np.random.default_rng(first)
+        return torch.cat([real_images(self.opened, rng.choice(
+            self.rows_of[f"{b} x {e}"], self.seeds), rng)
+            for b in self.biology for e in self.experiment])
+
+    def requests(self):
+        return {name: [r[name] for r in self.asked for _ in range(self.seeds)]
+                for name in self.asked[0]}
+
+    def held(self, kind):
+        trained = set(self.opened.train)
+        return torch.tensor([[kind == "test" and not trained & set(self.rows_of[f"{b} x {e}"])
+                              for e in self.experiment] for b in self.biology])
+
+
+def generate_places(model, factorial, request, where=None):
+    """Images (places * seeds, C, H, W) of the places of a factorial (b, e) that `where` says, all
+    by default. Seed s is the same noise in each. A model that is told no batch is asked the same
+    in many places: each distinct pair of request and seed is drawn once."""
+    b, e, n = len(factorial.biology), len(factorial.experiment), factorial.seeds
+    where = torch.ones(b, e, dtype=torch.bool) if where is None else where
+    kept = where.flatten().repeat_interleave(n).nonzero()[:, 0].tolist()
+    names, requests = [field.name for field in model.fields], factorial.requests()
+    columns = blank_unseen(model.fields, {k: [v[i] for i in kept] for k, v in requests.items()
+                                          if k in names})
+    seeds = [i % n for i in kept]
+    keys = list(zip(seeds, *columns.values()))
+    place = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    first = [keys.index(key) for key in place]
+    with autocast():
+        images = model.generate({k: [v[i] for i in first] for k, v in columns.items()},
+                                [seeds[i] for i in first], request.guidance, request.form,
+                                request.steps, interval=request.interval, rescale=request.rescale)
+    return images[[place[key] for key in keys]]
+
+
+class Truth:
+    """What a factorial really looks like: two sets of features on disjoint cells, and what follows
+    from them. Drawn once, and compared with many models."""
+
+    def __init__(self, factorial, probe, more=4):
+        opened, self.factorial, self.probe = factorial.opened, factorial, probe
+        some = np.random.default_rng(0).permutation(opened.train)[:1000]
+        channels = opened.model.channels
+        self.standardise = Standardise(features(real_images(opened, some), channels))
+        self.images = factorial.truth(10_000)
+        self.a = self.shape(features(self.images, channels))
+        # several times as many on the other side: the distance to them is less noisy
+        self.b = torch.cat([self.shape(features(factorial.truth((k + 2) * 10_000), channels))
+                            for k in range(more)], 2)
+        self.omega = omega_squared(self.a, factorial.blocked)
+        self.scores = probe_answers(probe, self.images, factorial)
+
+    def shape(self, found):
+        """(N, F) features to the standardised (biology, experiment, seeds, F)."""
+        f = self.factorial
+        return self.standardise(found).view(len(f.biology), len(f.experiment), f.seeds, -1)
+
+    def distance(self, y, where):
+        """Kernel distance of y (b, e, n, F) to the truth, per place and averaged over `where`."""
+        return float(np.mean([kernel_distance(y[i, j], self.b[i, j])
+                              for i, j in where.nonzero().tolist()] or [np.nan]))
+
+    def ceiling(self, where):
+        """The true images of one place against those of places that differ in both."""
+        b, e, n, _ = self.a.shape
+        return float(np.mean([kernel_distance(self.a[k, m], self.b[i, j, :2 * n])
+                              for i, j in where.nonzero().tolist()
+                              for k in range(b) for m in range(e) if k != i and m != j] or [np.nan]))
+
+
+def probe_answers(probe, images, factorial):
+    """Share named right over the factorial: {"probe_mechanism", "probe_batch"}, (N,) hits each."""
+    if probe is None:
+        return {}
+    network, answers = probe
+    said = answer(network, images)
+    rows = factorial.rows()
+    return {f"probe_{short}": torch.tensor([answers[q][k] == r[q] for k, r in zip(said[q], rows)])
+            .float().view(len(factorial.biology), len(factorial.experiment), -1)
+            for short, q in (("mechanism", "true_mechanism"), ("batch", "batch"))}
+
+
+def over_seeds(statistic, seeds, repeats=100):
+    """5 to 95 % of statistic(indices) over random halves of the seeds: a half drawn without
+    replacement varies about the whole as the whole varies about the population."""
+    rng = np.random.default_rng(0)
+    values = [statistic(torch.from_numpy(np.sort(rng.permutation(seeds)[:max(2, seeds // 2)])))
+              for _ in range(repeats)]
+    return around(statistic(torch.arange(seeds)), values)
+
+
+def disentangle_one(model, truth, request):
+    """The figures of one model under one guidance, as one line of results.jsonl; and images."""
+    f = truth.factorial
+    images = generate_places(model, f, request)
+    y = truth.shape(features(images, model.channels))
+    found, held = omega_squared(y), {k: f.held(k) for k in ("val", "test")}
+    seen = ~(held["val"] | held["test"])
+    weights = model.weights(request.guidance)
+    entry = {"form": request.form, "w_biology": weights.get("biology", 0.),
+             "w_experiment": weights.get("experiment", 0.), "step": model.content["step"],
+             "interval": list(request.interval), "rescale": request.rescale,
+             "images": len(images)}
+    entry |= leaks(found, truth.omega)
+    for name in ("leak_e_to_b", "leak_b_to_e"):
+        entry[f"{name}_interval"] = over_seeds(
+            lambda s: leaks(omega_squared(y[:, :, s]), truth.omega)[name], f.seeds)
+    entry["effect_biology"] = effect_size(y, truth.a)
+    entry["effect_experiment"] = effect_size(y.transpose(0, 1), truth.a.transpose(0, 1))
+    for name, hits in probe_answers(truth.probe, images, f).items():
+        entry[name] = hits.mean().item()
+        entry[f"{name}_heldout"] = hits[held["test"]].mean().item()
+        entry[f"{name}_interval"] = over_seeds(lambda s: hits[:, :, s].mean().item(), f.seeds)
+        entry[f"{name}_real"] = truth.scores[name].mean().item()
+    for name, where in (("seen", seen), ("val", held["val"]), ("heldout", held["test"])):
+        entry[f"distance_{name}"] = truth.distance(y, where)
+    where = held["test"] if held["test"].any() else seen
+    entry["distance_heldout_interval"] = over_seeds(
+        lambda s: truth.distance(y[:, :, s], where), f.seeds)
+    entry["floor"], entry["ceiling"] = truth.distance(truth.a, where), truth.ceiling(where)
+    entry["omega"] = {k: v.tolist() for k, v in found.items()}
+    return entry, images
+
+
+# --- studies: many such lines, kept in results.jsonl so that a restart skips what is done ---------
+
+WEIGHTS_TRIED = [(1, 1), (1.5, 1), (1.5, 1.5), (2, 1), (2, 1.5), (2, 2), (3, 1.5), (3, 2), (4, 2)]
+FORMS_TRIED = [dict(form=form) for form in FORMS] + [
+    dict(form="nested", interval=(.2, .8)), dict(form="contrast", interval=(.2, .8)),
+    dict(form="nested", rescale=.7), dict(form="contrast", rescale=.7)]
+TABLE = ("leak_e_to_b", "leak_b_to_e", "effect_biology", "effect_experiment", "probe_mechanism",
+         "probe_batch", "distance_seen", "distance_heldout")
+
+
+class Results:
+    """results.jsonl: one line per finished measurement, named by what it is a measurement of."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.done = {json.dumps(e["key"]): e for e in map(json.loads, lines)}
+
+    def get(self, key, measure):
+        """The line of this key (a list), measured if it is not there yet."""
+        name = json.dumps(key)
+        if name not in self.done:
+            self.done[name] = {"key": json.loads(name)} | measure()
+            write_log(self.path, **self.done[name])
+        return self.done[name]
+
+
+def with_weights(args, biology, experiment, **changes):
+    """A request (see disentangle_one) at these weights."""
+    return SimpleNamespace(**dict(form=args.form, interval=tuple(args.interval),
+                                  rescale=args.rescale, steps=args.steps) | changes,
+                           guidance={"biology": biology, "experiment": experiment})
+
+
+def limited(request, model):
+    """The request without the weights of groups that a model does not have."""
+    kept = {g: w for g, w in request.guidance.items() if g in model.groups}
+    return SimpleNamespace(**vars(request) | {"guidance": kept})
+
+
+def print_lines(lines, label):
+    """A table: one line per measurement, leaks and probes as they are, distances x 1000."""
+    print(f"{'':34s}" + "".join(f"{name.replace('probe_', '').replace('distance_', 'd. '):>19s}"
+                                for name in TABLE))
+    for line in lines:
+        values = [line.get(name, np.nan) * (1000 if "distance" in name else 1) for name in TABLE]
+        print(f"{label(line):34s}" + "".join(
+            f"{v:19.0f}" if "distance" in name else f"{v:19.3f}" for name, v in zip(TABLE, values)))
+    line = lines[0]
+    print(f"{'the truth itself':34s}{0:19.3f}{0:19.3f}{1:19.3f}{1:19.3f}"
+          f"{line.get('probe_mechanism_real', np.nan):19.3f}"
+          f"{line.get('probe_batch_real', np.nan):19.3f}{'floor, ceiling':>19s}"
+          f"{1000 * line['floor']:9.0f},{1000 * line['ceiling']:9.0f}")
+
+
+def study_model(opened, truth, results, args):
+    """One checkpoint at one guidance: the table by feature, and the figure."""
+    model = opened.model
+    weights = model.weights(args.guidance)
+    request = with_weights(args, 0, 0, guidance=weights)
+    entry, images = disentangle_one(model, truth, request)
+    results.get(["model", args.checkpoint, model.content["step"], weights, args.form,
+                 args.interval, args.rescale, len(images)], lambda: entry)
+    names = feature_names(model.channels)
+    print(f"\n{'share of variance (omega^2)':28s}{'biology':>20s}{'experiment':>20s}"
+          f"{'interaction':>20s}\n{'':28s}" + f"{'truth':>10s}{'generated':>10s}" * 3)
+    for k, name in enumerate(names):
+        print(f"{name:28s}" + "".join(f"{truth.omega[part][k]:10.2f}{entry['omega'][part][k]:10.2f}"
+                                      for part in truth.omega))
+    return [entry], lambda e: f"weights {e['w_biology']:g}, {e['w_experiment']:g}"
+
+
+def study_weights(opened, truth, results, args):
+    """The same model at several guidance weights."""
+    def measured(b, e):
+        request = limited(with_weights(args, b, e), opened.model)
+        return disentangle_one(opened.model, truth, request)[0]
+    lines = [results.get(["weights", args.checkpoint, args.form, b, e, args.images],
+                         lambda: measured(b, e)) for b, e in WEIGHTS_TRIED]
+    return lines, lambda e: f"weights {e['w_biology']:g}, {e['w_experiment']:g}"
+
+
+def study_forms(opened, truth, results, args):
+    """The four forms of guidance, with an interval and with rescaling."""
+    weights = opened.model.weights(args.guidance)
+
+    def measured(changes):
+        request = with_weights(args, 0, 0, guidance=weights, **changes)
+        return disentangle_one(opened.model, truth, request)[0]
+    lines = [results.get(["forms", args.checkpoint, changes, weights, args.images],
+                         lambda: measured(changes)) for changes in FORMS_TRIED]
+    return lines, lambda e: e["form"] + (f", {e['interval'][0]:g} to {e['interval'][1]:g}"
+                                         if e["interval"] != [0, 1] else "") + \
+        (f", rescaled {e['rescale']:g}" if e["rescale"] else "")
+
+
+def study_training(opened, truth, results, args):
+    """Checkpoints along the run (train_ldm.py --keep): are new combinations found early?"""
+    files = sorted(Path(args.checkpoint).parent.glob("step-*.pt"),
+                   key=lambda p: int(p.stem.split("-")[1]))
+    if not files:
+        raise UserError(f"no step-*.pt beside {args.checkpoint}: train with --keep")
+
+    def measured(file):
+        model = Model.load(file)
+        return disentangle_one(model, truth, with_weights(args, 0, 0, guidance=model.weights(
+            args.guidance)))[0]
+    lines = [results.get(["training", str(file), opened.model.weights(args.guidance), args.images],
+                         lambda: measured(file)) for file in files]
+    return lines, lambda e: f"step {e['step']}"
+
+
+# --- the comparison: told the perturbation, the experiment, or both -------------------------------
+
+ARMS = {"perturbations": dict(experiment=()), "experiment": dict(biology=()), "both": {}}
+RUNS = [(0., 0), (.5, 0), (.9, 0), (.9, 1), (.9, 2)]     # confounding and seed
+TRIED = {"both": [(1, 1), (1.5, 1), (1.5, 1.5), (2, 1.5), (2, 2)],
+         "perturbations": [(1, 0), (1.5, 0), (2, 0), (3, 0)],
+         "experiment": [(0, 1), (0, 1.5), (0, 2), (0, 3)]}
+
+
+def screen_of(confounding):
+    """The manifest of the default screen at another confounding, drawn if it is missing."""
+    path = Path(train_ldm.Config.data if confounding == data.Screen.confounding
+                else f"runs/data-{confounding:g}/manifest.csv")
+    if not path.exists():
+        print(f"drawing a screen with confounding {confounding:g}")
+        data.simulate(path.parent, data.Screen(confounding=confounding))
+    return path
+
+
+def train_arm(args, arm, confounding, seed):
+    """The checkpoint of one arm, trained if it is missing, on the one shared autoencoder. It never
+    saw a held-out pair: these are the same at any confounding."""
+    out = Path(args.out) / f"{arm}-{confounding:g}-{seed}"
+    config = train_ldm.Config(data=str(screen_of(confounding)), vae=str(Path(args.vae).resolve()),
+                              out=str(out), seed=seed, steps=args.train_steps, **ARMS[arm])
+    if (out / "model.pt").exists():
+        config.resume = load_checkpoint(out / "model.pt", "ldm", "")["step"] < config.steps
+    return train_ldm.train(config)
+
+
+def best_guidance(model, truth, args, arm):
+    """The weights whose images of the validation pairs lie nearest to the truth."""
+    where, distances = truth.factorial.held("val"), {}
+    for b, e in TRIED[arm]:
+        images = generate_places(model, truth.factorial, limited(with_weights(args, b, e), model),
+                                 where)
+        y = truth.standardise(features(images, model.channels))
+        y = y.view(-1, truth.factorial.seeds, y.shape[1])
+        distances[b, e] = float(np.mean([kernel_distance(y[k], truth.b[i, j]) for k, (i, j) in
+                                         enumerate(where.nonzero().tolist())]))
+    return min(distances, key=distances.get), [[*w, d] for w, d in distances.items()]
+
+
+def study_arms(args, results):
+    """Three arms, each at its own best guidance, at several confoundings."""
+    lines = []
+    for confounding, seed in RUNS if args.confounding is None else \
+            [(c, s) for c in args.confounding for s in args.seeds]:
+        truth = None
+        for arm in args.arms:
+            key = ["arms", arm, confounding, seed, args.train_steps, args.images, args.steps]
+
+            def measured():
+                nonlocal truth
+                here = SimpleNamespace(**vars(args) | {
+                    "checkpoint": str(train_arm(args, arm, confounding, seed)), "guidance": {},
+                    "data": None})
+                opened = open_model(here)
+                if truth is None:
+                    truth = simulated_truth(opened, args)
+                model = opened.model
+                (b, e), tried = best_guidance(model, truth, args, arm)
+                entry, _ = disentangle_one(model, truth, limited(with_weights(args, b, e), model))
+                return {"arm": arm, "confounding": confounding, "seed": seed,
+                        "tried": tried} | entry
+            lines.append(results.get(key, measured))
+            print_lines(lines[-1:], arm_label)
+    return lines, arm_label
+
+
+def arm_label(e):
+    return f"{e['arm']}, {e['confounding']:g}, {e['seed']} ({e['w_biology']:g}, " \
+           f"{e['w_experiment']:g})"
+
+
+def simulated_truth(opened, args):
+    factorial = SimulatedFactorial(opened, max(4, args.images // 54))
+    return Truth(factorial, screen_probe(opened.manifest.path.parent, opened.model))
+
+
+# --- the shortcut: does a classifier profit from images drawn without confounding? ----------------
+
+def standardise_on_controls(images, batch, control):
+    """Each channel of each batch to the mean and deviation that its negative controls have over
+    all batches: images (N, C, H, W), batch (N,) of names, control (N,) bool."""
+    out, all_controls = images.clone(), images[control]
+    mean, std = all_controls.mean((0, 2, 3)), all_controls.std((0, 2, 3))
+    for name in np.unique(batch):
+        inside = torch.from_numpy(batch == name)
+        ours = images[inside & control]
+        scale = (std / ours.std((0, 2, 3)).clamp(min=1e-3))[:, None, None]
+        out[inside] = ((images[inside] - ours.mean((0, 2, 3))[:, None, None]) * scale
+                       + mean[:, None, None])
+    return out
+
+
+def balancing(mechanism, batch):
+    """Weights (N,) under which mechanism and batch are independent: p(m) p(b) / p(m, b)."""
+    pairs = np.array([f"{m}/{b}" for m, b in zip(mechanism, batch)])
+
+    def share(values):
+        names, place, count = np.unique(values, return_inverse=True, return_counts=True)
+        return count[place] / len(values)
+    weight = share(mechanism) * share(batch) / share(pairs)
+    return weight / weight.sum()
+
+
+def screen_images(opened, rows, screen):
+    """Fresh fields of view for rows of data.layout: images, mechanism, batch, control."""
+    images = np.stack([f["image"] for f in data.draw_fields(rows, screen, counterpart=False)])
+    images = torch.from_numpy(data.scale_intensity(images, opened.model.intensity))
+    return SimpleNamespace(images=images, mechanism=np.array([r["true_mechanism"] for r in rows]),
+                           batch=np.array([r["batch"] for r in rows]))
+
+
+def study_shortcut(args, results):
+    """A mechanism classifier trained on a confounded screen, on generated images in which
+    mechanism and batch are independent, on both, with plain remedies, and on an unconfounded
+    screen; all with the same number of images and steps, tested on unconfounded images."""
+    confounding, n = .9, args.classifier_images
+    checkpoint = train_arm(args, "both", confounding, 0)
+    opened = open_model(SimpleNamespace(**vars(args) | {"checkpoint": str(checkpoint),
+                                                        "guidance": {}, "data": None}))
+    screen = data.Screen(**json.loads((opened.manifest.path.parent / "simulation.json")
+                                      .read_text()))
+    train = set(opened.train)
+    strong = [r for i, r in enumerate(data.layout(screen)) if i in train
+              and (r["role"] == "control" or r["true_effect"] >= .5)]
+    answers = ["none", *data.MECHANISMS]
+
+    def fresh(draw, count):
+        other = replace(screen, confounding=0., draw=draw)
+        rows = [r for r in data.layout(other) if r["split"] not in ("test_substituent",
+                "test_scaffold") and (r["role"] == "control" or r["true_effect"] >= .5)]
+        order = np.random.default_rng(draw).permutation(len(rows))[:count]
+        return screen_images(opened, [rows[i] for i in order], other)
+
+    def measured(seed):
+        rng = np.random.default_rng([7, seed])
+        confounded = screen_images(opened, [strong[i] for i in rng.permutation(len(strong))[:n]],
+                                   replace(screen, draw=screen.draw))
+        factorial = SimulatedFactorial(opened, -(-n // 54))
+        rows = factorial.rows(first=1000 * (seed + 1))
+        request = with_weights(args, *args.shortcut_weights)
+        columns = {f.name: [str(r[f.name]) for r in rows] for f in opened.model.fields}
+        with autocast():
+            images = opened.model.generate(
+                columns, range(10_000 * seed, 10_000 * seed + len(rows)), request.guidance,
+                request.form, request.steps)
+        keep = rng.permutation(len(rows))[:n]
+        made = SimpleNamespace(images=images[torch.from_numpy(keep)], batch=np.array(
+            [rows[i]["batch"] for i in keep]), mechanism=np.array(
+            [rows[i]["true_mechanism"] for i in keep]))
+        both = SimpleNamespace(**{k: (torch.cat if k == "images" else np.concatenate)(
+            [getattr(confounded, k)[:n // 2], getattr(made, k)[:n // 2]])
+            for k in ("images", "mechanism", "batch")})
+        test, ceiling = fresh(4000, 1200), fresh(5000 + seed, n)
+
+        def score(training, test_images, weights=None):
+            labels = {"mechanism": torch.tensor([answers.index(m) for m in training.mechanism])}
+            probe = train_probe(training.images, {"mechanism": answers}, labels,
+                                args.classifier_steps, seed, weights=weights)
+            said = answer(probe, test_images)["mechanism"]
+            return float(np.mean([answers[k] == m for k, m in zip(said, test.mechanism)]))
+
+        flat = SimpleNamespace(**vars(confounded) | {"images": standardise_on_controls(
+            confounded.images, confounded.batch, torch.from_numpy(confounded.mechanism == "none"))})
+        scores = {"confounded": score(confounded, test.images),
+                  "generated": score(made, test.images), "both together": score(both, test.images),
+                  "standardised on controls": score(flat, standardise_on_controls(
+                      test.images, test.batch, torch.from_numpy(test.mechanism == "none"))),
+                  "reweighted": score(confounded, test.images, balancing(
+                      confounded.mechanism, confounded.batch)),
+                  "unconfounded": score(ceiling, test.images)}
+        gap = scores["unconfounded"] - scores["confounded"]
+        return {"seed": seed, "confounding": confounding, "scores": scores,
+                "closed": {k: (v - scores["confounded"]) / gap for k, v in scores.items()}}
+
+    lines = [results.get(["shortcut", seed, n, args.classifier_steps, args.train_steps,
+                          args.shortcut_weights], lambda: measured(seed)) for seed in args.seeds]
+    print(f"\n{'mechanism classifier trained on':34s}{'accuracy':>12s}{'gap closed':>24s}")
+    for name in lines[0]["scores"]:
+        accuracy, closed = ([line[k][name] for line in lines] for k in ("scores", "closed"))
+        print(f"{name:34s}{np.mean(accuracy):12.3f}{np.mean(closed):12.2f} "
+              f"({min(closed):.2f} to {max(closed):.2f})")
+    return lines
+
+
+# --- transfer: the same cells in another batch, or treated ----------------------------------------
+
+def study_transfer(opened, truth, results, args):
+    """Real images edited (sample.py --edit) to another batch, and controls to each mechanism,
+    against the true image of the same cells there. Everything is compared after the autoencoder.
+
+    moved: how far the features of the side that was changed moved along their true change (1 is
+    right); drift: how far the features of the other side moved, in deviations of the training set.
+    """
+    f, model = truth.factorial, opened.model
+    b, e, n = len(f.biology), len(f.experiment), f.seeds
+    rows = np.array(f.rows(10_000), object).reshape(b, e, n)
+    place = np.arange(b * e * n).reshape(b, e, n)
+    tasks = {"another batch": (place[:, :, 0].ravel(), np.roll(place, -1, 1)[:, :, 0].ravel()),
+             "treated": (np.repeat(place[:1, :, 0], b - 1, 0).ravel(), place[1:, :, 0].ravel())}
+    biological = truth.omega["biology"] > truth.omega["experiment"]
+    lines = []
+    for name, (start, goal) in tasks.items():
+        side = biological if name == "treated" else ~biological
+
+        def measured():
+            columns = [{field.name: [str(rows.flat[i][field.name]) for i in where]
+                        for field in model.fields} for where in (start, goal)]
+            edited = torch.cat([model.edit(
+                truth.images[start[i:i + 64]], *({k: v[i:i + 64] for k, v in c.items()}
+                                                 for c in columns), args.guidance, args.form,
+                args.edit_steps) for i in range(0, len(start), 64)])
+            before, true = (reconstruct(model.vae, truth.images[i])[0] for i in (start, goal))
+            y = [truth.standardise(features(x, model.channels)) for x in (before, edited, true)]
+            change, wanted = y[1] - y[0], y[2] - y[0]
+            return {"task": name, "images": len(start), "l1_before": mean_l1(before, true),
+                    "l1_after": mean_l1(edited, true),
+                    "moved": ((change * wanted)[:, side].sum()
+                              / wanted[:, side].square().sum()).item(),
+                    "drift": change[:, ~side].square().mean().sqrt().item(),
+                    "true_drift": wanted[:, ~side].square().mean().sqrt().item()}
+        lines.append(results.get(["transfer", args.checkpoint, model.content["step"], name,
+                                  args.guidance, args.form, args.edit_steps], measured))
+    print(f"\n{'edited to':16s}{'L1 to the truth: before':>26s}{'after':>8s}{'moved':>8s}"
+          f"{'drift':>8s}{'(true)':>8s}")
+    for line in lines:
+        print(f"{line['task']:16s}{line['l1_before']:26.4f}{line['l1_after']:8.4f}"
+              f"{line['moved']:8.2f}{line['drift']:8.2f}{line['true_drift']:8.2f}")
+    return lines
+
+
+def mean_l1(a, b):
+    """Mean absolute difference on [0, 1] of images in [-1, 1]."""
+    return (a - b).abs().mean().item() / 2
+
+
+# --- real plates: pairs left out in turn ----------------------------------------------------------
+
+def write_split(opened, path, held, cells):
+    """The manifest with a column split: cells in `held` are test, a tenth of the rest val."""
+    m, rng = opened.manifest, np.random.default_rng(0)
+    rows = []
+    for i in range(len(m)):
+        files = [str(Path(f).resolve()) for f in m.files[i]]
+        names = m.channels if len(files) == len(m.channels) else ["image"]
+        split = "test" if cells[i] in held else "val" if rng.random() < .1 else "train"
+        rows.append({k: v[i] for k, v in m.columns.items()} | dict(zip(names, files))
+                    | {"split": split})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        data.write_manifest(path, rows)
+    return str(path)
+
+
+def study_pairs(opened, args, results):
+    """One (treatment, plate) pair left out of training in turn, all else as --checkpoint was
+    trained, on one autoencoder that saw none of these pairs: nuclei, intensities, and what a
+    treatment probe trained on the other plates reads, generated beside the left-out real images.
+    """
+    model, out, n = opened.model, Path(args.out), max(16, args.images // 8)
+    factorial, cells = RealFactorial(opened, args.by, 4), cells_of(opened.manifest, args.by)
+    treatments = factorial.biology
+    pairs = [(treatments[1 + k % (len(treatments) - 1)], plate)
+             for k, plate in enumerate(factorial.experiment)]
+    of_plate = np.array(opened.manifest.columns[args.by[1]])
+    left_out = {f"{t} x {plate}" for t, plate in pairs}
+    vae = train_vae.Config(**model.content["vae"]["settings"] | {
+        "data": write_split(opened, out / "split-vae.csv", left_out, cells), "split": "auto",
+        "out": str(out / "pairs-vae"), "overwrite": False})
+    lines = []
+    for treatment, plate in pairs:
+        cell = f"{treatment} x {plate}"
+
+        def measured():
+            if not Path(vae.out, "model.pt").exists():
+                train_vae.train(vae)
+            config = train_ldm.Config(**model.content["settings"] | {
+                "data": write_split(opened, out / f"split-{plate}.csv", {cell}, cells),
+                "vae": f"{vae.out}/model.pt", "out": str(out / f"pairs-{plate}"),
+                "resume": False, "overwrite": False})
+            trained = Model.load(train_ldm.train(config))
+            here, rng = SimpleNamespace(**vars(opened) | {"model": trained}), \
+                np.random.default_rng(0)
+            known = np.flatnonzero((of_plate != plate) & np.isin(
+                cells, [f"{t} x {p}" for t in treatments for p in factorial.experiment]))
+            labels = [treatments.index(cells[i].split(" x ")[0]) for i in known]
+            images = [real_images(here, known, rng) for _ in range(12)]
+            probe = train_probe(torch.cat(images), {"treatment": treatments},
+                                {"treatment": torch.tensor(labels * 12)}, 400)
+            request = crossed_requests(opened, args.by)
+            entry = {"pair": cell}
+            for t in (treatments[0], treatment):
+                inside = np.flatnonzero(cells == f"{t} x {plate}")
+                request_t = request[f"{t} x {plate}"]
+                sets = {"generated": trained.generate(
+                    {name: [value] * n for name, value in request_t.items()}, range(n),
+                    args.guidance, args.form, STEPS)}
+                label = np.array([opened.manifest.columns[args.also][i] if args.also else ""
+                                  for i in inside])
+                sets |= {f"real {v}".strip(): real_images(here, rng.choice(inside[label == v], n),
+                                                          rng) for v in np.unique(label)}
+                for name, x in sets.items():
+                    said = answer(probe, x)["treatment"]
+                    entry[f"{t}: {name}"] = summarise(x, trained.channels, args.nucleus_radius) | {
+                        "named right": float((said == treatments.index(t)).float().mean())}
+            return entry
+        lines.append(results.get(["pairs", args.checkpoint, cell, n], measured))
+    for line in lines:
+        print(f"\nleft out: {line['pair']}")
+        for name, values in list(line.items())[2:]:
+            print(f"  {name:28s}" + "  ".join(f"{k.replace('_mean', '')} {v:.3f}"
+                                              for k, v in values.items()))
+    return lines
+
+
+# --- the sub-command ------------------------------------------------------------------------------
+
+def draw_shares(path, truth, entry, names, label):
+    """Each feature's share of variance by biology and by experiment: truth and generated, joined
+    by a line. What disentangles lies on the axes; what leaks moves off them."""
+    import matplotlib.pyplot as plt
+    fig, axis = plt.subplots(figsize=(5, 4.6))
+    true = np.array([truth.omega[k].tolist() for k in ("experiment", "biology")])
+    found = np.array([entry["omega"][k] for k in ("experiment", "biology")])
+    axis.plot(*np.stack([true, found], 1), color=".8", lw=.6)  # x and y (2, F): one line a feature
+    axis.scatter(*true, s=14, color="k", label="truth")
+    axis.scatter(*found, s=14, color="tab:red", label=f"generated, {label}")
+    axis.set(xlabel="share of variance by experiment (omega^2)", ylabel="by biology (omega^2)")
+    axis.legend(fontsize=8)
+    fig.tight_layout()
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def draw_lines(path, lines, label):
+    """Effects, leaks, probes and distances of several measurements side by side."""
+    import matplotlib.pyplot as plt
+    groups = [("effect, as a share of the true one", ("effect_biology", "effect_experiment")),
+              ("leak", ("leak_e_to_b", "leak_b_to_e")),
+              ("share named right", ("probe_mechanism", "probe_batch")),
+              ("kernel distance", ("distance_seen", "distance_heldout"))]
+    fig, axes = plt.subplots(1, 4, figsize=(15, 1.6 + .28 * len(lines)), sharey=True)
+    y = np.arange(len(lines))[::-1]
+    for axis, (title, names) in zip(axes, groups):
+        for k, name in enumerate(names):
+            values = [line.get(name, np.nan) for line in lines]
+            axis.plot(values, y, "o" if k else "s", ms=5, label=name)
+            for value, place, line in zip(values, y, lines):
+                axis.plot(line.get(f"{name}_interval", [value, value]), [place, place],
+                          color=f"C{k}", lw=1)
+        axis.set_title(title, fontsize=9)
+        axis.grid(alpha=.3)
+        axis.legend(fontsize=7)
+    axes[0].set_yticks(y, [label(line) for line in lines], fontsize=8)
+    axes[0].axvline(1, color="k", lw=.6), axes[1].axvline(0, color="k", lw=.6)
+    axes[3].axvline(lines[0]["floor"], color="k", lw=.6)
+    fig.tight_layout()
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def disentangle(args):
+    """The tables of `evaluate.py disentangle`."""
+    if args.quick:
+        args.images, args.train_steps, args.seeds = 216, 600, [0]
+        args.confounding, args.classifier_steps = args.confounding or [.9], 300
+    out = Path(args.out)
+    results = Results(out / "results.jsonl")
+    if args.study == "shortcut":
+        return study_shortcut(args, results)
+    if args.study == "arms":
+        lines, label = study_arms(args, results)
+    else:
+        opened = open_model(args)
+        if args.study == "pairs":
+            return study_pairs(opened, args, results)
+        if args.by:
+            args.by = args.by[:2]
+            seeds = max(4, args.images // len(set(cells_of(opened.manifest, args.by))))
+            truth = Truth(RealFactorial(opened, args.by, seeds), None)
+        elif (opened.manifest.path.parent / "simulation.json").exists():
+            truth = simulated_truth(opened, args)
+        else:
+            raise data.DataError(f"{opened.manifest.path} is not simulated: say with --by which two "
+                                 "columns to cross, such as --by compound plate")
+        if args.study == "transfer":
+            return study_transfer(opened, truth, results, args)
+        lines, label = {"model": study_model, "weights": study_weights, "forms": study_forms,
+                        "training": study_training}[args.study](opened, truth, results, args)
+        draw_shares(out / f"{args.study}-features.png", truth, lines[0],
+                    feature_names(opened.model.channels), label(lines[0]))
+    print()
+    print_lines(lines, label)
+    draw_lines(out / f"{args.study}.png", lines, label)
+    print(f"wrote {out}/results.jsonl and {out}/{args.study}.png")
+
+
 def parse_guidance(words):
     return {name: parse_number(name, value) for name, _, value in (w.partition("=") for w in words)}
 
@@ -618,26 +1400,60 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     q = commands.add_parser("quality", help="are held-out conditions drawn as they look?",
                             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    q.add_argument("--checkpoint", default="runs/ldm/model.pt", help="a model from train_ldm.py")
-    q.add_argument("--data", default=None, help="another manifest than the model was trained on")
     q.add_argument("--out", default=None, help="folder for JSON and figure (the checkpoint's)")
     q.add_argument("--by", nargs="+", default=None, help="for real plates: columns whose "
                    "combinations make the rows of the table, such as compound plate")
-    q.add_argument("--also", default=None, help="with --by: real images apart by this "
-                   "column, such as well")
-    q.add_argument("--nucleus_radius", type=float, default=NUCLEUS_RADIUS,
-                   help="pixels, with --by: what the segmentation looks for")
     q.add_argument("--images", type=int, default=192, help="generated for each held-out set")
     q.add_argument("--sets", nargs="+", help="values of the column split",
                    default=["val", "test_pair", "test_substituent", "test_scaffold"])
-    q.add_argument("--guidance", nargs="+", default=[], help="GROUP=WEIGHT for each group")
-    q.add_argument("--form", default="nested", choices=FORMS, help="of guidance, see diffusion.py")
     q.add_argument("--steps", type=int, default=STEPS, help="DDIM steps")
-    q.add_argument("--quick", action="store_true", help="fewer images")
-    parser.epilog = q.format_help()
+    d = commands.add_parser("disentangle", help="how much of the image is biology, how much "
+                            "experiment, beside the truth?",
+                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for command in (q, d):
+        command.add_argument("--checkpoint", default="runs/ldm/model.pt",
+                             help="a model from train_ldm.py")
+        command.add_argument("--data", default=None,
+                             help="another manifest than the model was trained on")
+        command.add_argument("--guidance", nargs="+", default=[],
+                             help="GROUP=WEIGHT for each group")
+        command.add_argument("--form", default="nested", choices=FORMS,
+                             help="of guidance, see diffusion.py")
+        command.add_argument("--also", default=None, help="with --by: real images apart by this "
+                             "column, such as well")
+        command.add_argument("--nucleus_radius", type=float, default=NUCLEUS_RADIUS,
+                             help="pixels, with --by: what the segmentation looks for")
+        command.add_argument("--quick", action="store_true", help="fewer images")
+    d.add_argument("--study", default="model", help="one checkpoint; at several guidance weights; "
+                   "under the forms of guidance; along its training; the three arms (trains them); "
+                   "the shortcut of a classifier (trains it); "
+                   "real images edited; real plates with one pair left out in turn (trains them)",
+                   choices=("model", "weights", "forms", "training", "arms", "shortcut",
+                            "transfer", "pairs"))
+    d.add_argument("--out", default="runs/disentangle", help="results.jsonl and figures go here")
+    d.add_argument("--by", nargs="+", default=None, help="for real plates: the column of biology "
+                   "and the column of experiment to cross, such as compound plate")
+    d.add_argument("--images", type=int, default=756, help="of the whole factorial")
+    d.add_argument("--steps", type=int, default=15, help="DDIM steps")
+    d.add_argument("--interval", type=float, nargs=2, default=(0., 1.), help="noise levels between "
+                   "which guidance acts")
+    d.add_argument("--rescale", type=float, default=0., help="share of guidance's spread taken back")
+    d.add_argument("--vae", default="runs/vae/model.pt", help="of the arms: one for all")
+    d.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="which arms")
+    d.add_argument("--confounding", type=float, nargs="+", default=None,
+                   help="of the arms' screens (0, 0.5 with one seed, 0.9 with three)")
+    d.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="with --confounding, and "
+                   "of the shortcut's classifiers")
+    d.add_argument("--train_steps", type=int, default=1500, help="of each arm")
+    d.add_argument("--edit_steps", type=int, default=50, help="DDIM steps each way")
+    d.add_argument("--classifier_images", type=int, default=1512, help="for each classifier")
+    d.add_argument("--classifier_steps", type=int, default=600, help="for each classifier")
+    d.add_argument("--shortcut_weights", type=float, nargs=2, default=(1.5, 1.5),
+                   help="guidance of the generated images: biology, experiment")
+    parser.epilog = q.format_help() + d.format_help()
     args = parser.parse_args()
     args.guidance = parse_guidance(args.guidance)
-    {"quality": quality}[args.command](args)
+    {"quality": quality, "disentangle": disentangle}[args.command](args)
 
 
 if __name__ == "__main__":

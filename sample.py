@@ -2,16 +2,20 @@
 
     python sample.py smiles="CC1CCC(B(O)O)CC1" dose=3 batch=B2 -n 8 --guidance biology=2
     python sample.py --grid dose=0,0.3,1,3,10 batch=B1,B2,B3 smiles="CC1CCC(B(O)O)CC1"
+    python sample.py --edit runs/data/manifest.csv:2 batch=B3          # the same cells, elsewhere
+    python sample.py --attribution runs/data/manifest.csv:500          # where biology acts
 
 A field that is not given is unknown, not zero. The same seed gives the same cells, whatever else
 is asked for in the same run. Writes a picture, an ImageJ hyperstack and a record to repeat it.
 """
 import argparse
 import hashlib
+import itertools
 import json
 import warnings
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import tifffile
@@ -21,8 +25,8 @@ from tqdm import tqdm
 
 import data
 import diffusion
-from conditioning import Conditioner, Field, FieldError, parse_number
-from train_vae import UserError, build_vae, device, load_checkpoint, run
+from conditioning import Conditioner, Field, FieldError, blank_unseen, parse_number
+from train_vae import UserError, build_vae, device, load_checkpoint, run, views
 from unet import UNet, UNetConfig
 
 STEPS = 30                                   # DDIM steps
@@ -32,10 +36,11 @@ WEIGHTS = {"biology": 2., "experiment": 1.5}  # guidance unless asked otherwise;
 class Denoiser(nn.Module):
     """The U-Net and its conditioner: what is trained, averaged (EMA) and saved together."""
 
-    def __init__(self, config: UNetConfig, fields, molecule_encoder):
+    def __init__(self, config: UNetConfig, fields, molecule_encoder, molecule_settings=None):
         super().__init__()
         self.unet = UNet(config)
-        self.conditioner = Conditioner(fields, config.embedding, config.token, molecule_encoder)
+        self.conditioner = Conditioner(fields, config.embedding, config.token, molecule_encoder,
+                                       molecule_settings)
 
     def forward(self, z, t, codes, keep, molecules):
         return self.unet(z, t, *self.conditioner(codes, keep, molecules))
@@ -45,12 +50,12 @@ class Model:
     """All that sampling needs, built from one checkpoint (a dict, see train_ldm.checkpoint)."""
 
     def __init__(self, content, weights="ema"):
-        missing = {"fields", "unet", "vae", "schedule", "latent_shape", weights} - set(content)
+        missing = {"fields", "unet", "vae", "schedule", "latent_shape", "molecule_settings", weights} - set(content)
         if missing:
             raise UserError(f"the checkpoint lacks {', '.join(sorted(missing))}: train it again")
         self.fields = [Field(**f) for f in content["fields"]]
         self.denoiser = Denoiser(UNetConfig(**content["unet"]), self.fields,
-                                 content["molecule_encoder"])
+                                 content["molecule_encoder"], content["molecule_settings"])
         self.denoiser.load_state_dict(content[weights])
         self.denoiser.to(device()).eval().requires_grad_(False)
         self.vae = build_vae(content["vae"]).to(device())
@@ -104,22 +109,22 @@ class Model:
         return {g: "control" if g == first else "average" for g in self.groups}
 
     @torch.no_grad()
-    def guided(self, columns, n, guidance=None, form="nested"):
-        """denoise(z, t) for n images under a request {name: [n strings]}.
+    def branches(self, columns, n, branches):
+        """denoise(z, t) for n images under a request {name: [n strings]}: the sum of the network's
+        predictions under {branch: coefficient}, see diffusion.compose.
 
         Everything is encoded once; all branches then run as one batch at every step.
         """
-        weights = self.weights(guidance)
-        vectors, coefficients = [], []
-        for branch, c in diffusion.compose(form, weights, self.references(form)).items():
-            variants = self.branch_columns(columns, n, dict(zip(weights, branch)))
+        encoded, coefficients = [], []
+        for branch, c in branches.items():
+            variants = self.branch_columns(columns, n, dict(zip(self.weights(), branch)))
             for variant in variants:
-                codes, known, molecules = self.denoiser.conditioner.encode(variant, n)
-                vectors.append(self.denoiser.conditioner(*to_device((codes, known, molecules))))
+                encoded.append(self.denoiser.conditioner(*to_device(
+                    self.denoiser.conditioner.encode(variant, n))))
                 coefficients.append(c / len(variants))
         k = len(coefficients)
         # (K B, E), (K B, L, D), (K B, L): branch by branch
-        condition = [torch.cat(parts) for parts in zip(*vectors)]
+        condition = [torch.cat(parts) for parts in zip(*encoded)]
 
         def denoise(z, t):
             v = self.denoiser.unet(z.repeat(k, 1, 1, 1), t.repeat(k), *condition)
@@ -127,11 +132,32 @@ class Model:
 
         return denoise
 
+    def guided(self, columns, n, guidance=None, form="nested", interval=(0., 1.), rescale=0.):
+        """denoise(z, t) under a request, guided.
+
+        interval: between which noise levels t / T guidance acts; outside it the conditional model
+        runs alone, one branch (Kynkaanniemi et al. 2024, arXiv:2404.07724). rescale: 0 to 1, how
+        much of guidance's extra spread is taken back (diffusion.rescale).
+        """
+        weights = self.weights(guidance)
+        composed = diffusion.compose(form, weights, self.references(form))
+        guided = self.branches(columns, n, composed)
+        plain = self.branches(columns, n, {("given",) * len(weights): 1.})
+
+        def denoise(z, t):
+            if not interval[0] <= t[0].item() / self.schedule.T <= interval[1]:
+                return plain(z, t)
+            v = guided(z, t)
+            return diffusion.rescale(v, plain(z, t), rescale) if rescale else v
+
+        return denoise
+
     def generate(self, columns, seeds, guidance=None, form="nested", steps=STEPS, eta=0.,
-                 sampler="ddim", batch=64, progress=True):
+                 sampler="ddim", batch=64, progress=True, interval=(0., 1.), rescale=0.):
         """Images (n, C, H, W) in [-1, 1] on the CPU, one per seed.
 
-        columns: {field: list of n strings}, "" for unknown. guidance: {group: weight}.
+        columns: {field: list of n strings}, "" for unknown. guidance: {group: weight}. interval
+        and rescale: see `guided`.
         """
         check_request(self, columns)
         images = []
@@ -140,12 +166,58 @@ class Model:
             for i in range(0, len(seeds), batch):
                 part = {name: values[i:i + batch] for name, values in columns.items()}
                 chosen = seeds[i:i + batch]
-                denoise = self.guided(part, len(chosen), guidance, form)
+                denoise = self.guided(part, len(chosen), guidance, form, interval, rescale)
                 z = diffusion.sample(denoise, self.schedule, chosen, self.latent_shape, steps, eta,
                                      sampler, device(), bar.update)
                 with torch.no_grad():
                     images.append(self.vae.to_image(z).cpu())
         return torch.cat(images)
+
+    @torch.no_grad()
+    def edit(self, images, source, target, guidance=None, form="nested", steps=50, rounds=3):
+        """Real images (n, C, H, W) in [-1, 1] as they would look under other conditions: the same
+        cells. Inverted under their own conditions `source`, all weights 1, then generated from
+        there under `target` ({name: [n strings]} each), weights 1 unless `guidance` says more.
+        """
+        check_request(self, target)
+        n, ones = len(images), {g: 1. for g in self.groups}
+        top = self.schedule.last_invertible()
+        with tqdm(total=2 * steps, desc="editing", leave=False) as bar:
+            z = diffusion.invert(self.guided(source, n, ones), self.schedule,
+                                 self.vae.to_latent(images.to(device())), steps, top, rounds,
+                                 bar.update)
+            z = diffusion.sample(self.guided(target, n, ones | (guidance or {}), form),
+                                 self.schedule, range(n), self.latent_shape, steps, start=z,
+                                 top=top, device=device(), each_step=bar.update)
+        return self.vae.to_image(z).cpu()
+
+    @torch.no_grad()
+    def attribution(self, images, columns, levels=(.2, .4, .6, .8), seed=0):
+        """Where each group acts, at several noise levels t / T: for images (n, C, H, W) and their
+        conditions, {group: (levels, n, H, W)}.
+
+        The images are noised to a level, and z_0 is predicted once as asked and once with the
+        group at its reference: biology at the negative control, the experiment averaged over
+        those of the training set (`references`). The map is the difference of the two predictions
+        after the decoder, mean over channels of its size, on [0, 1].
+        """
+        n, full = len(images), {g: "given" for g in self.weights()}
+        z0 = self.vae.to_latent(images.to(device()))
+        noise = diffusion.gaussian(diffusion.generators(range(seed, seed + n)), z0.shape[1:], device())
+        given = self.branches(columns, n, {tuple(full.values()): 1.})
+        maps = {g: [] for g in full}
+        for level in levels:
+            t = torch.full((n,), round(level * (self.schedule.T - 1)), device=device())
+            z = self.schedule.add_noise(z0, noise, t)
+
+            def predicted(denoise):
+                return self.vae.to_image(self.schedule.split(z, denoise(z, t), t)[0])
+
+            as_asked = predicted(given)
+            for group, state in self.references("control").items():
+                other = self.branches(columns, n, {tuple((full | {group: state}).values()): 1.})
+                maps[group].append((as_asked - predicted(other)).abs().mean(1).cpu() / 2)
+        return {group: torch.stack(m) for group, m in maps.items()}
 
 
 def to_device(tensors):
@@ -213,6 +285,102 @@ def write_hyperstack(path, images, model):
                      resolution=resolution)
 
 
+def read_row(model, place):
+    """MANIFEST:ROW to (image (1, C, H, W) in [-1, 1], its own conditions, manifest, row number).
+
+    Rows are counted as in a spreadsheet and in every message here: the header is row 1. Fields
+    that the manifest lacks and categories that training never saw are unknown ("").
+    """
+    path, _, row = place.rpartition(":")
+    manifest = data.read_manifest(path or place, model.channels)
+    if not row.isdigit() or not 2 <= int(row) <= len(manifest) + 1:
+        raise UserError(f"{place}: write MANIFEST:ROW with a row from 2 to {len(manifest) + 1}")
+    i, settings = int(row) - 2, SimpleNamespace(**model.content["vae"]["settings"])
+    own = {f.name: [manifest.columns.get(f.name, [""] * len(manifest))[i]] for f in model.fields}
+    own = blank_unseen(model.fields, own)
+    print("this row: " + ", ".join(f"{name}={v[0] or 'unknown'}" for name, v in own.items()))
+    image = views(data.Pixels(manifest, settings.binning), [i], settings, model.intensity)
+    return image, {name: v[0] for name, v in own.items()}, manifest, i
+
+
+def changed(model, manifest, own, changes):
+    """A row's own conditions with some changed. A category of the same group that occurs nowhere
+    together with the new one (the plate, when the batch is changed) becomes unknown."""
+    kinds = {f.name: (f.kind, f.group) for f in model.fields}
+    target = own | changes
+    for name, value in own.items():
+        for other, new in changes.items():
+            if (kinds[name] == kinds.get(other) == ("category", kinds[name][1]) and value
+                    and name not in changes and other in manifest.columns
+                    and (value, new) not in set(zip(manifest.columns[name],
+                                                    manifest.columns[other]))):
+                print(f"{name}={value} does not occur with {other}={new}: told as unknown")
+                target[name] = ""
+    return target
+
+
+def write_images(out, images, model, args, requests, picture, **more):
+    """samples.png (drawn by `picture`), samples.tif and samples.json in folder `out`."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    data.picture(out / "samples.png", *picture[:1], model.channels, *picture[1:])
+    write_hyperstack(out / "samples.tif", images, model)
+    checkpoint = Path(args.checkpoint).read_bytes()
+    (out / "samples.json").write_text(json.dumps({
+        "requests": requests, "form": args.form, "steps": args.steps, "checkpoint": args.checkpoint,
+        "sha1": hashlib.sha1(checkpoint).hexdigest(), **more,
+        "fields": [asdict(f) for f in model.fields]}, indent=1))
+    print(f"wrote {out}/samples.png, samples.tif and samples.json")
+
+
+def edit_row(model, args, fixed, swept, weights):
+    """`--edit`: the cells of one real image under other conditions, one image per swept value."""
+    image, own, manifest, _ = read_row(model, args.edit)
+    values = [dict(zip(swept, v)) for v in itertools.product(*swept.values())]
+    targets = [changed(model, manifest, own, fixed | v) for v in values]
+    check_request(model, {k: [v] for k, v in (fixed | values[0]).items()})
+    columns = {f.name: [t[f.name] for t in targets] for f in model.fields}
+    source = {name: [value] * len(targets) for name, value in own.items()}
+    images = model.edit(image.repeat(len(targets), 1, 1, 1), source, columns, weights, args.form,
+                        args.steps)
+    rebuilt = model.vae.to_image(model.vae.to_latent(image.to(device()))).cpu()
+    labels = ["real", "through the autoencoder"] + ["\n".join(
+        f"{k}={v}" for k, v in (fixed | place).items()) or "the same" for place in values]
+    write_images(args.out, images, model, args, targets, (
+        [[*image.numpy(), *rebuilt.numpy(), *images.numpy()]], [""], labels, model.pixel_um),
+        edit=args.edit, own=own, guidance=weights)
+
+
+def attribute_row(model, args, levels=(.2, .35, .5, .65, .8)):
+    """`--attribution`: where in a real image biology and experiment act, by noise level, beside
+    the true difference from the same cells untreated where the manifest has it."""
+    image, own, manifest, i = read_row(model, args.attribution)
+    maps = model.attribution(image, {k: [v] for k, v in own.items()}, levels)
+    rows, report = [], {"row": args.attribution, "own": own, "levels": list(levels)}
+    true = None
+    if "untreated" in manifest.columns:
+        pixels = data.Pixels(data.read_manifest(manifest.path, model.channels, "untreated"))
+        settings = SimpleNamespace(**model.content["vae"]["settings"])
+        true = (views(pixels, [i], settings, model.intensity) - image).abs().mean(1)[0] / 2
+    for group, m in maps.items():
+        rows.append([m[k, 0].numpy() for k in range(len(levels))])
+        if true is not None:
+            report[group] = [float(np.corrcoef(m[k, 0].flatten(), true.flatten())[0, 1])
+                             for k in range(len(levels))]
+            print(f"{group}: correlation with the true difference from the untreated cells "
+                  + " ".join(f"{r:.2f}" for r in report[group]))
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    top = max(float(m.max()) for m in maps.values())
+    panels = [[image[0].numpy()] + [np.clip(m / top, 0, 1) * 2 - 1 for m in row]
+              + ([true.numpy() / float(true.max()) * 2 - 1] if true is not None else [])
+              for row in rows]
+    data.picture(out / "attribution.png", panels, model.channels, list(maps), ["image"] + [
+        f"t/T = {level:g}" for level in levels] + ["true"] * (true is not None), model.pixel_um)
+    (out / "attribution.json").write_text(json.dumps(report, indent=1))
+    print(f"wrote {out}/attribution.png and attribution.json")
+
+
 def main():
     parser = data.Parser(description=__doc__,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -226,9 +394,13 @@ def main():
                         help="of the first image; image i has seed + i (default: %(default)s)")
     parser.add_argument("--guidance", nargs="+", default=[], metavar="GROUP=WEIGHT",
                         help="1 is the plain model, 0 ignores the group (default: " + " ".join(
-                            f"{g}={w}" for g, w in WEIGHTS.items()) + ")")
+                            f"{g}={w}" for g, w in WEIGHTS.items()) + "; 1 with --edit)")
     parser.add_argument("--form", choices=diffusion.FORMS, default="nested",
                         help="how the guidance of groups is composed (default: %(default)s)")
+    parser.add_argument("--interval", type=float, nargs=2, default=(0., 1.), metavar=("LOW", "HIGH"),
+                        help="noise levels, 0 to 1, between which guidance acts (default: all)")
+    parser.add_argument("--rescale", type=float, default=0.,
+                        help="share of guidance's extra spread taken back (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=STEPS, help="default: %(default)s")
     parser.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim",
                         help="default: %(default)s")
@@ -236,16 +408,33 @@ def main():
                         help="noise added by DDIM: 0 none, 1 as DDPM (default: %(default)s)")
     parser.add_argument("--grid", nargs="+", default=[], metavar="NAME=V1,V2,...",
                         help="sweep one or two fields on the same noise")
+    parser.add_argument("--edit", metavar="MANIFEST:ROW", help="the cells of this real image with "
+                        "the named conditions changed (rows as in a spreadsheet: the header is 1)")
+    parser.add_argument("--attribution", metavar="MANIFEST:ROW",
+                        help="where in this real image biology and experiment act")
     parser.add_argument("--out", default="runs/samples",
                         help="samples.png, .tif and .json go here (default: %(default)s)")
     args = parser.parse_intermixed_args()
     model = Model.load(args.checkpoint)
     fixed, swept, weights = parse_request(model, args.conditions, args.grid, args.guidance)
-    n = args.n if args.n is not None else 1 if swept else 8
-    if n < 1 or not 1 <= args.steps <= model.schedule.T:
-        raise UserError(f"-n {n} --steps {args.steps}: at least one image, and 1 to "
-                        f"{model.schedule.T} steps")
+    if not 1 <= args.steps <= model.schedule.T:
+        raise UserError(f"--steps {args.steps}: between 1 and {model.schedule.T}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda m, *_: tqdm.write(f"warning: {m}")
+        if args.attribution:
+            attribute_row(model, args)
+        elif args.edit:
+            edit_row(model, args, fixed, swept, weights)
+        else:
+            generate_images(model, args, fixed, swept, weights)
 
+
+def generate_images(model, args, fixed, swept, weights):
+    """What the conditions ask for: n images, or a grid of the swept fields on shared noise."""
+    n = args.n if args.n is not None else 1 if swept else 8
+    if n < 1:
+        raise UserError(f"-n {n}: at least one image")
     # rows of the picture: the second swept field (and the seed), columns: the first
     across, down = (list(swept.items()) + [("", [""])] * 2)[:2]
     if not swept:
@@ -257,28 +446,16 @@ def main():
         seeds, width = [args.seed + i // per_seed for i in range(len(places))], len(across[1])
     requests = [{k: v for k, v in (fixed | place).items() if k} for place in places]
     columns = {name: [r[name] for r in requests] for name in requests[0]}
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.showwarning = lambda m, *_: tqdm.write(f"warning: {m}")
-        images = model.generate(columns, seeds, weights, args.form, args.steps, args.eta,
-                                args.sampler)
-
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    images = model.generate(columns, seeds, weights, args.form, args.steps, args.eta, args.sampler,
+                            interval=args.interval, rescale=args.rescale)
     rows = [list(images[i:i + width].numpy()) for i in range(0, len(images), width)]
-    data.picture(out / "samples.png", rows, model.channels,
-                 [f"{down[0]}={d}" for _ in range(n) for d in down[1]] if down[0] else [],
-                 [f"{across[0]}={a}" for a in across[1]] if swept else
-                 [f"seed {s}" for s in seeds] if n == width else [], model.pixel_um,
-                 "  ".join(f"{k}={v}" for k, v in fixed.items()))
-    write_hyperstack(out / "samples.tif", images, model)
-    checkpoint = Path(args.checkpoint).read_bytes()
-    (out / "samples.json").write_text(json.dumps({
-        "requests": requests, "seeds": seeds, "guidance": model.weights(weights),
-        "form": args.form, "steps": args.steps, "sampler": args.sampler, "eta": args.eta,
-        "checkpoint": args.checkpoint, "sha1": hashlib.sha1(checkpoint).hexdigest(),
-        "fields": [asdict(f) for f in model.fields]}, indent=1))
-    print(f"wrote {out}/samples.png, samples.tif and samples.json")
+    write_images(args.out, images, model, args, requests, (
+        rows, [f"{down[0]}={d}" for _ in range(n) for d in down[1]] if down[0] else [],
+        [f"{across[0]}={a}" for a in across[1]] if swept else
+        [f"seed {s}" for s in seeds] if n == width else [], model.pixel_um,
+        "  ".join(f"{k}={v}" for k, v in fixed.items())),
+        seeds=seeds, guidance=model.weights(weights), sampler=args.sampler, eta=args.eta,
+        interval=list(args.interval), rescale=args.rescale)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ autoencoder, caches the latents, trains the U-Net and draws generated cells besi
 import copy
 import hashlib
 import json
+import os
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -38,7 +39,10 @@ class Config:
     biology: tuple = ("smiles", "dose")   # fields of this group, as NAME or NAME:KIND
     experiment: tuple = ("batch", "plate", "row:number", "column:number")  # fields of this group
     # model
-    molecule_encoder: str = "fingerprint"  # see MOLECULE_ENCODERS in conditioning.py
+    molecule_encoder: str = "fingerprint"  # or descriptors, graph, smiles, table, identity
+    fingerprint_bits: int = 2048          # length of the fingerprint
+    fingerprint_radius: int = 2           # bonds around each atom that a fingerprint sees
+    molecule_table: str = ""              # .npz of vectors by SMILES or InChIKey, for table
     size: str = "small"                   # U-Net: tiny, small, base, large (unet.py)
     schedule: str = "cosine"              # noise: cosine, linear, scaled_linear
     target: str = "velocity"              # the U-Net predicts velocity, noise or image
@@ -46,13 +50,14 @@ class Config:
     min_snr: bool = False                 # weigh the loss by min(SNR, 5)
     # training
     out: str = "runs/ldm"                 # model.pt, samples.png, curves.png, log.jsonl go here
-    steps: int = 1900                     # optimiser steps
+    steps: int = 2000                     # optimiser steps
     batch: int = 32                       # latents per step
     lr: float = 2e-3                      # peak learning rate, after warm-up, before decay
     ema: float = 0.999                    # decay of the averaged weights that sampling uses
     views: int = 2                        # random views of each image in the latent cache
     seed: int = 0                         # of weights, order, noise and dropout
     eval_every: int = 500                 # steps between held-out losses and checkpoints
+    keep: bool = False                    # keep the checkpoint of each of those steps, step-N.pt
     resume: bool = False                  # go on from model.pt
     overwrite: bool = False               # train again where model.pt exists
     overfit: bool = False                 # one fixed batch, nothing saved: its loss must collapse
@@ -71,7 +76,8 @@ def cache_latents(vae, pixels, rows, config, intensity, views_each, folder, name
     """Posterior means and log variances of `views_each` random views of each row, as a memory-
     mapped float16 array (rows * views, 2, Z, h, w). Caching keeps the augmentation: many views.
 
-    The file name holds what it depends on: number of views, autoencoder, manifest and rows.
+    The file lies beside the autoencoder, where other runs find it too; its name holds what it
+    depends on: number of views, autoencoder, manifest and rows.
     """
     key = hashlib.sha1()
     for tensor in vae.state_dict().values():
@@ -82,20 +88,19 @@ def cache_latents(vae, pixels, rows, config, intensity, views_each, folder, name
     path = Path(folder) / f"latents-{name}-{views_each}views-{key.hexdigest()[:12]}.npy"
     if path.exists():
         return np.load(path, mmap_mode="r")
-    for old in Path(folder).glob(f"latents-{name}-*"):
-        old.unlink()
+    part = path.with_suffix(f".{os.getpid()}.tmp")
     stack, done, total = None, 0, len(rows) * views_each
     for x in tqdm(cached_views(pixels, rows, config, intensity, views_each),
                   desc=f"latents of the {name} images", total=-(-total // 64)):
         with torch.no_grad(), autocast():
             mean, logvar = vae.encode(x.to(device()))
         if stack is None:
-            stack = np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", np.float16,
+            stack = np.lib.format.open_memmap(part, "w+", np.float16,
                                               (total, 2, *mean.shape[1:]))
         stack[done:done + len(x)] = torch.stack([mean, logvar], 1).cpu().numpy()
         done += len(x)
     stack.flush()
-    path.with_suffix(".tmp").rename(path)
+    part.rename(path)
     return np.load(path, mmap_mode="r")
 
 
@@ -133,6 +138,7 @@ def ema_update(average, model, decay, step):
 def training_batch(latents, config, schedule, fields, step):
     """All that one step draws, from its number: latents, noise, timesteps and what is shown."""
     rng, noise_rng = step_rng(config.seed, 0 if config.overfit else step)
+    torch.manual_seed(noise_rng.initial_seed())  # for a molecule encoder that draws as well
     places = rng.integers(len(latents.rows), size=config.batch)
     z0 = latents.draw(places, rng.integers(latents.each, size=config.batch), noise_rng)
     eps = torch.randn(z0.shape, generator=noise_rng).to(z0)
@@ -236,6 +242,15 @@ def open_fields(config, manifest, train_rows):
     return [f.fit(manifest.rows(train_rows, f.name)) for f in fields]
 
 
+def fit_molecules(config, fields, manifest, train_rows):
+    """What the molecule encoder learns from the training molecules: settings for a checkpoint."""
+    smiles = sorted({v for f in fields if f.kind == "molecule"
+                     for v in manifest.rows(train_rows, f.name)} - {""})
+    options = {"bits": config.fingerprint_bits, "radius": config.fingerprint_radius,
+               "table": config.molecule_table}
+    return MOLECULE_ENCODERS[config.molecule_encoder].fit(smiles or ["C"], options)
+
+
 def open_vae(config):
     """The autoencoder; where the default one is missing, fields are checked and it is trained."""
     if not Path(config.vae).exists() and config.vae == Config.vae:
@@ -270,11 +285,13 @@ def prepare(config):
         raise UserError(f"latents of {z.shape[2]}x{z.shape[3]} do not halve often enough for the "
                         f"U-Net {config.size}: train the autoencoder with a --crop that is a "
                         f"multiple of {step * settings.downsampling}")
-    denoiser = Denoiser(unet, fields, config.molecule_encoder).to(device())
+    molecules = fit_molecules(config, fields, manifest, train_rows)
+    denoiser = Denoiser(unet, fields, config.molecule_encoder, molecules).to(device())
     schedule = dict(name=config.schedule, target=config.target, zero_snr=config.zero_snr)
     um = set(manifest.columns.get("pixel_um", [""]))
     constant = dict(
-        unet=asdict(unet), molecule_encoder=config.molecule_encoder, schedule=schedule,
+        unet=asdict(unet), molecule_encoder=config.molecule_encoder,
+        molecule_settings=molecules, schedule=schedule,
         fields=[asdict(f) for f in fields], latent_shape=list(z.shape[1:]),
         pixel_um=float(um.pop()) * settings.binning if len(um) == 1 and um != {""} else None,
         control=negative_control(fields, manifest, train_rows),
@@ -288,14 +305,14 @@ def prepare(config):
     Path(config.out).mkdir(parents=True, exist_ok=True)
     for name, rows, each in (("training", train_rows, config.views), ("held-out", held_rows, 1)):
         cache = cache_latents(vae, pixels, rows, settings, vae_content["intensity"], each,
-                              config.out, name)
+                              Path(config.vae).parent, name)
         prepared.sides[name] = Latents(cache, vae, manifest, rows, denoiser.conditioner, each)
     return prepared
 
 
 def changed_settings(config, content):
     """Settings that differ from those of a checkpoint, but for what may change on the way."""
-    free = {"steps", "resume", "overwrite", "overfit", "eval_every", "out"}
+    free = {"steps", "resume", "overwrite", "overfit", "eval_every", "out", "keep"}
     return [f"{k} was {content['settings'].get(k)}" for k, v in asdict(config).items()
             if k not in free and content["settings"].get(k) != v]
 
@@ -407,6 +424,9 @@ def train(config=Config()):
                 save_checkpoint(out / "model.pt", "ldm", p.constant | {
                     "weights": denoiser.state_dict(), "ema": average.state_dict(),
                     "optimiser": optimiser.state_dict(), "step": step + 1})
+                if config.keep:  # without the optimiser: to look at, not to go on from
+                    save_checkpoint(out / f"step-{step + 1}.pt", "ldm", p.constant | {
+                        "ema": average.state_dict(), "step": step + 1})
             recent = []
     if config.overfit:
         return print("one batch overfitted: the loss should be far below its first value")

@@ -46,10 +46,10 @@ class Config:
     fold: int = 2                         # pixels folded into channels by the stem
     width: int = 32                       # channels at the finest level
     blocks: int = 2                       # residual blocks per level
-    kl_weight: float = 1e-3               # weight of the KL, both terms per pixel value
+    kl_weight: float = 1e-2               # weight of the KL, both terms per pixel value
     # training
     out: str = "runs/vae"                 # model.pt, reconstruction.png and log.jsonl go here
-    steps: int = 4500                     # optimiser steps
+    steps: int = 4200                     # optimiser steps
     batch: int = 8                        # images per step
     lr: float = 2e-3                      # peak learning rate, after warm-up, before decay
     seed: int = 0                         # of weights, order and noise

@@ -1,12 +1,17 @@
 """Fields, learned nulls, the dropout plan, molecules."""
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from rdkit import Chem
 from torch.testing import assert_close
 
-from conditioning import (Conditioner, Field, FieldError, Fingerprint, blank_unseen, draw_keep,
-                          hide_molecule_of_controls, natural, parse_fields)
+import conditioning
+from conditioning import (MOLECULE_ENCODERS, Conditioner, Field, FieldError, Fingerprint,
+                          blank_unseen, draw_keep, hide_molecule_of_controls, natural,
+                          parse_fields, parse_smiles, read_graph)
 from conftest import randomise
 
 ROWS = {"smiles": ["CCO", "c1ccccc1O", "CS(C)=O", ""], "dose": ["1", "10", "0", ""],
@@ -183,12 +188,12 @@ def test_a_column_may_have_any_name(name):
 @pytest.mark.parametrize("a, b", [("C[C@H](O)c1ccccc1", "C[C@@H](O)c1ccccc1"),
                                   ("OC(=O)c1ccccc1", "[O-]C(=O)c1ccccc1"), ("CCO", "CCN")])
 def test_fingerprint_tells_enantiomers_and_charges(a, b):
-    x, y = Fingerprint.featurise([a, b])
+    x, y = Fingerprint(Fingerprint.fit([], {}), 8, 8).featurise([a, b])
     assert (x - y).abs().max() > 0
 
 
 def test_fingerprint_is_of_the_molecule_and_not_of_its_spelling():
-    x, y, z = Fingerprint.featurise(["OCC", "C(O)C", "CCO |c:5|"])
+    x, y, z = Fingerprint(Fingerprint.fit([], {}), 8, 8).featurise(["OCC", "C(O)C", "CCO |c:5|"])
     assert_close(x, y)
     assert_close(x, z)
 
@@ -202,3 +207,118 @@ def test_no_fields_at_all_still_condition_on_nothing():
     keep = draw_keep([], 2, torch.Generator())
     vector, tokens, mask = embed(Conditioner([], 8, 4), {"x": ["1", "2"]}, keep)
     assert vector.shape == (2, 8) and tokens.shape == (2, 1, 4) and mask.all()
+
+
+def test_fields_of_a_group_act_together(conditioner):
+    """A dose does nothing alone: the effect of a dose must be able to depend on the molecule. Sums
+    of one part per field lie in a space of three dimensions, mixed ones do not."""
+    rows = {"smiles": ["CCO", "CCO", "CCN", "CCN"], "dose": ["1", "10", "1", "10"]}
+    codes, known, molecules = conditioner.encode(rows, 4)
+    parts, _, _ = conditioner.parts(codes, known, molecules)
+    spectrum = torch.linalg.svdvals(parts["biology"])
+    assert spectrum[3] > 1e-2 * spectrum[0]
+
+
+MOLECULES = ["CCO", "C[C@H](O)c1ccccc1", "C[C@@H](O)c1ccccc1", "OC(=O)c1ccccc1",
+             "[O-]C(=O)c1ccccc1", "C/C=C/C", "C/C=C\\C", "CS(C)=O"]
+
+
+def encoder(name, tmp_path, smiles=MOLECULES):
+    np.savez(tmp_path / "table.npz", **{s: np.random.default_rng(i).normal(size=12)
+                                        for i, s in enumerate(MOLECULES)})
+    cls = MOLECULE_ENCODERS[name]
+    settings = cls.fit(smiles, {"table": tmp_path / "table.npz"})
+    return randomise(cls(json.loads(json.dumps(settings)), 16, 8)).eval()
+
+
+@pytest.mark.parametrize("name", MOLECULE_ENCODERS)
+def test_every_encoder_gives_a_vector_and_tokens(name, tmp_path):
+    net = encoder(name, tmp_path)
+    pooled, tokens, there = net(net.featurise(MOLECULES))
+    assert pooled.shape == (8, 16) and tokens.shape[::2] == (8, 8)
+    assert there.shape == tokens.shape[:2] and there.any(1).all() and there.dtype == torch.bool
+    # what a molecule gives does not depend on the company it is in
+    alone = net(net.featurise(MOLECULES[:1]))
+    assert_close(alone[0][0], pooled[0], atol=1e-4, rtol=1e-4)
+    assert_close(alone[1][0][alone[2][0]], tokens[0][there[0]], atol=1e-4, rtol=1e-4)
+
+
+BLIND = {"descriptors": {"enantiomers", "double bond"}}
+
+
+@pytest.mark.parametrize("name", MOLECULE_ENCODERS)
+@pytest.mark.parametrize("what, i, j", [("enantiomers", 1, 2), ("charge", 3, 4),
+                                        ("double bond", 5, 6)])
+def test_which_encoders_tell_isomers_and_charges_apart(name, what, i, j, tmp_path):
+    net = encoder(name, tmp_path)
+    pooled, _, _ = net(net.featurise(MOLECULES))
+    apart = (pooled[i] - pooled[j]).abs().max() > 1e-3
+    expected = what not in BLIND.get(name, ())
+    assert apart == expected
+
+
+@pytest.mark.parametrize("name", ["fingerprint", "descriptors", "graph", "smiles", "identity"])
+def test_encoders_see_the_molecule_and_not_its_spelling(name, tmp_path):
+    net = encoder(name, tmp_path)
+    spelt = ["OCC", "O[C@@H](C)c1ccccc1"]
+    again, _, _ = net(net.featurise(spelt))
+    pooled, _, _ = net(net.featurise([Chem.MolToSmiles(Chem.MolFromSmiles(s)) for s in spelt]))
+    assert_close(again, pooled, atol=1e-4, rtol=1e-4)
+
+
+def test_graph_does_not_depend_on_the_order_of_atoms(tmp_path):
+    net = encoder("graph", tmp_path)
+    molecule = Chem.MolFromSmiles("C[C@H](O)c1ccc(/C=C/C(=O)[O-])cc1")
+    order = np.random.default_rng(0).permutation(molecule.GetNumAtoms()).tolist()
+    shuffled = Chem.RenumberAtoms(molecule, order)
+    graphs = [torch.from_numpy(np.concatenate([atoms + [1, 0, 0, 0, 0, 0], bonds], 1))[None]
+              for atoms, bonds in map(read_graph, (molecule, shuffled))]
+    (a, tokens_a, _), (b, tokens_b, _) = map(net, graphs)
+    assert_close(a, b, atol=1e-4, rtol=1e-4)
+    assert_close(tokens_a[0, order], tokens_b[0], atol=1e-4, rtol=1e-4)
+
+
+def test_graph_without_messages_is_a_bag_of_atoms(tmp_path):
+    net = encoder("graph", tmp_path)
+    meta, para = net(net.featurise(["Fc1cccc(F)c1", "Fc1ccc(F)cc1"]))[0]  # the same atoms
+    assert (meta - para).abs().max() > 1e-3
+
+
+def test_identity_knows_training_molecules_only(tmp_path):
+    net = encoder("identity", tmp_path, MOLECULES[:2])
+    pooled, _, _ = net(net.featurise(["CCO", MOLECULES[1], "CCCC", "CCCCC"]))
+    assert_close(pooled[2], pooled[3])
+    assert (pooled[0] - pooled[2]).abs().max() > 1e-3
+
+
+def test_smiles_are_spelt_at_random_in_training_only(tmp_path):
+    net = encoder("smiles", tmp_path)
+    x = net.featurise(MOLECULES)
+    assert_close(net(x)[0], net(x)[0])
+    net.train()
+    torch.manual_seed(0)
+    assert (net(x)[0] - net(x)[0]).abs().max() > 1e-3
+
+
+def test_table_names_what_it_lacks(tmp_path):
+    net = encoder("table", tmp_path)
+    with pytest.raises(FieldError, match="no vector for 1 molecules: CCCC"):
+        net.featurise(["CCO", "CCCC"])
+    with pytest.raises(FieldError, match="needs --molecule_table"):
+        MOLECULE_ENCODERS["table"].fit(["C"], {})
+    (tmp_path / "x.npz").write_bytes(b"nonsense")
+    with pytest.raises(FieldError, match="x.npz is no table"):
+        MOLECULE_ENCODERS["table"].fit(["C"], {"table": tmp_path / "x.npz"})
+
+
+def test_descriptors_that_are_not_finite_become_the_mean(tmp_path, monkeypatch):
+    net = encoder("descriptors", tmp_path)
+    monkeypatch.setattr(conditioning, "calculate_descriptors",
+                        lambda molecule: [math.nan, math.inf] + [1.] * (net.width() - 2))
+    features = net.featurise(["CCO"])
+    assert features[0, 0] == 0 and torch.isfinite(features).all()
+
+
+@pytest.mark.parametrize("text", ["CCO.Cl", "Cl.OCC", "CCO |c:5|"])
+def test_salts_and_tails_are_cut_off(text):
+    assert Chem.MolToSmiles(parse_smiles(text)) == "CCO"

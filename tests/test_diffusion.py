@@ -190,3 +190,35 @@ def test_every_latent_channel_is_guided():
     for channel in range(8):
         p = predictions[:, :, channel]
         assert_close(out[:, channel], -p[0] + .5 * p[1] + 1.5 * p[2])
+
+
+@pytest.mark.parametrize("name,target", [("cosine", "velocity"), ("linear", "noise")])
+def test_inversion_is_undone_by_sampling(name, target):
+    schedule = Schedule(name, target, zero_snr=target != "noise")
+    z, top = .5 * torch.randn(6, 1, 2, 2) + 2, schedule.last_invertible()
+    errors = []
+    for rounds in (1, 6):
+        noise = diffusion.invert(exact(schedule), schedule, z, 25, top, rounds)
+        back = sample(exact(schedule), schedule, range(6), (1, 2, 2), steps=25, start=noise,
+                      top=top)
+        errors.append((back - z).abs().max().item())
+    assert errors[1] < 1e-2 and errors[1] < errors[0]
+
+
+def test_inversion_gives_standard_noise():
+    schedule = Schedule()
+    z = .5 * torch.randn(4000, 1, 1, 1, generator=torch.Generator().manual_seed(0)) + 2
+    top = schedule.last_invertible()
+    assert schedule.abar[top] / (1 - schedule.abar[top]) >= 1e-3 > (
+        schedule.abar[top + 1] / (1 - schedule.abar[top + 1]))
+    noise = diffusion.invert(exact(schedule), schedule, z, 100, top)
+    assert_close(noise.mean().item(), 2 * schedule.abar[top].sqrt().item(), atol=.05, rtol=0)
+    assert_close(noise.std().item(), 1., atol=.05, rtol=0)
+
+
+def test_rescale_takes_back_the_spread_that_guidance_added():
+    given = torch.randn(3, 4, 8, 8)
+    guided = 3 * given
+    assert_close(diffusion.rescale(guided, given, 1.), given)
+    assert_close(diffusion.rescale(guided, given, .5), 2 * given)
+    assert diffusion.rescale(guided, given, 0.) is guided

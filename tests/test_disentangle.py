@@ -1,0 +1,236 @@
+"""The disentanglement figures against factorials whose answer is known."""
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+import data
+import evaluate
+import sample
+import train_ldm
+from evaluate import balancing, effect_size, leaks, omega_squared, standardise_on_controls
+
+
+def factorial(biology, experiment, interaction=0., block=0., noise=1., b=6, e=5, n=40, seed=0):
+    """y (b, e, n, 1) with effects of these standard deviations."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def effect(size, *shape):
+        x = torch.randn(shape, generator=rng, dtype=torch.float64)
+        return size * (x - x.mean()) / x.std(correction=0)
+    both = torch.randn(b, e, generator=rng, dtype=torch.float64)
+    both = both - both.mean(0) - both.mean(1, keepdim=True) + both.mean()
+    y = (effect(biology, b)[:, None, None] + effect(experiment, e)[None, :, None]
+         + (interaction * both / both.std(correction=0))[:, :, None]
+         + effect(block, n) + noise * torch.randn(b, e, n, generator=rng, dtype=torch.float64))
+    return y[..., None]
+
+
+def test_omega_squared_recovers_known_shares():
+    found = omega_squared(factorial(2., 1., .5, block=0., noise=1., n=2000))
+    total = 4 + 1 + .25 + 1
+    for name, share in (("biology", 4 / total), ("experiment", 1 / total),
+                        ("interaction", .25 / total)):
+        assert_close(found[name].item(), share, atol=.01, rtol=0)
+
+
+def test_omega_squared_by_hand():
+    # 2 x 2 x 2 without blocks: SS_A = 8 * 1 = 8, SS_B = 0, SS_AB = 0, error SS = 8 * .25 = 2, df 4
+    y = torch.tensor([[[.5, -.5], [.5, -.5]], [[2.5, 1.5], [2.5, 1.5]]])[..., None]
+    found = omega_squared(y, blocked=False)
+    assert_close(found["biology"].item(), (8 - .5) / (10 + .5))
+    assert_close(found["experiment"].item(), (0 - .5) / (10 + .5))
+
+
+def test_omega_squared_of_nothing_is_nothing():
+    found = [omega_squared(factorial(0., 0., n=4, seed=s))["interaction"].item()
+             for s in range(300)]
+    # eta squared would be df / (n - 1) = 20 / 119 = 0.17 here
+    assert abs(np.mean(found)) < 3 * np.std(found) / 300 ** .5 + .002
+
+
+def test_the_block_of_a_seed_is_no_error():
+    y = factorial(1., 0., block=3., noise=.1)
+    blocked, plain = omega_squared(y)["experiment"], omega_squared(y, blocked=False)["experiment"]
+    assert abs(blocked.item()) < 1e-3 and plain.item() < -.002
+
+
+def test_leaks_count_each_side_on_the_others_features_and_subtract_the_truth():
+    truth = {"biology": torch.tensor([.6, .1, .02]), "experiment": torch.tensor([.2, .7, .01])}
+    found = {"biology": torch.tensor([.5, .4, .9]), "experiment": torch.tensor([.3, .5, .9])}
+    # feature 0 is biology's, 1 is the experiment's, 2 is nobody's
+    assert_close(leaks(found, truth), {"leak_e_to_b": .3 - .2, "leak_b_to_e": .4 - .1})
+    assert_close(leaks(truth, truth), {"leak_e_to_b": 0., "leak_b_to_e": 0.})
+
+
+def test_effect_size_is_the_projection_on_the_true_effect():
+    truth = torch.zeros(3, 2, 4, 5)
+    truth[1, ..., 0], truth[2, ..., 1] = 2., -1.
+    assert_close(effect_size(1.5 * truth + 7, truth), 1.5)  # an offset of all levels is no effect
+    sideways = truth.roll(2, -1)
+    assert_close(effect_size(sideways, truth), 0.)
+
+
+def test_half_of_the_seeds_varies_as_the_whole_does():
+    rng, widths, means = np.random.default_rng(0), [], []
+    for _ in range(200):
+        x = torch.from_numpy(rng.normal(size=30))
+        low, high = evaluate.over_seeds(lambda s: x[s].mean().item(), 30)
+        widths.append(high - low)
+        means.append(x.mean().item())
+    expected = 2 * 1.645 * np.std(means)
+    assert abs(np.mean(widths) / expected - 1) < .1
+
+
+def test_balancing_makes_mechanism_and_batch_independent():
+    rng = np.random.default_rng(0)
+    mechanism = rng.integers(3, size=4000)
+    batch = np.where(rng.random(4000) < .6, mechanism, rng.integers(3, size=4000))
+    weight = balancing(mechanism, batch)
+    joint = np.array([[weight[(mechanism == m) & (batch == b)].sum() for b in range(3)]
+                      for m in range(3)])
+    assert_close(joint, np.outer(joint.sum(1), joint.sum(0)), atol=1e-12, rtol=0)
+
+
+def test_standardising_on_controls_removes_a_batch_but_not_a_treatment():
+    rng = torch.Generator().manual_seed(0)
+    clean = torch.randn(80, 2, 8, 8, generator=rng)
+    control = torch.arange(80) % 2 == 0
+    clean[~control] += 1.
+    batch = np.where(np.arange(80) < 40, "B1", "B2")
+    gain = torch.where(torch.arange(80) < 40, 1., 3.)[:, None, None, None]
+    out = standardise_on_controls(clean * gain + gain, batch, control)
+    means = [[out[torch.from_numpy(batch == b) & (control == c)].mean().item() for c in (True, False)]
+             for b in ("B1", "B2")]
+    assert_close(means[0], means[1], atol=.3, rtol=0)
+    assert means[0][1] - means[0][0] > 1
+
+
+@pytest.fixture(scope="module")
+def opened(ldm_path):
+    return evaluate.open_model(SimpleNamespace(checkpoint=str(ldm_path), data=None, steps=2,
+                                               guidance={}))
+
+
+def test_the_factorial_shows_the_same_cells_everywhere_and_only_seen_molecules(opened):
+    factorial = evaluate.SimulatedFactorial(opened, 2)
+    rows = factorial.rows()
+    assert len(rows) == 9 * 3 * 2 and len({r["cells"] for r in rows}) == 2
+    seen = {opened.manifest.columns["smiles"][i] for i in opened.train}
+    assert {r["smiles"] for r in rows} <= seen
+    assert all(r["true_effect"] >= .5 for r in rows if r["true_mechanism"] != "none")
+    optics = data.microscope(factorial.screen)
+    same = [data.draw_field(r, factorial.screen, optics, [1, r["cells"]], False)["truth"]
+            for r in rows if r["true_mechanism"] == "none" and r["cells"] == 0]
+    assert len(same) == 3 and len({t["true_nuclei"] for t in same}) == 1
+    held = factorial.held("test")
+    assert held.sum() == 8 and not held[0].any()
+
+
+def test_no_heldout_pair_is_in_training(opened):
+    factorial, columns = evaluate.SimulatedFactorial(opened, 2), opened.manifest.columns
+    trained = {(columns["true_mechanism"][i], columns["batch"][i]) for i in opened.train}
+    assert not trained & (factorial.unseen["test"] | factorial.unseen["val"])
+
+
+def test_generated_places_share_their_noise_and_follow_the_request(opened):
+    factorial = evaluate.SimulatedFactorial(opened, 2)
+    request = SimpleNamespace(guidance={}, form="nested", steps=2, interval=(0., 1.), rescale=0.)
+    images = evaluate.generate_places(opened.model, factorial, request)
+    assert len(images) == 9 * 3 * 2
+    where = torch.zeros(9, 3, dtype=torch.bool)
+    where[4, 1] = True
+    some = evaluate.generate_places(opened.model, factorial, request, where)
+    assert_close(some, images.view(9, 3, 2, *images.shape[1:])[4, 1], atol=2e-2, rtol=0)
+
+
+def test_disentangle_writes_its_keys_and_skips_what_is_done(ldm_path, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "screen_probe", lambda *_: None)
+    arguments = ["disentangle", "--checkpoint", ldm_path, "--images", 216, "--steps", 1,
+                 "--study", "weights", "--out", tmp_path / "d"]
+    monkeypatch.setattr(evaluate, "WEIGHTS_TRIED", [(1, 1), (2, 1)])
+    status, out, error = cli(evaluate, *arguments)
+    assert status == 0, error
+    lines = [json.loads(line) for line in (tmp_path / "d" / "results.jsonl").open()]
+    wanted = {"form", "w_biology", "w_experiment", "step", "leak_e_to_b", "leak_b_to_e",
+              "distance_seen", "distance_heldout", "floor", "ceiling"}
+    assert len(lines) == 2 and wanted <= set(lines[0])
+    assert (tmp_path / "d" / "weights.png").exists()
+    monkeypatch.setattr(evaluate, "disentangle_one", None)  # a second run measures nothing
+    assert cli(evaluate, *arguments)[0] == 0
+    assert len((tmp_path / "d" / "results.jsonl").read_text().splitlines()) == 2
+
+
+def test_arms_differ_in_what_they_are_told(screen, vae_path, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "screen_probe", lambda *_: None)
+    monkeypatch.setattr(evaluate, "screen_of", lambda confounding: screen)
+    monkeypatch.setattr(evaluate, "TRIED", {a: [(1, 1)] for a in evaluate.ARMS})
+    monkeypatch.setattr(train_ldm.Config, "size", "tiny")
+    status, out, error = cli(evaluate, "disentangle", "--study", "arms", "--vae", vae_path,
+                             "--confounding", "0.9", "--seeds", 0, "--train_steps", 2, "--images",
+                             216, "--steps", 1, "--out", tmp_path / "d")
+    assert status == 0, error
+    lines = [json.loads(line) for line in (tmp_path / "d" / "results.jsonl").open()]
+    assert [line["arm"] for line in lines] == ["perturbations", "experiment", "both"]
+    # told nothing of the batch, the same noise gives the same image in every batch
+    assert_close(np.array(lines[0]["omega"]["experiment"]), np.zeros(55), atol=.03, rtol=0)
+    assert_close(np.array(lines[1]["omega"]["biology"]), np.zeros(55), atol=.03, rtol=0)
+    fields = [[f["name"] for f in train_ldm.load_checkpoint(
+        tmp_path / "d" / f"{arm}-0.9-0" / "model.pt", "ldm", "")["fields"]]
+        for arm in ("perturbations", "experiment")]
+    assert fields == [["smiles", "dose"], ["batch", "plate", "row", "column"]]
+
+
+def test_real_factorial_takes_complete_cells_only():
+    columns = {"compound": ["DMSO", "DMSO", "x", "x", "DMSO", "DMSO"],
+               "plate": ["P1", "P2", "P1", "P2", "P3", "P1"]}
+    manifest = SimpleNamespace(columns=columns, path="m.csv")
+    opened = SimpleNamespace(manifest=manifest, model=SimpleNamespace(fields=[]), train=[0])
+    factorial = evaluate.RealFactorial(opened, ["compound", "plate"], 2)
+    assert factorial.biology == ["DMSO", "x"] and factorial.experiment == ["P1", "P2"]
+
+
+def test_edit_returns_the_image_under_its_own_conditions(opened):
+    model, rows = opened.model, opened.held[:2]
+    images = evaluate.real_images(opened, rows)
+    own = {f.name: opened.manifest.rows(rows, f.name) for f in model.fields}
+    rebuilt = model.vae.to_image(model.vae.to_latent(images))
+    error = [(model.edit(images, own, own, steps=n, rounds=4) - rebuilt).abs().max().item()
+             for n in (5, 40)]
+    assert error[1] < .02, error
+
+
+def test_edit_command(ldm_path, screen, cli, refused, tmp_path):
+    status, out, error = cli(sample, "--checkpoint", ldm_path, "--edit", f"{screen}:9", "--grid",
+                             "batch=B1,B2", "--steps", 2, "--out", tmp_path)
+    assert status == 0, error
+    assert "plate=" in out and "told as unknown" in out  # a plate lies in one batch
+    assert len(json.loads((tmp_path / "samples.json").read_text())["requests"]) == 2
+    refused(sample, "--checkpoint", ldm_path, "--edit", f"{screen}:1", says=["MANIFEST:ROW"])
+    refused(sample, "--checkpoint", ldm_path, "--edit", f"{screen}:9", "batch=B9", says=["B9"])
+
+
+def test_attribution_compares_with_the_untreated_cells(ldm_path, screen, cli, tmp_path):
+    row = next(i for i, v in enumerate(data.read_manifest(screen).columns["true_effect"])
+               if float(v) > .9) + 2
+    status, out, error = cli(sample, "--checkpoint", ldm_path, "--attribution", f"{screen}:{row}",
+                             "--out", tmp_path)
+    assert status == 0, error
+    report = json.loads((tmp_path / "attribution.json").read_text())
+    assert len(report["biology"]) == len(report["levels"])
+    assert (tmp_path / "attribution.png").exists()
+
+
+def test_standard_interval_is_of_the_right_width():
+    """The half of the wells in `interval`, as in over_seeds."""
+    rng, widths = np.random.default_rng(0), []
+    for _ in range(100):
+        x = rng.normal(size=40)
+        low, high = evaluate.interval(lambda m: x[m].mean(), np.arange(40), np.zeros(40))
+        widths.append(high - low)
+    assert abs(np.mean(widths) / (2 * 1.645 / 40 ** .5) - 1) < .12
