@@ -287,7 +287,7 @@ class Table(Encoder):
     def fit(smiles, options):
         if not options.get("table"):
             raise FieldError("the molecule encoder table needs --molecule_table FILE.npz")
-        settings = {"table": str(options["table"])}
+        settings = {"table": str(options["table"]), "example": smiles[0]}
         vectors = torch.stack(list(read_table(settings["table"], smiles)))
         return settings | {"mean": vectors.mean(0).tolist(),
                            "std": vectors.std(0, correction=0).clamp(min=1e-6).tolist()}
@@ -525,7 +525,8 @@ class Conditioner(nn.Module):
         for i, field in enumerate(self.fields):
             values = columns.get(field.name, [""] * n)
             if field.kind == "molecule":
-                distinct = sorted(set(values) - {""}) or ["C"]
+                # where no molecule is known, any that can be encoded stands in; it is not shown
+                distinct = sorted(set(values) - {""}) or [self.molecule_settings.get("example", "C")]
                 for smiles in distinct:
                     if parse_smiles(smiles) is None:
                         raise FieldError(f"{field.name}={smiles}: no valid SMILES")

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import data
 import train_ldm
 import train_vae
-from conditioning import blank_unseen, check_values, parse_number
+from conditioning import MOLECULE_ENCODERS, blank_unseen, check_values, parse_number
 from diffusion import FORMS
 from sample import STEPS, Model
 from train_ldm import cached_views
@@ -1390,6 +1390,276 @@ def disentangle(args):
     print(f"wrote {out}/results.jsonl and {out}/{args.study}.png")
 
 
+# ------------------------------------------------------------------------------------------------
+# 6. conditions: is every field used? which molecule encoder generalises?
+# ------------------------------------------------------------------------------------------------
+
+def conditions(args):
+    """The tables of `evaluate.py conditions`."""
+    if args.encoders:
+        return compare_encoders(args)
+    opened, out = open_model(args), Path(args.out or Path(args.checkpoint).parent)
+    model, count = opened.model, 256 if args.quick else 1024
+    rows = np.random.default_rng(0).permutation(opened.held)[:count]
+    images = real_images(opened, rows)
+    posterior = torch.cat([torch.stack(model.vae.encode(x.to(device())), 1).cpu()
+                           for x in images.split(64)]).numpy()
+    latents = train_ldm.Latents(posterior, model.vae, opened.manifest, rows,
+                                model.denoiser.conditioner, 1)
+    sets = {f.name: [f.name] for f in model.fields} | {
+        f"all of {g}": [f.name for f in model.fields if f.group == g] for g in model.groups}
+
+    def predict(shuffled):
+        prediction, target, t = train_ldm.heldout_predictions(
+            model.denoiser, latents, model.schedule, count, shuffled)
+        loss = (prediction - target).square().flatten(1).mean(1)
+        return prediction.flatten(1), loss, t * 4 // model.schedule.T
+    plain, loss, quarter = predict(())
+    sizes = embedding_sizes(model, latents)
+    changes = feature_changes(opened, rows[:32 if args.quick else 96], sets, args)
+    table = {}
+    for name, shuffled in sets.items():
+        prediction, worse, _ = predict(shuffled)
+        rise = (worse - loss).cpu()
+        table[name] = {
+            "rise": rise.mean().item(), "error": rise.std().item() / count ** .5,
+            "rise_by_noise": [rise[quarter.cpu() == q].mean().item() for q in range(4)],
+            "cosine": F.cosine_similarity(plain, prediction).mean().item(),
+            "rms": sizes[name], "features": changes[name]}
+    print(f"\n{'taken from another row':24s}{'loss rises by':>22s}{'by noise, little to much':>34s}"
+          f"{'cosine':>9s}{'RMS':>7s}{'features move':>15s}")
+    for name, e in table.items():
+        print(f"{name:24s}{e['rise']:12.4f} +- {e['error']:.4f}  "
+              + "".join(f"{v:8.4f}" for v in e["rise_by_noise"])
+              + f"{e['cosine']:9.3f}{e['rms']:7.2f}{e['features']:15.2f}")
+    train_ldm.warn_of_unused({k: (e["rise"], e["error"]) for k, e in table.items()})
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "conditions.json").write_text(json.dumps(
+        {"checkpoint": args.checkpoint, "held_out_loss": loss.mean().item(), "table": table},
+        indent=1))
+    print(f"wrote {out}/conditions.json")
+
+
+def embedding_sizes(model, latents):
+    """Root mean square of each field's part before its norm, and of each group's part after it."""
+    conditioner, places = model.denoiser.conditioner, np.arange(min(256, len(latents.rows)))
+    codes, known = latents.conditions(places)
+    sizes = {}
+    with torch.no_grad():
+        for field, encoder in zip(model.fields, conditioner.encoders):
+            code = codes[field.name]
+            e = (encoder(latents.molecules[field.name][code])[0] if field.kind == "molecule"
+                 else encoder(code))
+            sizes[field.name] = e.square().mean().sqrt().item()
+        parts, _, _ = conditioner.parts(codes, known, latents.molecules)
+    return sizes | {f"all of {g}": p.square().mean().sqrt().item() for g, p in parts.items()}
+
+
+def feature_changes(opened, rows, sets, args):
+    """How far the features of a generated image move when one field alone is another row's, on the
+    same noise, weights 1: root mean square in deviations of the training images."""
+    model, other = opened.model, np.random.default_rng(1).permutation(rows)
+    some = np.random.default_rng(0).permutation(opened.train)[:400]
+    standardise = Standardise(features(real_images(opened, some), model.channels))
+
+    def drawn(shuffled):
+        columns = {f.name: opened.manifest.rows(other if f.name in shuffled else rows, f.name)
+                   for f in model.fields}
+        with autocast():
+            images = model.generate(blank_unseen(model.fields, columns), range(len(rows)),
+                                    {g: 1. for g in model.groups}, steps=args.steps)
+        return standardise(features(images, model.channels))
+    plain = drawn(())
+    return {name: (drawn(shuffled) - plain).square().mean().sqrt().item()
+            for name, shuffled in sets.items()}
+
+
+# --- the molecule encoders, compared --------------------------------------------------------------
+
+KINDS = {"train": "seen", "test_substituent": "unseen substituent",
+         "test_scaffold": "unseen scaffold"}
+
+
+class DoseSeries:
+    """Molecules of one kind at doses from 0 up, the same cells at each: (molecules, doses, seeds)."""
+
+    def __init__(self, opened, kind, molecules, seeds):
+        screen = data.Screen(**json.loads((opened.manifest.path.parent / "simulation.json")
+                                          .read_text()))
+        self.screen, self.opened, self.seeds = replace(screen, draw=3000), opened, seeds
+        usable = [m for m in data.molecules() if m["kind"] == kind and m["ec50"] <= 3]
+        self.molecules = [usable[i] for i in np.random.default_rng(0).permutation(
+            len(usable))[:molecules]]
+        self.doses = (0., *data.DOSES)
+
+    def rows(self, first=0):
+        rows = []
+        for molecule, dose, s in itertools.product(self.molecules, self.doses, range(self.seeds)):
+            batch = s % self.screen.batches
+            rows.append(dict(
+                smiles=molecule["smiles"], dose=dose, batch=f"B{batch + 1}",
+                plate=f"P{batch * self.screen.plates_per_batch + 1:02d}", row=8, column=12,
+                site=1 + s % 4, cells=first + s, true_mechanism=molecule["mechanism"],
+                true_effect=data.hill(dose, molecule["ec50"])))
+        return rows
+
+    def truth(self, first):
+        fields = data.draw_fields(self.rows(first), self.screen, counterpart=False)
+        return torch.from_numpy(data.scale_intensity(np.stack([f["image"] for f in fields]),
+                                                     self.opened.model.intensity))
+
+    def shape(self, found):
+        return found.view(len(self.molecules), len(self.doses), self.seeds, -1)
+
+
+def dose_fidelity(y, truth, doses, ec50):
+    """How the effect follows the dose: (Spearman's rank correlation of effect and dose, median
+    error of the half-effect dose in decades), over molecules. y, truth: (M, doses, seeds, F).
+
+    The effect is the change from dose 0 projected on the true change at the highest dose; the
+    half-effect dose is that of the Hill curve that fits it best, over a grid.
+    """
+    found, true = y.mean(2) - y.mean(2)[:, :1], truth.mean(2) - truth.mean(2)[:, :1]  # (M, D, F)
+    way = true[:, -1:] / true[:, -1:].square().sum(2, keepdim=True)
+    effect = (found * way).sum(2).double()                                            # (M, D)
+    rank = effect.argsort(1).argsort(1).double()
+    order = torch.arange(len(doses), dtype=torch.double).expand_as(rank)
+    spearman = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(rank, order)])
+    grid = torch.logspace(-1.5, 2, 141, dtype=torch.double)
+    dose = torch.tensor(doses, dtype=torch.double)[:, None] ** data.HILL
+    curve = dose / (dose + grid ** data.HILL)                                         # (D, grid)
+    height = (effect @ curve) / curve.square().sum(0)                                 # (M, grid)
+    error = (effect[:, :, None] - height[:, None] * curve).square().sum(1)
+    fitted = grid[error.argmin(1)]
+    decades = (fitted.log10() - torch.tensor(ec50, dtype=torch.double).log10()).abs()
+    return spearman.mean().item(), decades.median().item()
+
+
+def across_molecules(y, truth):
+    """Pearson correlation across molecules of mean features at the highest dose, generated against
+    true, averaged over the features in which molecules truly differ. (M, doses, seeds, F)."""
+    a, b = y[:, -1].mean(1), truth[:, -1].mean(1)                                     # (M, F)
+    differ = b.std(0) > .5
+    a, b = (x[:, differ] - x[:, differ].mean(0) for x in (a, b))
+    return ((a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp(min=1e-6)).mean().item()
+
+
+def score_molecules(series, standardise, probe, images, truth):
+    """The figures of one set of images (M * doses * seeds) against the truth (M, doses, seeds, F)."""
+    y = series.shape(standardise(features(images, series.opened.model.channels)))
+    network, answers = probe
+    rows = series.rows()
+    strong = torch.tensor([r["true_effect"] >= .5 for r in rows])
+    said = answer(network, images)["true_mechanism"]
+    right = torch.tensor([answers["true_mechanism"][k] == r["true_mechanism"]
+                          for k, r in zip(said, rows)])
+    spearman, decades = dose_fidelity(y, truth, series.doses, [m["ec50"] for m in series.molecules])
+    return {"probe": right[strong].float().mean().item(), "correlation": across_molecules(y, truth),
+            "dose_rank": spearman, "ec50_error": decades}
+
+
+def compare_encoders(args):
+    """The same small model with each molecule encoder: molecules that training saw, held-out
+    substituents, held-out scaffolds; real images above (ceiling), molecules permuted below."""
+    if args.quick:
+        args.train_steps, args.seeds, args.molecules = 300, [0], 8
+    out = Path(args.out or "runs/encoders")
+    results = Results(out / "encoders.jsonl")
+    size = [args.molecules, args.series, args.steps, args.guidance]
+    for encoder, seed in itertools.product(args.names, args.seeds):
+        def measured():
+            config = train_ldm.Config(out=str(out / f"{encoder}-{seed}"), seed=seed,
+                                      molecule_encoder=encoder, steps=args.train_steps,
+                                      molecule_table=args.molecule_table)
+            path = Path(config.out) / "model.pt"
+            if path.exists():
+                config.resume = load_checkpoint(path, "ldm", "")["step"] < config.steps
+            train_ldm.train(config)
+            opened = open_model(SimpleNamespace(**vars(args) | {"checkpoint": str(path),
+                                                                "data": None}))
+            log = [json.loads(line) for line in (path.parent / "log.jsonl").open()]
+            entry = {"encoder": encoder, "seed": seed, "seconds_per_step":
+                     log[-1]["seconds"] / log[-1]["step"], "parameters": sum(
+                         p.numel() for e, f in zip(opened.model.denoiser.conditioner.encoders,
+                                                   opened.model.fields) if f.kind == "molecule"
+                         for p in e.parameters())}
+            return entry | score_encoder(opened, args, limits=False)
+        results.get(["encoder", encoder, seed, args.train_steps, *size], measured)
+        if "limits" not in [k[0] for k in map(json.loads, results.done)]:
+            path = out / f"{encoder}-{seed}" / "model.pt"
+            opened = open_model(SimpleNamespace(**vars(args) | {"checkpoint": str(path),
+                                                                "data": None}))
+            results.get(["limits", *size], lambda: {"encoder": "limits"} | score_encoder(
+                opened, args, limits=True))
+    print_encoders(list(results.done.values()), out)
+
+
+def score_encoder(opened, args, limits):
+    """{kind: figures} of a model, or with `limits` of real images (ceiling, and permuted: floor)."""
+    model, scores = opened.model, {}
+    some = np.random.default_rng(0).permutation(opened.train)[:1000]
+    standardise = Standardise(features(real_images(opened, some), model.channels))
+    probe = screen_probe(opened.manifest.path.parent, model)
+    for kind, name in KINDS.items():
+        series = DoseSeries(opened, kind, args.molecules, args.series)
+        true_images = series.truth(10_000)
+        truth = series.shape(standardise(features(true_images, model.channels)))
+        if limits:
+            again = series.truth(20_000)
+            n = len(again) // len(series.molecules)
+            order = np.random.default_rng(1).permutation(len(series.molecules))
+            sets = {"real images": again, "molecules permuted": again.view(
+                -1, n, *again.shape[1:])[order].flatten(0, 1)}
+        else:
+            columns = {f.name: [str(r[f.name]) for r in series.rows()] for f in model.fields}
+            with autocast():
+                sets = {"": model.generate(columns, list(range(args.series)) * (
+                    len(series.rows()) // args.series), args.guidance, steps=args.steps)}
+        for label, images in sets.items():
+            scores[f"{name} {label}".strip()] = score_molecules(series, standardise, probe, images,
+                                                                truth)
+    return scores
+
+
+def print_encoders(lines, out):
+    """The table of compare_encoders, means over seeds, and its figure."""
+    import matplotlib.pyplot as plt
+    names = ("probe", "correlation", "dose_rank", "ec50_error")
+    table = {}
+    for kind in KINDS.values():
+        for line in lines:
+            if line["encoder"] == "limits":
+                for label in ("real images", "molecules permuted"):
+                    table.setdefault((label, kind), []).append(line[f"{kind} {label}"])
+            else:
+                table.setdefault((line["encoder"], kind), []).append(line[kind])
+    print(f"\n{'':22s}" + "".join(f"{kind:^42s}" for kind in KINDS.values()) + "\n" + " " * 22
+          + "".join(f"{name.replace('_', ' '):>11s}" for name in names) * 3)
+    rows = list(dict.fromkeys(row for row, _ in table))
+    for row in rows:
+        print(f"{row:22s}" + "".join(f"{np.mean([e[name] for e in table[row, kind]]):11.2f}"
+                                     for kind in KINDS.values() for name in names))
+    for line in lines:
+        if line["encoder"] != "limits":
+            print(f"{line['encoder']}, seed {line['seed']}: {line['parameters']} parameters, "
+                  f"{line['seconds_per_step']:.3f} s per step")
+    fig, axes = plt.subplots(1, 4, figsize=(13, 1.5 + .3 * len(rows)), sharey=True)
+    for axis, name in zip(axes, names):
+        for k, kind in enumerate(KINDS.values()):
+            for y, row in enumerate(reversed(rows)):
+                values = [e[name] for e in table[row, kind]]
+                axis.plot(values, [y + .2 - .2 * k] * len(values), "o", ms=4, color=f"C{k}",
+                          label=kind if y == 0 else None)
+        axis.set_title(name.replace("_", " "), fontsize=9)
+        axis.grid(alpha=.3)
+    axes[0].set_yticks(range(len(rows)), rows[::-1], fontsize=8)
+    axes[0].legend(fontsize=7)
+    fig.tight_layout()
+    fig.savefig(out / "encoders.png", dpi=110)
+    plt.close(fig)
+    print(f"wrote {out}/encoders.jsonl and encoders.png")
+
+
 def parse_guidance(words):
     return {name: parse_number(name, value) for name, _, value in (w.partition("=") for w in words)}
 
@@ -1410,7 +1680,10 @@ def main():
     d = commands.add_parser("disentangle", help="how much of the image is biology, how much "
                             "experiment, beside the truth?",
                             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for command in (q, d):
+    c = commands.add_parser("conditions", help="is every field used? with --encoders: which "
+                            "molecule encoder generalises? (trains them)",
+                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for command in (q, d, c):
         command.add_argument("--checkpoint", default="runs/ldm/model.pt",
                              help="a model from train_ldm.py")
         command.add_argument("--data", default=None,
@@ -1419,11 +1692,12 @@ def main():
                              help="GROUP=WEIGHT for each group")
         command.add_argument("--form", default="nested", choices=FORMS,
                              help="of guidance, see diffusion.py")
+        command.add_argument("--quick", action="store_true", help="fewer images, shorter training")
+    for command in (q, d):
         command.add_argument("--also", default=None, help="with --by: real images apart by this "
                              "column, such as well")
         command.add_argument("--nucleus_radius", type=float, default=NUCLEUS_RADIUS,
                              help="pixels, with --by: what the segmentation looks for")
-        command.add_argument("--quick", action="store_true", help="fewer images")
     d.add_argument("--study", default="model", help="one checkpoint; at several guidance weights; "
                    "under the forms of guidance; along its training; the three arms (trains them); "
                    "the shortcut of a classifier (trains it); "
@@ -1450,10 +1724,22 @@ def main():
     d.add_argument("--classifier_steps", type=int, default=600, help="for each classifier")
     d.add_argument("--shortcut_weights", type=float, nargs=2, default=(1.5, 1.5),
                    help="guidance of the generated images: biology, experiment")
-    parser.epilog = q.format_help() + d.format_help()
+    c.add_argument("--out", default=None, help="folder for JSON and figure (the checkpoint's, or "
+                   "runs/encoders)")
+    c.add_argument("--steps", type=int, default=15, help="DDIM steps")
+    c.add_argument("--encoders", action="store_true", help="compare the molecule encoders")
+    c.add_argument("--names", nargs="+", default=["fingerprint", "descriptors", "graph", "smiles",
+                                                  "identity"], choices=MOLECULE_ENCODERS,
+                   help="which encoders")
+    c.add_argument("--molecule_table", default="", help="of the encoder table")
+    c.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the training runs")
+    c.add_argument("--train_steps", type=int, default=1000, help="of each encoder's model")
+    c.add_argument("--molecules", type=int, default=24, help="of each kind")
+    c.add_argument("--series", type=int, default=6, help="images for each molecule and dose")
+    parser.epilog = q.format_help() + d.format_help() + c.format_help()
     args = parser.parse_args()
     args.guidance = parse_guidance(args.guidance)
-    {"quality": quality, "disentangle": disentangle}[args.command](args)
+    {"quality": quality, "disentangle": disentangle, "conditions": conditions}[args.command](args)
 
 
 if __name__ == "__main__":

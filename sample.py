@@ -122,7 +122,11 @@ class Model:
                 encoded.append(self.denoiser.conditioner(*to_device(
                     self.denoiser.conditioner.encode(variant, n))))
                 coefficients.append(c / len(variants))
-        k = len(coefficients)
+        k, longest = len(coefficients), max(mask.shape[1] for _, _, mask in encoded)
+        # molecules differ in their number of tokens: filled up with tokens that do not count
+        encoded = [(vector, nn.functional.pad(tokens, (0, 0, 0, longest - mask.shape[1])),
+                    nn.functional.pad(mask, (0, longest - mask.shape[1])))
+                   for vector, tokens, mask in encoded]
         # (K B, E), (K B, L, D), (K B, L): branch by branch
         condition = [torch.cat(parts) for parts in zip(*encoded)]
 

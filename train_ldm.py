@@ -152,27 +152,58 @@ def training_batch(latents, config, schedule, fields, step):
 
 
 @torch.no_grad()
-def heldout_loss(denoiser, latents, schedule, count=512):
-    """Loss on fixed noise under the full condition: the mean, and by quarter of the noise levels
-    (from little noise to pure noise), because the mean hides everything."""
+def heldout_predictions(denoiser, latents, schedule, count=512, shuffled=()):
+    """The network on `count` held-out latents with fixed noise, under the full condition but with
+    the `shuffled` fields taken from other rows: (prediction, target, t)."""
     rng, noise_rng = step_rng(12345, 0)
     places = rng.permutation(count) % len(latents.rows)
     z0 = latents.draw(places, 0, noise_rng)
     eps = torch.randn(z0.shape, generator=noise_rng).to(z0)
     t = (torch.arange(count) * 7919 % count * schedule.T // count).to(z0.device)
     codes, known = latents.conditions(places)
-    losses = []
-    for i in range(0, count, 64):
-        part = slice(i, i + 64)
-
-        def predict(z, t):
-            return denoiser(z, t, {k: v[part] for k, v in codes.items()}, known[part],
-                            latents.molecules)
-
+    other = torch.randperm(count, generator=noise_rng).to(z0.device)
+    for i, field in enumerate(denoiser.conditioner.fields):
+        if field.name in shuffled:
+            codes[field.name], known[:, i] = codes[field.name][other], known[other, i]
+    predictions = []
+    for part in torch.arange(count, device=z0.device).split(64):
         with autocast():
-            losses.append(diffusion.diffusion_loss(schedule, predict, z0[part], eps[part], t[part]))
-    losses, quarter = torch.cat(losses), t * 4 // schedule.T
+            predictions.append(denoiser(
+                schedule.add_noise(z0[part], eps[part], t[part]), t[part],
+                {k: v[part] for k, v in codes.items()}, known[part], latents.molecules))
+    return torch.cat(predictions), schedule.target_of(z0, eps, t), t
+
+
+def heldout_loss(denoiser, latents, schedule):
+    """Loss under the full condition: the mean, and by quarter of the noise levels (from little
+    noise to pure noise), because the mean hides everything."""
+    prediction, target, t = heldout_predictions(denoiser, latents, schedule)
+    losses, quarter = (prediction - target).square().flatten(1).mean(1), t * 4 // schedule.T
     return losses.mean().item(), [losses[quarter == q].mean().item() for q in range(4)]
+
+
+def field_gaps(denoiser, latents, schedule, count=96):
+    """How much the loss rises when a field, or a whole group, is taken from another row: {name:
+    (rise, its standard error)}. About zero: the model does not use it."""
+    fields = denoiser.conditioner.fields
+    sets = {f.name: [f.name] for f in fields} | {
+        f"all of {g}": [f.name for f in fields if f.group == g] for g in
+        dict.fromkeys(f.group for f in fields)}
+
+    def losses(shuffled):
+        prediction, target, _ = heldout_predictions(denoiser, latents, schedule, count, shuffled)
+        return (prediction - target).square().flatten(1).mean(1)
+    plain = losses(())
+    rises = {name: losses(shuffled) - plain for name, shuffled in sets.items()}
+    return {name: (r.mean().item(), r.std().item() / count ** .5) for name, r in rises.items()}
+
+
+def warn_of_unused(gaps):
+    """Name the fields whose shuffling does not raise the held-out loss."""
+    for name, (rise, error) in gaps.items():
+        if rise <= 2 * error:
+            print(f"warning: {name} is hardly used: taken from other rows it raises the held-out "
+                  f"loss by {rise:.4f} +- {error:.4f}")
 
 
 def negative_control(fields, manifest, rows):
@@ -415,12 +446,14 @@ def train(config=Config()):
         recent.append(loss.item())
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             mean, by_noise = heldout_loss(average, held, schedule)
+            gaps = field_gaps(average, held, schedule)
             tqdm.write(f"step {step + 1:5d}: training loss {np.mean(recent):.3f}, held out "
-                       f"{mean:.3f} (by noise {' '.join(f'{v:.3f}' for v in by_noise)})")
+                       f"{mean:.3f} (by noise {' '.join(f'{v:.3f}' for v in by_noise)}); shuffled, "
+                       + ", ".join(f"{n} +{r:.4f}" for n, (r, _) in gaps.items()))
             if not config.overfit:
                 write_log(out / "log.jsonl", step=step + 1, train_loss=float(np.mean(recent)),
                           seconds=round(time.time() - start, 1), heldout_loss=mean,
-                          by_noise=by_noise)
+                          by_noise=by_noise, shuffled={n: r for n, (r, _) in gaps.items()})
                 save_checkpoint(out / "model.pt", "ldm", p.constant | {
                     "weights": denoiser.state_dict(), "ema": average.state_dict(),
                     "optimiser": optimiser.state_dict(), "step": step + 1})
@@ -430,6 +463,8 @@ def train(config=Config()):
             recent = []
     if config.overfit:
         return print("one batch overfitted: the loss should be far below its first value")
+    if config.steps > 100:  # after the warm-up
+        warn_of_unused(field_gaps(average, held, schedule, 256))
     draw_curves(out)
     model = Model.load(out / "model.pt")
     draw_samples(out / "samples.png", model, p.manifest, p.pixels, p.held_rows, p.settings)

@@ -1,5 +1,6 @@
 """The disentanglement figures against factorials whose answer is known."""
 import json
+from dataclasses import make_dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -170,7 +171,8 @@ def test_arms_differ_in_what_they_are_told(screen, vae_path, cli, tmp_path, monk
     monkeypatch.setattr(evaluate, "screen_probe", lambda *_: None)
     monkeypatch.setattr(evaluate, "screen_of", lambda confounding: screen)
     monkeypatch.setattr(evaluate, "TRIED", {a: [(1, 1)] for a in evaluate.ARMS})
-    monkeypatch.setattr(train_ldm.Config, "size", "tiny")
+    monkeypatch.setattr(train_ldm, "Config", make_dataclass("Config", [("size", str, "tiny")],
+                                                            bases=(train_ldm.Config,)))
     status, out, error = cli(evaluate, "disentangle", "--study", "arms", "--vae", vae_path,
                              "--confounding", "0.9", "--seeds", 0, "--train_steps", 2, "--images",
                              216, "--steps", 1, "--out", tmp_path / "d")
