@@ -3,13 +3,16 @@ its ceiling, and is written as JSON and as a figure.
 
     python evaluate.py quality                   # are held-out conditions drawn as they look?
     python evaluate.py quality --checkpoint runs/plates/model.pt --by compound plate
+    python evaluate.py disentangle               # how much is biology, how much experiment?
+    python evaluate.py conditions                # is every field used?
 """
 import argparse
+import copy
 import hashlib
 import inspect
 import itertools
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -194,6 +197,12 @@ class Standardise:
         return ((found - self.mean) / self.std).nan_to_num(0.).clamp(-3, 3)
 
 
+def feature_scale(opened, radius=NUCLEUS_RADIUS, count=1000):
+    """Standardise by the real training images of an open model, at most `count` of them."""
+    some = np.random.default_rng(0).permutation(opened.train)[:count]
+    return Standardise(features(real_images(opened, some), opened.model.channels, radius=radius))
+
+
 # ------------------------------------------------------------------------------------------------
 # 2. Distances
 # ------------------------------------------------------------------------------------------------
@@ -336,8 +345,7 @@ def screen_probe(folder, model, steps=1500):
         return None
     if not path.exists():
         print("drawing an unconfounded screen to train the probe on")
-        images = np.stack([f["image"] for f in data.draw_fields(rows, screen, counterpart=False)])
-        images = torch.from_numpy(data.scale_intensity(images, model.intensity))
+        images = photographs(rows, screen, model.intensity)
         labels = {q: torch.tensor([a.index(r[q]) for r in rows]) for q, a in answers.items()}
         probe = train_probe(images, answers, labels, steps)
         save_checkpoint(path, "probe", {"weights": probe.state_dict()})
@@ -429,8 +437,7 @@ def quality_of(opened, rows_a, rows_b, cells, standardise, probe, request):
     columns = {f.name: manifest.rows(rows_a, f.name) for f in model.fields}
     columns = blank_unseen(model.fields, columns)
     sets = {"real": real_a, "autoencoder": reconstruct(model.vae, real_a)[0],
-            "generated": model.generate(columns, range(len(rows_a)), request.guidance,
-                                        request.form, request.steps)}
+            "generated": generate(model, columns, list(range(len(rows_a))), request)}
     b = standardise(features(real_b, model.channels))
     cells_a, cells_b, wells = cells[rows_a], cells[rows_b], wells_of(manifest)
     strata = np.array([f"a {c}" for c in cells_a] + [f"b {c}" for c in cells_b])
@@ -450,17 +457,23 @@ def quality_of(opened, rows_a, rows_b, cells, standardise, probe, request):
     return result, sets
 
 
-def probe_scores(probe, images, manifest, rows):
-    """Share of images that the probe names right; the mechanism at doses above half effect."""
+def named_right(probe, images, rows):
+    """{"mechanism", "batch": (N,) bool}: which images the probe names as their rows say."""
     network, answers = probe
     said = answer(network, images)
-    effect = np.array([float(v) for v in manifest.rows(rows, "true_effect")])
-    scores = {}
-    for question, options in answers.items():
-        right = np.array([options[k] for k in said[question]]) == manifest.rows(rows, question)
-        scores[question] = float(right[effect >= .5].mean() if question == "true_mechanism"
-                                 else right.mean())
-    return scores
+    return {q.removeprefix("true_"): torch.tensor([options[k] == r[q] for k, r in
+                                                   zip(said[q], rows, strict=True)])
+            for q, options in answers.items()}
+
+
+def probe_scores(probe, images, manifest, rows):
+    """Share of images that the probe names right; the mechanism at doses above half effect."""
+    names = ("true_mechanism", "batch", "true_effect")
+    truth = [{k: manifest.columns[k][i] for k in names} for i in rows]
+    hits = named_right(probe, images, truth)
+    strong = torch.tensor([float(r["true_effect"]) >= .5 for r in truth])
+    return {"true_mechanism": hits["mechanism"][strong].float().mean().item(),
+            "batch": hits["batch"].float().mean().item()}
 
 
 def quality(args):
@@ -477,9 +490,8 @@ def quality(args):
     limit, sets = 96 if args.quick else args.images, heldout_sets(opened, args.sets)
     probe = screen_probe(manifest.path.parent, model)
     cells = cells_of(manifest, ["true_mechanism", "batch"])
-    some = np.random.default_rng(0).permutation(opened.train)[:1000]
-    standardise = Standardise(features(real_images(opened, some), model.channels))
-    request = SimpleNamespace(guidance=args.guidance, form=args.form, steps=args.steps)
+    standardise = feature_scale(opened)
+    request = Request(model.weights(args.guidance), args.form, steps=args.steps)
     table, pictures = {}, {}
     for name, rows in sets.items():
         rows_a, rows_b = halves(manifest, rows, cells, limit)
@@ -556,20 +568,25 @@ def summarise(images, channels, radius):
     return {k: float(found[:, names.index(k)].mean()) for k in keep}
 
 
+def beside(opened, args, cell, request, inside, n, real):
+    """{"generated": n images, "real ...": `real` each} of a condition cell, real ones (rows
+    `inside`) apart by the column --also."""
+    model, rng = opened.model, np.random.default_rng(1)
+    sets = {"generated": model.generate({name: [value] * n for name, value in request.items()},
+                                        range(n), args.guidance, args.form, args.steps)}
+    label = np.array([opened.manifest.columns[args.also][i] if args.also else "" for i in inside])
+    return sets | {f"real {value}".strip(): real_images(opened, rng.choice(
+        inside[label == value], real), rng) for value in np.unique(label)}
+
+
 def one_cell(opened, args, cell, request, inside, training, n):
     """One condition cell: (entry of the table, real images, generated images)."""
-    model, rng = opened.model, np.random.default_rng(1)
-    fake = model.generate({name: [value] * n for name, value in request.items()}, range(n),
-                          args.guidance, args.form, args.steps)
-    entry = {"cell": cell, "in_training": bool(np.isin(inside, opened.train).any()),
-             "generated": summarise(fake, model.channels, args.nucleus_radius),
-             "nearest_training_view": float(nearest_distance(fake, training).median())}
-    label = np.array([opened.manifest.columns[args.also][i] if args.also else "" for i in inside])
-    real = []
-    for value in np.unique(label):
-        images = real_images(opened, rng.choice(inside[label == value], 4 * n), rng)
-        entry[f"real {value}".strip()] = summarise(images, model.channels, args.nucleus_radius)
-        real += list(images[:6].numpy())
+    sets = beside(opened, args, cell, request, inside, n, 4 * n)
+    entry = {"cell": cell, "in_training": bool(np.isin(inside, opened.train).any())} | {
+        name: summarise(x, opened.model.channels, args.nucleus_radius) for name, x in sets.items()}
+    fake = sets.pop("generated")
+    entry["nearest_training_view"] = float(nearest_distance(fake, training).median())
+    real = [image for x in sets.values() for image in x[:6].numpy()]
     return entry, real[::max(1, len(real) // 6)][:6], list(fake[:6].numpy())
 
 
@@ -623,14 +640,18 @@ def print_cells(report, channels):
 # 5. disentangle: how much of the image is biology, how much is experiment?
 # ------------------------------------------------------------------------------------------------
 
-def omega_squared(y, blocked=True):
+def omega_squared(y, blocked=True, scale=None):
     """Share of variance explained in a balanced factorial, without the upward bias of eta squared.
 
     y: (biology, experiment, seeds, F). blocked: seed s stands for the same cells (or the same
     noise) in every place of the factorial, so that its own variance is no error. Returns
-    {"biology", "experiment", "interaction": (F,)}, from (Olejnik & Algina 2003, Psychol. Methods 8)
+    {"biology", "experiment", "interaction", "scale": (F,)}, after Olejnik & Algina 2003 (Psychol.
+    Methods 8):
 
-        omega^2 = (SS_effect - df_effect MS_error) / (SS_total + MS_error)
+        omega^2 = (SS_effect - df_effect MS_error) / (SS_total + MS_block)
+
+    with MS_error for MS_block without blocks. `scale` (F,) replaces the denominator: the same
+    figure in the units of another factorial of this size.
     """
     b, e, n, _ = y.shape
     y = y.double()
@@ -641,14 +662,13 @@ def omega_squared(y, blocked=True):
                "experiment": (b * n * experiment.square().sum(0), e - 1),
                "interaction": (n * both.square().sum((0, 1)), (b - 1) * (e - 1))}
     total = (y - mean).square().sum((0, 1, 2))
-    error = total - sum(s for s, _ in squares.values())
-    df = b * e * (n - 1)
-    if blocked:
-        error = error - b * e * (y.mean((0, 1)) - mean).square().sum(0)
-        df -= n - 1
-    error = error / df
-    return {name: ((s - d * error) / (total + error).clamp(min=1e-12)).float()
-            for name, (s, d) in squares.items()}
+    blocks = b * e * (y.mean((0, 1)) - mean).square().sum(0) * blocked
+    freedom = (b * e - 1) * (n - 1) if blocked else b * e * (n - 1)
+    error = (total - blocks - sum(square for square, _ in squares.values())) / freedom
+    if scale is None:
+        scale = (total + (blocks / (n - 1) if blocked else error)).clamp(min=1e-12)
+    return {name: ((square - df * error) / scale).float()
+            for name, (square, df) in squares.items()} | {"scale": scale}
 
 
 def leaks(found, truth, least=.05):
@@ -666,63 +686,85 @@ def leaks(found, truth, least=.05):
             "leak_b_to_e": (found["biology"] - biology)[theirs].mean().item()}
 
 
-def effect_size(y, truth):
-    """How large the effects of biology are, as a share of the true ones: the projection of each
-    level's mean feature change from level 0 (the negative control) on the true change, (b, e, n, F)
-    each. 1 is right, above it is exaggeration."""
-    found, true = ((x.mean((1, 2)) - x.mean((1, 2))[:1])[1:] for x in (y, truth))   # (b - 1, F)
-    return ((found * true).sum() / (true * true).sum()).item()
+def all_leaks(y, true, blocked):
+    """Leaks of factorials (b, e, n, F): as shares of the generated images' own variance, and, as
+    a model that draws no biology makes the share of the experiment larger, in the truth's units."""
+    truth = omega_squared(true, blocked)
+    own, units = omega_squared(y), omega_squared(y, scale=truth["scale"])
+    return leaks(own, truth) | {f"{k}_units": v for k, v in leaks(units, truth).items()}
+
+
+def effect_size(y, one, other):
+    """How large effects are, as a share of the true ones: each level's mean, from the mean of all,
+    projected on the true one. y and two halves of the truth: (levels, ..., F). 1 is right, more
+    is exaggeration. Two halves, as the square of one would hold its noise."""
+    y, one, other = (x.flatten(1, -2).mean(1) for x in (y, one, other))              # (levels, F)
+    y, one, other = (x - x.mean(0) for x in (y, one, other))
+    return ((y * one).sum() / (other * one).sum()).item()
+
+
+def simulated_screen(opened, draw):
+    """The settings of a simulated screen, for fresh cells (`draw`) under the same microscopes."""
+    note = opened.manifest.path.parent / "simulation.json"
+    if not note.exists():
+        raise data.DataError(f"{opened.manifest.path} is not simulated: the truth is not known "
+                             "(for real plates: --by)")
+    if opened.settings.binning != 1 or opened.settings.crop:
+        raise UserError("the model sees binned or cropped images, the simulator draws whole fields")
+    return replace(data.Screen(**json.loads(note.read_text())), draw=draw)
+
+
+def photographs(rows, screen, intensity):
+    """Fresh fields of view for rows as in data.layout: (N, C, H, W) in [-1, 1]."""
+    images = np.stack([f["image"] for f in data.draw_fields(rows, screen, counterpart=False)])
+    return torch.from_numpy(data.scale_intensity(images, intensity))
 
 
 class SimulatedFactorial:
     """Every mechanism (and the untreated cells) in every batch, the same cells in each: what the
     simulator would photograph, and what a model is asked for.
 
-    Seed s stands for one well (position, plate), one molecule of each mechanism and one dose above
-    half effect. Of the seen molecules, so that only the *pair* may be new.
+    Seed s stands for a position on a plate, one molecule of each mechanism and one dose above half
+    effect. The molecules are seen ones, so that only the *pair* may be new.
     """
     blocked = True
 
-    def __init__(self, opened, seeds):
-        folder = opened.manifest.path.parent
-        screen = data.Screen(**json.loads((folder / "simulation.json").read_text()))
-        self.screen, self.opened = replace(screen, draw=2000), opened
+    def __init__(self, opened, images):
+        self.opened, self.screen = opened, simulated_screen(opened, 2000)
+        batches = self.screen.batches
         self.biology = ["none", *data.MECHANISMS]
-        self.experiment = [f"B{b + 1}" for b in range(screen.batches)]
-        self.seeds = seeds
-        self.unseen = {kind: {(m, f"B{b + 1}") for m, b in data.heldout_pairs(screen.batches, kind)
-                              .items()} for kind in ("val", "test")}
+        self.experiment = [f"B{b + 1}" for b in range(batches)]
+        self.seeds = max(4, images // (len(self.biology) * batches))
+        self.unseen = {kind: {(m, f"B{b + 1}") for m, b in data.heldout_pairs(batches, kind).items()}
+                       for kind in ("val", "test")}
 
-    def rows(self, first=0):
-        """Rows of the factorial as data.layout writes them, in the order (biology, experiment,
-        seed). Another `first` seed: other cells."""
+    def rows(self, cells=0, requests=0):
+        """Rows as data.layout writes them, in the order (biology, experiment, seed). Another first
+        number of `cells`: other cells; of `requests`: other molecules, doses and positions."""
         molecules = {m: [x for x in data.molecules() if x["mechanism"] == m and x["kind"] == "train"
                          and x["ec50"] < max(data.DOSES)] for m in self.biology}
         rows = []
-        for m, batch in itertools.product(self.biology, self.experiment):
-            for s in range(first, first + self.seeds):
-                rng = np.random.default_rng([self.screen.seed, 5, s])
-                place, plate = rng.integers(2, 23), rng.integers(self.screen.plates_per_batch)
-                row, picks = rng.integers(2, 15), rng.random(2)
-                molecule = (molecules[m][int(picks[0] * len(molecules[m]))] if molecules[m] else
-                            dict(smiles=data.DMSO, ec50=np.inf))
-                doses = [d for d in data.DOSES if d >= molecule["ec50"]]
-                dose = doses[int(picks[1] * len(doses))] if doses else 0.
-                plate = self.experiment.index(batch) * self.screen.plates_per_batch + plate + 1
-                rows.append(dict(
-                    smiles=molecule["smiles"], dose=dose, batch=batch, plate=f"P{plate:02d}",
-                    row=int(row), column=int(place), site=int(rng.integers(1, 5)), cells=s,
-                    true_mechanism=m, true_effect=data.hill(dose, molecule["ec50"])))
+        for m, batch, s in itertools.product(self.biology, self.experiment, range(self.seeds)):
+            rng = np.random.default_rng([self.screen.seed, 5, requests + s])
+            well, plate = rng.integers((2, 2), (16, 24)), rng.integers(self.screen.plates_per_batch)
+            site, picks = rng.integers(1, 5), rng.random(2)
+            molecule = (molecules[m][int(picks[0] * len(molecules[m]))] if molecules[m] else
+                        dict(smiles=data.DMSO, ec50=np.inf))
+            doses = [d for d in data.DOSES if d >= molecule["ec50"]] or [0.]
+            dose = doses[int(picks[1] * len(doses))]
+            plate += self.experiment.index(batch) * self.screen.plates_per_batch + 1
+            rows.append(dict(
+                smiles=molecule["smiles"], dose=dose, batch=batch, plate=f"P{plate:02d}",
+                row=int(well[0]), column=int(well[1]), site=int(site), cells=cells + s,
+                true_mechanism=m, true_effect=data.hill(dose, molecule["ec50"])))
         return rows
 
-    def truth(self, first):
-        """Fresh fields of view from the simulator, (biology * experiment * seeds, C, H, W)."""
-        fields = data.draw_fields(self.rows(first), self.screen, counterpart=False)
-        return torch.from_numpy(data.scale_intensity(np.stack([f["image"] for f in fields]),
-                                                     self.opened.model.intensity))
+    def truth(self, half):
+        return photographs(self.rows(10_000 * (half + 1)), self.screen, self.opened.model.intensity)
 
-    def requests(self):
-        return {f.name: [str(r[f.name]) for r in self.rows()] for f in self.opened.model.fields}
+    def requests(self, fields):
+        """What a model with these fields is asked for, {field: [biology * experiment * seeds]}."""
+        return {f.name: [str(r.get(f.name, "")) for r in self.rows()] for f in fields}
 
     def held(self, kind):
         """Which places (biology, experiment) of the factorial are held-out pairs of this kind."""
@@ -731,35 +773,37 @@ class SimulatedFactorial:
 
 
 class RealFactorial:
-    """Two columns of a manifest, crossed: complete cells only, real crops for the truth."""
+    """Two columns of a manifest, crossed: complete cells only, real images for the truth, in two
+    halves that share no image."""
     blocked = False
 
-    def __init__(self, opened, by, seeds):
-        self.opened, self.seeds, cells = opened, seeds, cells_of(opened.manifest, by)
-        self.rows_of = {name: np.flatnonzero(cells == name) for name in set(cells)}
+    def __init__(self, opened, by, images):
+        cells = cells_of(opened.manifest, by)
+        self.opened, self.rows_of = opened, {n: np.flatnonzero(cells == n) for n in set(cells)}
         first, second = (sorted(set(opened.manifest.columns[name])) for name in by)
-        self.experiment = [e for e in second
-                           if sum(f"{b} x {e}" in self.rows_of for b in first) > 1]
+        self.experiment = [e for e in second if sum(f"{b} x {e}" in self.rows_of for b in first) > 1]
         self.biology = [b for b in first
                         if all(f"{b} x {e}" in self.rows_of for e in self.experiment)]
-        # the negative control first: the level that most images have
-        self.biology.sort(key=lambda b: -sum(len(self.rows_of[f"{b} x {e}"])
-                                             for e in self.experiment))
         if len(self.biology) < 2 or len(self.experiment) < 2:
             raise UserError(f"--by {' '.join(by)}: no two values of the one were both imaged with "
                             "two of the other")
-        table = crossed_requests(opened, by)
-        self.asked = [table[f"{b} x {e}"] for b in self.biology for e in self.experiment]
+        # the negative control first: the level that most images have
+        self.biology.sort(key=lambda b: -sum(len(self.rows_of[f"{b} x {e}"])
+                                             for e in self.experiment))
+        self.names = [f"{b} x {e}" for b in self.biology for e in self.experiment]
+        self.seeds, self.asked = max(4, images // len(self.names)), crossed_requests(opened, by)
 
-    def truth(self, first):
-        rng = np.random.default_rng(first)
-        return torch.cat([real_images(self.opened, rng.choice(
-            self.rows_of[f"{b} x {e}"], self.seeds), rng)
-            for b in self.biology for e in self.experiment])
+    def truth(self, half):
+        rng = np.random.default_rng(half)
+        few = min(len(self.rows_of[name]) for name in self.names) < 2
+        chosen = [rng.choice(self.rows_of[name][0 if few else half % 2::1 if few else 2], self.seeds)
+                  for name in self.names]
+        return real_images(self.opened, np.concatenate(chosen), rng)
 
-    def requests(self):
-        return {name: [r[name] for r in self.asked for _ in range(self.seeds)]
-                for name in self.asked[0]}
+    def requests(self, fields):
+        names = [f.name for f in fields if f.name in self.asked[self.names[0]]]
+        return {name: [self.asked[cell][name] for cell in self.names for _ in range(self.seeds)]
+                for name in names}
 
     def held(self, kind):
         trained = set(self.opened.train)
@@ -767,17 +811,27 @@ class RealFactorial:
                               for e in self.experiment] for b in self.biology])
 
 
-def generate_places(model, factorial, request, where=None):
-    """Images (places * seeds, C, H, W) of the places of a factorial (b, e) that `where` says, all
-    by default. Seed s is the same noise in each. A model that is told no batch is asked the same
-    in many places: each distinct pair of request and seed is drawn once."""
-    b, e, n = len(factorial.biology), len(factorial.experiment), factorial.seeds
-    where = torch.ones(b, e, dtype=torch.bool) if where is None else where
-    kept = where.flatten().repeat_interleave(n).nonzero()[:, 0].tolist()
-    names, requests = [field.name for field in model.fields], factorial.requests()
-    columns = blank_unseen(model.fields, {k: [v[i] for i in kept] for k, v in requests.items()
-                                          if k in names})
-    seeds = [i % n for i in kept]
+@dataclass
+class Request:
+    """How images are asked for."""
+    guidance: dict
+    form: str = "nested"
+    interval: tuple = (0., 1.)
+    rescale: float = 0.
+    steps: int = 15
+
+
+def request_of(args, model, **changes):
+    """A request from the command line; weights only for groups that the model has."""
+    words = dict(guidance=args.guidance, form=args.form, interval=tuple(args.interval),
+                 rescale=args.rescale, steps=args.steps) | changes
+    kept = {g: w for g, w in words["guidance"].items() if g in model.groups}
+    return Request(**words | {"guidance": model.weights(kept)})
+
+
+def generate(model, columns, seeds, request):
+    """Images of a request, in bf16 where that pays. What is asked for twice (of a model that is
+    told no batch, the same in every batch) is drawn once."""
     keys = list(zip(seeds, *columns.values()))
     place = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     first = [keys.index(key) for key in place]
@@ -788,30 +842,43 @@ def generate_places(model, factorial, request, where=None):
     return images[[place[key] for key in keys]]
 
 
+def generate_places(model, factorial, request, where=None):
+    """Images (places * seeds, C, H, W) of the places of a factorial (b, e) that `where` says, all
+    by default. Seed s is the same noise in each."""
+    n = factorial.seeds
+    if where is None:
+        where = torch.ones(len(factorial.biology), len(factorial.experiment), dtype=torch.bool)
+    kept = where.flatten().repeat_interleave(n).nonzero()[:, 0].tolist()
+    columns = blank_unseen(model.fields, {
+        k: [v[i] for i in kept] for k, v in factorial.requests(model.fields).items()})
+    return generate(model, columns, [i % n for i in kept], request)
+
+
 class Truth:
     """What a factorial really looks like: two sets of features on disjoint cells, and what follows
     from them. Drawn once, and compared with many models."""
 
-    def __init__(self, factorial, probe, more=4):
-        opened, self.factorial, self.probe = factorial.opened, factorial, probe
-        some = np.random.default_rng(0).permutation(opened.train)[:1000]
-        channels = opened.model.channels
-        self.standardise = Standardise(features(real_images(opened, some), channels))
-        self.images = factorial.truth(10_000)
-        self.a = self.shape(features(self.images, channels))
+    def __init__(self, factorial, probe=None, radius=NUCLEUS_RADIUS, more=4):
+        self.factorial, self.probe, self.radius = factorial, probe, radius
+        self.standardise = feature_scale(factorial.opened, radius)
+        self.images = factorial.truth(0)
+        self.a = self.measure(self.images)
         # several times as many on the other side: the distance to them is less noisy
-        self.b = torch.cat([self.shape(features(factorial.truth((k + 2) * 10_000), channels))
-                            for k in range(more)], 2)
+        self.b = torch.cat([self.measure(factorial.truth(2 * k + 1)) for k in range(more)], 2)
         self.omega = omega_squared(self.a, factorial.blocked)
-        self.scores = probe_answers(probe, self.images, factorial)
+        self.scores = self.named_right(self.images)
 
-    def shape(self, found):
-        """(N, F) features to the standardised (biology, experiment, seeds, F)."""
+    def features(self, images):
+        found = features(images, self.factorial.opened.model.channels, radius=self.radius)
+        return self.standardise(found)
+
+    def measure(self, images):
+        """Images of all places to standardised features (biology, experiment, seeds, F)."""
         f = self.factorial
-        return self.standardise(found).view(len(f.biology), len(f.experiment), f.seeds, -1)
+        return self.features(images).view(len(f.biology), len(f.experiment), f.seeds, -1)
 
     def distance(self, y, where):
-        """Kernel distance of y (b, e, n, F) to the truth, per place and averaged over `where`."""
+        """Kernel distance of y (b, e, n, F) to the truth, per place, averaged over `where`."""
         return float(np.mean([kernel_distance(y[i, j], self.b[i, j])
                               for i, j in where.nonzero().tolist()] or [np.nan]))
 
@@ -822,67 +889,58 @@ class Truth:
                               for i, j in where.nonzero().tolist()
                               for k in range(b) for m in range(e) if k != i and m != j] or [np.nan]))
 
-
-def probe_answers(probe, images, factorial):
-    """Share named right over the factorial: {"probe_mechanism", "probe_batch"}, (N,) hits each."""
-    if probe is None:
-        return {}
-    network, answers = probe
-    said = answer(network, images)
-    rows = factorial.rows()
-    return {f"probe_{short}": torch.tensor([answers[q][k] == r[q] for k, r in zip(said[q], rows)])
-            .float().view(len(factorial.biology), len(factorial.experiment), -1)
-            for short, q in (("mechanism", "true_mechanism"), ("batch", "batch"))}
+    def named_right(self, images):
+        """{"mechanism", "batch": (b, e, n)}, 1 where the probe names it; {} without a probe."""
+        if self.probe is None:
+            return {}
+        hits = named_right(self.probe, images, self.factorial.rows())
+        return {k: hit.float().view(self.a.shape[:3]) for k, hit in hits.items()}
 
 
 def over_seeds(statistic, seeds, repeats=100):
-    """5 to 95 % of statistic(indices) over random halves of the seeds: a half drawn without
-    replacement varies about the whole as the whole varies about the population."""
-    rng = np.random.default_rng(0)
+    """5 to 95 % of statistic(indices), a dict of numbers, over random halves of the seeds: a half
+    drawn without replacement varies about the whole as the whole about the population."""
+    rng, whole = np.random.default_rng(0), statistic(torch.arange(seeds))
     values = [statistic(torch.from_numpy(np.sort(rng.permutation(seeds)[:max(2, seeds // 2)])))
               for _ in range(repeats)]
-    return around(statistic(torch.arange(seeds)), values)
+    return {k: around(whole[k], [v[k] for v in values]) for k in whole}
 
 
 def disentangle_one(model, truth, request):
-    """The figures of one model under one guidance, as one line of results.jsonl; and images."""
+    """The figures of one model under one request, as one line of results.jsonl."""
     f = truth.factorial
     images = generate_places(model, f, request)
-    y = truth.shape(features(images, model.channels))
-    found, held = omega_squared(y), {k: f.held(k) for k in ("val", "test")}
+    y, hits = truth.measure(images), truth.named_right(images)
+    held = {k: f.held(k) for k in ("val", "test")}
     seen = ~(held["val"] | held["test"])
-    weights = model.weights(request.guidance)
-    entry = {"form": request.form, "w_biology": weights.get("biology", 0.),
-             "w_experiment": weights.get("experiment", 0.), "step": model.content["step"],
-             "interval": list(request.interval), "rescale": request.rescale,
-             "images": len(images)}
-    entry |= leaks(found, truth.omega)
-    for name in ("leak_e_to_b", "leak_b_to_e"):
-        entry[f"{name}_interval"] = over_seeds(
-            lambda s: leaks(omega_squared(y[:, :, s]), truth.omega)[name], f.seeds)
-    entry["effect_biology"] = effect_size(y, truth.a)
-    entry["effect_experiment"] = effect_size(y.transpose(0, 1), truth.a.transpose(0, 1))
-    for name, hits in probe_answers(truth.probe, images, f).items():
-        entry[name] = hits.mean().item()
-        entry[f"{name}_heldout"] = hits[held["test"]].mean().item()
-        entry[f"{name}_interval"] = over_seeds(lambda s: hits[:, :, s].mean().item(), f.seeds)
-        entry[f"{name}_real"] = truth.scores[name].mean().item()
-    for name, where in (("seen", seen), ("val", held["val"]), ("heldout", held["test"])):
-        entry[f"distance_{name}"] = truth.distance(y, where)
-    where = held["test"] if held["test"].any() else seen
-    entry["distance_heldout_interval"] = over_seeds(
-        lambda s: truth.distance(y[:, :, s], where), f.seeds)
-    entry["floor"], entry["ceiling"] = truth.distance(truth.a, where), truth.ceiling(where)
-    entry["omega"] = {k: v.tolist() for k, v in found.items()}
-    return entry, images
+    target = held["test"] if held["test"].any() else seen
+
+    def figures(s):
+        found = all_leaks(y[:, :, s], truth.a[:, :, s], f.blocked)
+        found |= {f"probe_{k}": hit[:, :, s].mean().item() for k, hit in hits.items()}
+        return found | {"distance_heldout": truth.distance(y[:, :, s], target)}
+    entry = {"form": request.form, "w_biology": request.guidance.get("biology", 0.),
+             "w_experiment": request.guidance.get("experiment", 0.), "step": model.content["step"],
+             "interval": list(request.interval), "rescale": request.rescale, "images": len(images)}
+    entry |= figures(torch.arange(f.seeds))
+    entry |= {f"{k}_interval": v for k, v in over_seeds(figures, f.seeds).items()}
+    entry["effect_biology"] = effect_size(y, truth.a, truth.b)
+    entry["effect_experiment"] = effect_size(*(x.transpose(0, 1) for x in (y, truth.a, truth.b)))
+    entry |= {f"probe_{k}_heldout": hit[target].mean().item() for k, hit in hits.items()}
+    entry |= {f"probe_{k}_real": hit.mean().item() for k, hit in truth.scores.items()}
+    entry |= {"distance_seen": truth.distance(y, seen), "distance_val": truth.distance(y, held["val"]),
+              "floor": truth.distance(truth.a, target), "ceiling": truth.ceiling(target)}
+    omega = omega_squared(y)
+    return entry | {"omega": {k: omega[k].tolist() for k in ("biology", "experiment",
+                                                             "interaction")}}
 
 
 # --- studies: many such lines, kept in results.jsonl so that a restart skips what is done ---------
 
 WEIGHTS_TRIED = [(1, 1), (1.5, 1), (1.5, 1.5), (2, 1), (2, 1.5), (2, 2), (3, 1.5), (3, 2), (4, 2)]
 FORMS_TRIED = [dict(form=form) for form in FORMS] + [
-    dict(form="nested", interval=(.2, .8)), dict(form="contrast", interval=(.2, .8)),
-    dict(form="nested", rescale=.7), dict(form="contrast", rescale=.7)]
+    dict(form=form, **change) for change in (dict(interval=(.2, .8)), dict(rescale=.7))
+    for form in ("nested", "contrast")]
 TABLE = ("leak_e_to_b", "leak_b_to_e", "effect_biology", "effect_experiment", "probe_mechanism",
          "probe_batch", "distance_seen", "distance_heldout")
 
@@ -894,107 +952,93 @@ class Results:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.done = {json.dumps(e["key"]): e for e in map(json.loads, lines)}
+        self.done = {json.dumps(e["key"], sort_keys=True): e for e in map(json.loads, lines)}
 
     def get(self, key, measure):
-        """The line of this key (a list), measured if it is not there yet."""
-        name = json.dumps(key)
+        """The line of this key (a dict), measured if it is not there yet."""
+        name = json.dumps(key, sort_keys=True)
         if name not in self.done:
             self.done[name] = {"key": json.loads(name)} | measure()
             write_log(self.path, **self.done[name])
         return self.done[name]
 
 
-def with_weights(args, biology, experiment, **changes):
-    """A request (see disentangle_one) at these weights."""
-    return SimpleNamespace(**dict(form=args.form, interval=tuple(args.interval),
-                                  rescale=args.rescale, steps=args.steps) | changes,
-                           guidance={"biology": biology, "experiment": experiment})
+def finger(path):
+    """The first letters of a file's hash: another file of the same name is another result."""
+    return hashlib.sha1(Path(path).read_bytes()).hexdigest()[:12]
 
 
-def limited(request, model):
-    """The request without the weights of groups that a model does not have."""
-    kept = {g: w for g, w in request.guidance.items() if g in model.groups}
-    return SimpleNamespace(**vars(request) | {"guidance": kept})
+def trained(config):
+    """Train a diffusion model unless it is there, going on from where it was interrupted."""
+    path = Path(config.out) / "model.pt"
+    config.resume = path.exists() and load_checkpoint(path, "ldm", "")["step"] < config.steps
+    return train_ldm.train(config)
 
 
-def print_lines(lines, label):
+def print_lines(lines):
     """A table: one line per measurement, leaks and probes as they are, distances x 1000."""
-    print(f"{'':34s}" + "".join(f"{name.replace('probe_', '').replace('distance_', 'd. '):>19s}"
-                                for name in TABLE))
+    print(f"\n{'':34s}" + "".join(f"{name.replace('probe_', '').replace('distance_', 'd. '):>19s}"
+                                  for name in TABLE))
+
+    def row(label, values):
+        print(f"{label:34s}" + "".join(f"{1000 * v:19.0f}" if "distance" in name else f"{v:19.3f}"
+                                       for name, v in zip(TABLE, values)))
     for line in lines:
-        values = [line.get(name, np.nan) * (1000 if "distance" in name else 1) for name in TABLE]
-        print(f"{label(line):34s}" + "".join(
-            f"{v:19.0f}" if "distance" in name else f"{v:19.3f}" for name, v in zip(TABLE, values)))
+        row(line["label"], [line.get(name, np.nan) for name in TABLE])
     line = lines[0]
-    print(f"{'the truth itself':34s}{0:19.3f}{0:19.3f}{1:19.3f}{1:19.3f}"
-          f"{line.get('probe_mechanism_real', np.nan):19.3f}"
-          f"{line.get('probe_batch_real', np.nan):19.3f}{'floor, ceiling':>19s}"
-          f"{1000 * line['floor']:9.0f},{1000 * line['ceiling']:9.0f}")
+    row("the truth itself (floor)", [0, 0, 1, 1, line.get("probe_mechanism_real", np.nan),
+                                     line.get("probe_batch_real", np.nan), np.nan, line["floor"]])
+    row("wrong places (ceiling)", [np.nan] * 7 + [line["ceiling"]])
 
 
-def study_model(opened, truth, results, args):
-    """One checkpoint at one guidance: the table by feature, and the figure."""
-    model = opened.model
-    weights = model.weights(args.guidance)
-    request = with_weights(args, 0, 0, guidance=weights)
-    entry, images = disentangle_one(model, truth, request)
-    results.get(["model", args.checkpoint, model.content["step"], weights, args.form,
-                 args.interval, args.rescale, len(images)], lambda: entry)
-    names = feature_names(model.channels)
-    print(f"\n{'share of variance (omega^2)':28s}{'biology':>20s}{'experiment':>20s}"
-          f"{'interaction':>20s}\n{'':28s}" + f"{'truth':>10s}{'generated':>10s}" * 3)
-    for k, name in enumerate(names):
-        print(f"{name:28s}" + "".join(f"{truth.omega[part][k]:10.2f}{entry['omega'][part][k]:10.2f}"
-                                      for part in truth.omega))
-    return [entry], lambda e: f"weights {e['w_biology']:g}, {e['w_experiment']:g}"
+def planned(args, model):
+    """What a study of one checkpoint measures: [(label, checkpoint, changes of the request)]."""
+    def label(c):
+        return c["form"] + (f", t/T {c['interval'][0]:g} to {c['interval'][1]:g}"
+                            if "interval" in c else "") + (", rescaled" if "rescale" in c else "")
+    if args.study == "weights":
+        return [(f"weights {b:g}, {e:g}", args.checkpoint, {"guidance": dict(biology=b, experiment=e)})
+                for b, e in WEIGHTS_TRIED]
+    if args.study == "forms":
+        return [(label(changes), args.checkpoint, changes) for changes in FORMS_TRIED]
+    if args.study == "training":
+        files = sorted(Path(args.checkpoint).parent.glob("step-*.pt"),
+                       key=lambda p: int(p.stem.split("-")[1]))
+        if not files:
+            raise UserError(f"no step-*.pt beside {args.checkpoint}: train with --keep")
+        return [(f"step {file.stem.split('-')[1]}", str(file), {}) for file in files]
+    weights = ", ".join(f"{g} {w:g}" for g, w in model.weights(args.guidance).items())
+    return [(weights, args.checkpoint, {})]
 
 
-def study_weights(opened, truth, results, args):
-    """The same model at several guidance weights."""
-    def measured(b, e):
-        request = limited(with_weights(args, b, e), opened.model)
-        return disentangle_one(opened.model, truth, request)[0]
-    lines = [results.get(["weights", args.checkpoint, args.form, b, e, args.images],
-                         lambda: measured(b, e)) for b, e in WEIGHTS_TRIED]
-    return lines, lambda e: f"weights {e['w_biology']:g}, {e['w_experiment']:g}"
-
-
-def study_forms(opened, truth, results, args):
-    """The four forms of guidance, with an interval and with rescaling."""
-    weights = opened.model.weights(args.guidance)
-
-    def measured(changes):
-        request = with_weights(args, 0, 0, guidance=weights, **changes)
-        return disentangle_one(opened.model, truth, request)[0]
-    lines = [results.get(["forms", args.checkpoint, changes, weights, args.images],
-                         lambda: measured(changes)) for changes in FORMS_TRIED]
-    return lines, lambda e: e["form"] + (f", {e['interval'][0]:g} to {e['interval'][1]:g}"
-                                         if e["interval"] != [0, 1] else "") + \
-        (f", rescaled {e['rescale']:g}" if e["rescale"] else "")
-
-
-def study_training(opened, truth, results, args):
-    """Checkpoints along the run (train_ldm.py --keep): are new combinations found early?"""
-    files = sorted(Path(args.checkpoint).parent.glob("step-*.pt"),
-                   key=lambda p: int(p.stem.split("-")[1]))
-    if not files:
-        raise UserError(f"no step-*.pt beside {args.checkpoint}: train with --keep")
-
-    def measured(file):
-        model = Model.load(file)
-        return disentangle_one(model, truth, with_weights(args, 0, 0, guidance=model.weights(
-            args.guidance)))[0]
-    lines = [results.get(["training", str(file), opened.model.weights(args.guidance), args.images],
-                         lambda: measured(file)) for file in files]
-    return lines, lambda e: f"step {e['step']}"
+def study_checkpoint(opened, truth, results, args):
+    """One checkpoint as it is, at several weights, under the forms of guidance, or along its
+    training (are new combinations found early, as Scimeca et al. report?)."""
+    lines = []
+    for label, path, changes in planned(args, opened.model):
+        request = request_of(args, opened.model, **changes)
+        key = {"checkpoint": finger(path), "images": args.images, "by": args.by} | vars(request)
+        lines.append(results.get(key, lambda: {"label": label} | disentangle_one(
+            Model.load(path), truth, request)))
+    if args.study == "model":
+        parts = ("biology", "experiment", "interaction")
+        print(f"\n{'share of variance (omega^2)':28s}" + "".join(f"{p:>20s}" for p in parts)
+              + f"\n{'':28s}" + f"{'truth':>10s}{'generated':>10s}" * 3)
+        for k, name in enumerate(feature_names(opened.model.channels)):
+            print(f"{name:28s}" + "".join(f"{truth.omega[p][k]:10.2f}{lines[0]['omega'][p][k]:10.2f}"
+                                          for p in parts))
+    draw_shares(Path(args.out) / f"{args.study}-features.png", truth, lines[-1])
+    return lines
 
 
 # --- the comparison: told the perturbation, the experiment, or both -------------------------------
 
-ARMS = {"perturbations": dict(experiment=()), "experiment": dict(biology=()), "both": {}}
+# balanced: told both, rare pairs of molecule and batch drawn as often as common ones
+ARMS = {"perturbations": dict(experiment=()), "experiment": dict(biology=()), "both": {},
+        "balanced": dict(balance=1.)}
 RUNS = [(0., 0), (.5, 0), (.9, 0), (.9, 1), (.9, 2)]     # confounding and seed
 TRIED = {"both": [(1, 1), (1.5, 1), (1.5, 1.5), (2, 1.5), (2, 2)],
+         "balanced": [(1, 1), (1.5, 1), (1.5, 1.5), (2, 1.5), (2, 2)],
          "perturbations": [(1, 0), (1.5, 0), (2, 0), (3, 0)],
          "experiment": [(0, 1), (0, 1.5), (0, 2), (0, 3)]}
 
@@ -1012,21 +1056,24 @@ def screen_of(confounding):
 def train_arm(args, arm, confounding, seed):
     """The checkpoint of one arm, trained if it is missing, on the one shared autoencoder. It never
     saw a held-out pair: these are the same at any confounding."""
-    out = Path(args.out) / f"{arm}-{confounding:g}-{seed}"
-    config = train_ldm.Config(data=str(screen_of(confounding)), vae=str(Path(args.vae).resolve()),
-                              out=str(out), seed=seed, steps=args.train_steps, **ARMS[arm])
-    if (out / "model.pt").exists():
-        config.resume = load_checkpoint(out / "model.pt", "ldm", "")["step"] < config.steps
-    return train_ldm.train(config)
+    return trained(train_ldm.Config(
+        data=str(screen_of(confounding)), vae=str(Path(args.vae).resolve()), seed=seed,
+        steps=args.train_steps, **ARMS[arm],
+        out=f"{args.out}/{arm}-{confounding:g}-{seed}-{args.train_steps}"))
+
+
+def open_trained(args, path):
+    """As open_model, for a checkpoint that a study has trained."""
+    return open_model(SimpleNamespace(checkpoint=str(path), data=None, steps=args.steps,
+                                      guidance={}))
 
 
 def best_guidance(model, truth, args, arm):
     """The weights whose images of the validation pairs lie nearest to the truth."""
     where, distances = truth.factorial.held("val"), {}
     for b, e in TRIED[arm]:
-        images = generate_places(model, truth.factorial, limited(with_weights(args, b, e), model),
-                                 where)
-        y = truth.standardise(features(images, model.channels))
+        request = request_of(args, model, guidance=dict(biology=b, experiment=e))
+        y = truth.features(generate_places(model, truth.factorial, request, where))
         y = y.view(-1, truth.factorial.seeds, y.shape[1])
         distances[b, e] = float(np.mean([kernel_distance(y[k], truth.b[i, j]) for k, (i, j) in
                                          enumerate(where.nonzero().tolist())]))
@@ -1034,153 +1081,141 @@ def best_guidance(model, truth, args, arm):
 
 
 def study_arms(args, results):
-    """Three arms, each at its own best guidance, at several confoundings."""
-    lines = []
-    for confounding, seed in RUNS if args.confounding is None else \
-            [(c, s) for c in args.confounding for s in args.seeds]:
-        truth = None
-        for arm in args.arms:
-            key = ["arms", arm, confounding, seed, args.train_steps, args.images, args.steps]
-
-            def measured():
-                nonlocal truth
-                here = SimpleNamespace(**vars(args) | {
-                    "checkpoint": str(train_arm(args, arm, confounding, seed)), "guidance": {},
-                    "data": None})
-                opened = open_model(here)
-                if truth is None:
-                    truth = simulated_truth(opened, args)
-                model = opened.model
-                (b, e), tried = best_guidance(model, truth, args, arm)
-                entry, _ = disentangle_one(model, truth, limited(with_weights(args, b, e), model))
-                return {"arm": arm, "confounding": confounding, "seed": seed,
-                        "tried": tried} | entry
-            lines.append(results.get(key, measured))
-            print_lines(lines[-1:], arm_label)
-    return lines, arm_label
-
-
-def arm_label(e):
-    return f"{e['arm']}, {e['confounding']:g}, {e['seed']} ({e['w_biology']:g}, " \
-           f"{e['w_experiment']:g})"
+    """The arms, each at its own best guidance, at several confoundings."""
+    lines, truth = [], None
+    runs = RUNS if args.confounding is None else itertools.product(args.confounding, args.seeds)
+    for (confounding, seed), arm in itertools.product(runs, args.arms):
+        def measured():
+            nonlocal truth
+            opened = open_trained(args, train_arm(args, arm, confounding, seed))
+            # cells and intensities are the same at any confounding: one truth for all
+            truth = truth or simulated_truth(opened, args)
+            (b, e), tried = best_guidance(opened.model, truth, args, arm)
+            request = request_of(args, opened.model, guidance=dict(biology=b, experiment=e))
+            return {"label": f"{arm}, {confounding:g}, {seed} ({b:g}, {e:g})", "arm": arm,
+                    "confounding": confounding, "seed": seed, "tried": tried} | disentangle_one(
+                        opened.model, truth, request)
+        key = {"arm": arm, "confounding": confounding, "seed": seed, "vae": finger(args.vae)} | {
+            k: getattr(args, k) for k in ("train_steps", "images", "steps", "form", "interval",
+                                          "rescale")}
+        lines.append(results.get(key, measured))
+        print_lines(lines[-1:])
+    return lines
 
 
 def simulated_truth(opened, args):
-    factorial = SimulatedFactorial(opened, max(4, args.images // 54))
-    return Truth(factorial, screen_probe(opened.manifest.path.parent, opened.model))
+    return Truth(SimulatedFactorial(opened, args.images),
+                 screen_probe(opened.manifest.path.parent, opened.model))
 
 
 # --- the shortcut: does a classifier profit from images drawn without confounding? ----------------
 
+CLASSIFIER = dict(images=1512, steps=600)
+
+
 def standardise_on_controls(images, batch, control):
-    """Each channel of each batch to the mean and deviation that its negative controls have over
-    all batches: images (N, C, H, W), batch (N,) of names, control (N,) bool."""
-    out, all_controls = images.clone(), images[control]
-    mean, std = all_controls.mean((0, 2, 3)), all_controls.std((0, 2, 3))
+    """Each channel of each batch to the mean and deviation that negative controls have over all
+    batches: images (N, C, H, W), batch (N,) of names, control (N,) bool."""
+    out, mean, std = images.clone(), *(getattr(images[control], name)((0, 2, 3), keepdim=True)
+                                       for name in ("mean", "std"))
     for name in np.unique(batch):
         inside = torch.from_numpy(batch == name)
         ours = images[inside & control]
-        scale = (std / ours.std((0, 2, 3)).clamp(min=1e-3))[:, None, None]
-        out[inside] = ((images[inside] - ours.mean((0, 2, 3))[:, None, None]) * scale
-                       + mean[:, None, None])
+        out[inside] = (images[inside] - ours.mean((0, 2, 3), keepdim=True)) * (
+            std / ours.std((0, 2, 3), keepdim=True).clamp(min=1e-3)) + mean
     return out
 
 
 def balancing(mechanism, batch):
     """Weights (N,) under which mechanism and batch are independent: p(m) p(b) / p(m, b)."""
-    pairs = np.array([f"{m}/{b}" for m, b in zip(mechanism, batch)])
-
     def share(values):
         names, place, count = np.unique(values, return_inverse=True, return_counts=True)
         return count[place] / len(values)
+    pairs = np.array([f"{m}/{b}" for m, b in zip(mechanism, batch)])
     weight = share(mechanism) * share(batch) / share(pairs)
     return weight / weight.sum()
 
 
-def screen_images(opened, rows, screen):
-    """Fresh fields of view for rows of data.layout: images, mechanism, batch, control."""
-    images = np.stack([f["image"] for f in data.draw_fields(rows, screen, counterpart=False)])
-    images = torch.from_numpy(data.scale_intensity(images, opened.model.intensity))
-    return SimpleNamespace(images=images, mechanism=np.array([r["true_mechanism"] for r in rows]),
-                           batch=np.array([r["batch"] for r in rows]))
+class Labelled:
+    """Images (N, C, H, W) with the mechanism and batch of each."""
+
+    def __init__(self, images, rows):
+        self.images = images
+        self.mechanism, self.batch = (np.array([r[k] for r in rows])
+                                      for k in ("true_mechanism", "batch"))
+
+    def standardised(self):
+        control = torch.from_numpy(self.mechanism == "none")
+        return standardise_on_controls(self.images, self.batch, control)
+
+
+def balanced_accuracy(said, true):
+    """Mean over classes of the share named right: a class counts once, however common it is."""
+    return float(np.mean([np.mean(said[true == name] == name) for name in np.unique(true)]))
 
 
 def study_shortcut(args, results):
     """A mechanism classifier trained on a confounded screen, on generated images in which
     mechanism and batch are independent, on both, with plain remedies, and on an unconfounded
     screen; all with the same number of images and steps, tested on unconfounded images."""
-    confounding, n = .9, args.classifier_images
-    checkpoint = train_arm(args, "both", confounding, 0)
-    opened = open_model(SimpleNamespace(**vars(args) | {"checkpoint": str(checkpoint),
-                                                        "guidance": {}, "data": None}))
-    screen = data.Screen(**json.loads((opened.manifest.path.parent / "simulation.json")
-                                      .read_text()))
-    train = set(opened.train)
-    strong = [r for i, r in enumerate(data.layout(screen)) if i in train
-              and (r["role"] == "control" or r["true_effect"] >= .5)]
-    answers = ["none", *data.MECHANISMS]
+    confounding, n = .9, CLASSIFIER["images"]
+    checkpoint = train_arm(args, "balanced", confounding, 0)
+    opened = open_trained(args, checkpoint)
+    screen, train = simulated_screen(opened, 0), set(opened.train)
+    answers, request = ["none", *data.MECHANISMS], request_of(args, opened.model)
 
-    def fresh(draw, count):
-        other = replace(screen, confounding=0., draw=draw)
-        rows = [r for r in data.layout(other) if r["split"] not in ("test_substituent",
-                "test_scaffold") and (r["role"] == "control" or r["true_effect"] >= .5)]
-        order = np.random.default_rng(draw).permutation(len(rows))[:count]
-        return screen_images(opened, [rows[i] for i in order], other)
+    def photographed(confounding, draw, count, seed, within=None):
+        """`count` images of seen molecules, controls and doses above half effect."""
+        here = replace(screen, confounding=confounding, draw=draw)
+        rows = [r for i, r in enumerate(data.layout(here)) if (within is None or i in within)
+                and r["split"] not in ("test_substituent", "test_scaffold")
+                and (r["role"] == "control" or r["true_effect"] >= .5)]
+        rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:count]]
+        return Labelled(photographs(rows, here, opened.model.intensity), rows)
+
+    def made(seed):
+        factorial = SimulatedFactorial(opened, n)
+        rows = factorial.rows(requests=1000 * (seed + 1))
+        columns = {f.name: [str(r.get(f.name, "")) for r in rows] for f in opened.model.fields}
+        return Labelled(generate(opened.model, columns,
+                                 list(range(10_000 * seed, 10_000 * seed + len(rows))), request), rows)
 
     def measured(seed):
-        rng = np.random.default_rng([7, seed])
-        confounded = screen_images(opened, [strong[i] for i in rng.permutation(len(strong))[:n]],
-                                   replace(screen, draw=screen.draw))
-        factorial = SimulatedFactorial(opened, -(-n // 54))
-        rows = factorial.rows(first=1000 * (seed + 1))
-        request = with_weights(args, *args.shortcut_weights)
-        columns = {f.name: [str(r[f.name]) for r in rows] for f in opened.model.fields}
-        with autocast():
-            images = opened.model.generate(
-                columns, range(10_000 * seed, 10_000 * seed + len(rows)), request.guidance,
-                request.form, request.steps)
-        keep = rng.permutation(len(rows))[:n]
-        made = SimpleNamespace(images=images[torch.from_numpy(keep)], batch=np.array(
-            [rows[i]["batch"] for i in keep]), mechanism=np.array(
-            [rows[i]["true_mechanism"] for i in keep]))
-        both = SimpleNamespace(**{k: (torch.cat if k == "images" else np.concatenate)(
-            [getattr(confounded, k)[:n // 2], getattr(made, k)[:n // 2]])
-            for k in ("images", "mechanism", "batch")})
-        test, ceiling = fresh(4000, 1200), fresh(5000 + seed, n)
+        short, free = photographed(confounding, 0, n, seed, train), made(seed)
+        best, both = photographed(0., 5000 + seed, n, seed), copy.copy(short)
+        half = np.random.default_rng(seed).permutation(len(free.images))[:n // 2]
+        both.images = torch.cat([short.images[:n - n // 2], free.images[torch.from_numpy(half)]])
+        both.mechanism = np.concatenate([short.mechanism[:n - n // 2], free.mechanism[half]])
 
-        def score(training, test_images, weights=None):
+        def score(training, images, test_images, weights=None):
             labels = {"mechanism": torch.tensor([answers.index(m) for m in training.mechanism])}
-            probe = train_probe(training.images, {"mechanism": answers}, labels,
-                                args.classifier_steps, seed, weights=weights)
-            said = answer(probe, test_images)["mechanism"]
-            return float(np.mean([answers[k] == m for k, m in zip(said, test.mechanism)]))
-
-        flat = SimpleNamespace(**vars(confounded) | {"images": standardise_on_controls(
-            confounded.images, confounded.batch, torch.from_numpy(confounded.mechanism == "none"))})
-        scores = {"confounded": score(confounded, test.images),
-                  "generated": score(made, test.images), "both together": score(both, test.images),
-                  "standardised on controls": score(flat, standardise_on_controls(
-                      test.images, test.batch, torch.from_numpy(test.mechanism == "none"))),
-                  "reweighted": score(confounded, test.images, balancing(
-                      confounded.mechanism, confounded.batch)),
-                  "unconfounded": score(ceiling, test.images)}
+            probe = train_probe(images, {"mechanism": answers}, labels, CLASSIFIER["steps"], seed,
+                                weights=weights)
+            said = np.array(answers)[answer(probe, test_images)["mechanism"].numpy()]
+            return balanced_accuracy(said, test.mechanism)
+        scores = {name: score(x, x.images, test.images) for name, x in (
+            ("confounded", short), ("generated", free), ("both together", both),
+            ("unconfounded", best))}
+        scores["standardised on controls"] = score(short, short.standardised(), test.standardised())
+        scores["reweighted"] = score(short, short.images, test.images,
+                                     balancing(short.mechanism, short.batch))
         gap = scores["unconfounded"] - scores["confounded"]
         return {"seed": seed, "confounding": confounding, "scores": scores,
                 "closed": {k: (v - scores["confounded"]) / gap for k, v in scores.items()}}
 
-    lines = [results.get(["shortcut", seed, n, args.classifier_steps, args.train_steps,
-                          args.shortcut_weights], lambda: measured(seed)) for seed in args.seeds]
+    test = photographed(0., 4000, 1200, 0)
+    lines = [results.get({"shortcut": seed, "checkpoint": finger(checkpoint)} | CLASSIFIER
+                         | vars(request), lambda: measured(seed)) for seed in args.seeds]
     print(f"\n{'mechanism classifier trained on':34s}{'accuracy':>12s}{'gap closed':>24s}")
     for name in lines[0]["scores"]:
         accuracy, closed = ([line[k][name] for line in lines] for k in ("scores", "closed"))
         print(f"{name:34s}{np.mean(accuracy):12.3f}{np.mean(closed):12.2f} "
               f"({min(closed):.2f} to {max(closed):.2f})")
-    return lines
 
 
 # --- transfer: the same cells in another batch, or treated ----------------------------------------
 
-def study_transfer(opened, truth, results, args):
+def study_transfer(opened, truth, results, args, steps=50):
     """Real images edited (sample.py --edit) to another batch, and controls to each mechanism,
     against the true image of the same cells there. Everything is compared after the autoencoder.
 
@@ -1188,45 +1223,37 @@ def study_transfer(opened, truth, results, args):
     right); drift: how far the features of the other side moved, in deviations of the training set.
     """
     f, model = truth.factorial, opened.model
+    if not f.blocked:
+        raise UserError("--study transfer needs the simulator: the same cells elsewhere")
     b, e, n = len(f.biology), len(f.experiment), f.seeds
-    rows = np.array(f.rows(10_000), object).reshape(b, e, n)
-    place = np.arange(b * e * n).reshape(b, e, n)
-    tasks = {"another batch": (place[:, :, 0].ravel(), np.roll(place, -1, 1)[:, :, 0].ravel()),
-             "treated": (np.repeat(place[:1, :, 0], b - 1, 0).ravel(), place[1:, :, 0].ravel())}
+    rows, place = f.rows(), np.arange(b * e * n).reshape(b, e, n)[:, :, 0]
+    tasks = {"another batch": (place.ravel(), np.roll(place, -1, 1).ravel()),
+             "treated": (np.repeat(place[:1], b - 1, 0).ravel(), place[1:].ravel())}
     biological = truth.omega["biology"] > truth.omega["experiment"]
-    lines = []
+    print(f"\n{'edited to':16s}{'L1 to the truth: before':>26s}{'after':>8s}{'moved':>8s}"
+          f"{'drift':>8s}{'(true)':>8s}")
     for name, (start, goal) in tasks.items():
         side = biological if name == "treated" else ~biological
 
         def measured():
-            columns = [{field.name: [str(rows.flat[i][field.name]) for i in where]
+            columns = [{field.name: [str(rows[i].get(field.name, "")) for i in where]
                         for field in model.fields} for where in (start, goal)]
-            edited = torch.cat([model.edit(
-                truth.images[start[i:i + 64]], *({k: v[i:i + 64] for k, v in c.items()}
-                                                 for c in columns), args.guidance, args.form,
-                args.edit_steps) for i in range(0, len(start), 64)])
+            edited = model.edit(truth.images[start], *columns, args.guidance, args.form, steps)
             before, true = (reconstruct(model.vae, truth.images[i])[0] for i in (start, goal))
-            y = [truth.standardise(features(x, model.channels)) for x in (before, edited, true)]
+            y = [truth.features(x) for x in (before, edited, true)]
             change, wanted = y[1] - y[0], y[2] - y[0]
-            return {"task": name, "images": len(start), "l1_before": mean_l1(before, true),
-                    "l1_after": mean_l1(edited, true),
+            return {"task": name, "images": len(start),
+                    "l1_before": (before - true).abs().mean().item() / 2,
+                    "l1_after": (edited - true).abs().mean().item() / 2,
                     "moved": ((change * wanted)[:, side].sum()
                               / wanted[:, side].square().sum()).item(),
                     "drift": change[:, ~side].square().mean().sqrt().item(),
                     "true_drift": wanted[:, ~side].square().mean().sqrt().item()}
-        lines.append(results.get(["transfer", args.checkpoint, model.content["step"], name,
-                                  args.guidance, args.form, args.edit_steps], measured))
-    print(f"\n{'edited to':16s}{'L1 to the truth: before':>26s}{'after':>8s}{'moved':>8s}"
-          f"{'drift':>8s}{'(true)':>8s}")
-    for line in lines:
-        print(f"{line['task']:16s}{line['l1_before']:26.4f}{line['l1_after']:8.4f}"
-              f"{line['moved']:8.2f}{line['drift']:8.2f}{line['true_drift']:8.2f}")
-    return lines
-
-
-def mean_l1(a, b):
-    """Mean absolute difference on [0, 1] of images in [-1, 1]."""
-    return (a - b).abs().mean().item() / 2
+        line = results.get({"transfer": name, "checkpoint": finger(args.checkpoint), "steps": steps,
+                            "images": args.images, "guidance": args.guidance, "form": args.form},
+                           measured)
+        print(f"{name:16s}{line['l1_before']:26.4f}{line['l1_after']:8.4f}{line['moved']:8.2f}"
+              f"{line['drift']:8.2f}{line['true_drift']:8.2f}")
 
 
 # --- real plates: pairs left out in turn ----------------------------------------------------------
@@ -1242,8 +1269,7 @@ def write_split(opened, path, held, cells):
         rows.append({k: v[i] for k, v in m.columns.items()} | dict(zip(names, files))
                     | {"split": split})
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        data.write_manifest(path, rows)
+    data.write_manifest(path, rows)
     return str(path)
 
 
@@ -1252,74 +1278,64 @@ def study_pairs(opened, args, results):
     trained, on one autoencoder that saw none of these pairs: nuclei, intensities, and what a
     treatment probe trained on the other plates reads, generated beside the left-out real images.
     """
-    model, out, n = opened.model, Path(args.out), max(16, args.images // 8)
-    factorial, cells = RealFactorial(opened, args.by, 4), cells_of(opened.manifest, args.by)
+    out, n = Path(args.out), max(16, args.images // 8)
+    cells, plates = cells_of(opened.manifest, args.by), opened.manifest.columns[args.by[1]]
+    factorial = RealFactorial(opened, args.by, 4)
     treatments = factorial.biology
     pairs = [(treatments[1 + k % (len(treatments) - 1)], plate)
              for k, plate in enumerate(factorial.experiment)]
-    of_plate = np.array(opened.manifest.columns[args.by[1]])
     left_out = {f"{t} x {plate}" for t, plate in pairs}
-    vae = train_vae.Config(**model.content["vae"]["settings"] | {
-        "data": write_split(opened, out / "split-vae.csv", left_out, cells), "split": "auto",
-        "out": str(out / "pairs-vae"), "overwrite": False})
-    lines = []
-    for treatment, plate in pairs:
-        cell = f"{treatment} x {plate}"
+    vae = out / "pairs-vae" / "model.pt"
+    if not vae.exists():
+        train_vae.train(train_vae.Config(**opened.model.content["vae"]["settings"] | {
+            "data": write_split(opened, out / "split-vae.csv", left_out, cells), "split": "auto",
+            "out": str(vae.parent), "overwrite": False}))
 
-        def measured():
-            if not Path(vae.out, "model.pt").exists():
-                train_vae.train(vae)
-            config = train_ldm.Config(**model.content["settings"] | {
-                "data": write_split(opened, out / f"split-{plate}.csv", {cell}, cells),
-                "vae": f"{vae.out}/model.pt", "out": str(out / f"pairs-{plate}"),
-                "resume": False, "overwrite": False})
-            trained = Model.load(train_ldm.train(config))
-            here, rng = SimpleNamespace(**vars(opened) | {"model": trained}), \
-                np.random.default_rng(0)
-            known = np.flatnonzero((of_plate != plate) & np.isin(
-                cells, [f"{t} x {p}" for t in treatments for p in factorial.experiment]))
-            labels = [treatments.index(cells[i].split(" x ")[0]) for i in known]
-            images = [real_images(here, known, rng) for _ in range(12)]
-            probe = train_probe(torch.cat(images), {"treatment": treatments},
-                                {"treatment": torch.tensor(labels * 12)}, 400)
-            request = crossed_requests(opened, args.by)
-            entry = {"pair": cell}
-            for t in (treatments[0], treatment):
-                inside = np.flatnonzero(cells == f"{t} x {plate}")
-                request_t = request[f"{t} x {plate}"]
-                sets = {"generated": trained.generate(
-                    {name: [value] * n for name, value in request_t.items()}, range(n),
-                    args.guidance, args.form, STEPS)}
-                label = np.array([opened.manifest.columns[args.also][i] if args.also else ""
-                                  for i in inside])
-                sets |= {f"real {v}".strip(): real_images(here, rng.choice(inside[label == v], n),
-                                                          rng) for v in np.unique(label)}
-                for name, x in sets.items():
-                    said = answer(probe, x)["treatment"]
-                    entry[f"{t}: {name}"] = summarise(x, trained.channels, args.nucleus_radius) | {
-                        "named right": float((said == treatments.index(t)).float().mean())}
-            return entry
-        lines.append(results.get(["pairs", args.checkpoint, cell, n], measured))
-    for line in lines:
-        print(f"\nleft out: {line['pair']}")
+    def measured(treatment, plate):
+        manifest = out / f"split-{plate}.csv"
+        if not manifest.exists():
+            write_split(opened, manifest, {f"{treatment} x {plate}"}, cells)
+        config = train_ldm.Config(**opened.model.content["settings"] | {
+            "data": str(manifest), "vae": str(vae), "out": str(out / f"pairs-{plate}")})
+        here = SimpleNamespace(**vars(opened) | {"model": Model.load(trained(config))})
+        rng = np.random.default_rng(0)
+        known = np.array([i for i, (cell, p) in enumerate(zip(cells, plates))
+                          if p != plate and cell in factorial.names])
+        labels = torch.tensor([treatments.index(cells[i].split(" x ")[0]) for i in known])
+        probe = train_probe(torch.cat([real_images(here, known, rng) for _ in range(12)]),
+                            {"treatment": treatments}, {"treatment": labels.repeat(12)}, 400)
+        entry = {"left_out": f"{treatment} x {plate}"}
+        for t in (treatments[0], treatment):
+            cell = f"{t} x {plate}"
+            for name, x in beside(here, args, cell, factorial.asked[cell],
+                                  np.flatnonzero(cells == cell), n, n).items():
+                right = answer(probe, x)["treatment"] == treatments.index(t)
+                entry[f"{t}: {name}"] = summarise(x, here.model.channels, args.nucleus_radius) | {
+                    "named right": right.float().mean().item()}
+        return entry
+
+    for treatment, plate in pairs:
+        line = results.get({"pair": f"{treatment} x {plate}", "vae": finger(vae), "images": n,
+                            "guidance": args.guidance, "form": args.form, "also": args.also},
+                           lambda: measured(treatment, plate))
+        print(f"\nleft out: {line['left_out']}")
         for name, values in list(line.items())[2:]:
             print(f"  {name:28s}" + "  ".join(f"{k.replace('_mean', '')} {v:.3f}"
                                               for k, v in values.items()))
-    return lines
 
 
 # --- the sub-command ------------------------------------------------------------------------------
 
-def draw_shares(path, truth, entry, names, label):
+def draw_shares(path, truth, line):
     """Each feature's share of variance by biology and by experiment: truth and generated, joined
-    by a line. What disentangles lies on the axes; what leaks moves off them."""
+    by a line. What is disentangled lies on the axes; what leaks moves off them."""
     import matplotlib.pyplot as plt
     fig, axis = plt.subplots(figsize=(5, 4.6))
     true = np.array([truth.omega[k].tolist() for k in ("experiment", "biology")])
-    found = np.array([entry["omega"][k] for k in ("experiment", "biology")])
+    found = np.array([line["omega"][k] for k in ("experiment", "biology")])
     axis.plot(*np.stack([true, found], 1), color=".8", lw=.6)  # x and y (2, F): one line a feature
     axis.scatter(*true, s=14, color="k", label="truth")
-    axis.scatter(*found, s=14, color="tab:red", label=f"generated, {label}")
+    axis.scatter(*found, s=14, color="tab:red", label=f"generated: {line['label']}")
     axis.set(xlabel="share of variance by experiment (omega^2)", ylabel="by biology (omega^2)")
     axis.legend(fontsize=8)
     fig.tight_layout()
@@ -1327,67 +1343,67 @@ def draw_shares(path, truth, entry, names, label):
     plt.close(fig)
 
 
-def draw_lines(path, lines, label):
-    """Effects, leaks, probes and distances of several measurements side by side."""
+def draw_rows(path, labels, panels):
+    """Dots in rows: panels [(title, {name: [(value, interval or None) for each label]}, mark)]."""
     import matplotlib.pyplot as plt
-    groups = [("effect, as a share of the true one", ("effect_biology", "effect_experiment")),
-              ("leak", ("leak_e_to_b", "leak_b_to_e")),
-              ("share named right", ("probe_mechanism", "probe_batch")),
-              ("kernel distance", ("distance_seen", "distance_heldout"))]
-    fig, axes = plt.subplots(1, 4, figsize=(15, 1.6 + .28 * len(lines)), sharey=True)
-    y = np.arange(len(lines))[::-1]
-    for axis, (title, names) in zip(axes, groups):
-        for k, name in enumerate(names):
-            values = [line.get(name, np.nan) for line in lines]
-            axis.plot(values, y, "o" if k else "s", ms=5, label=name)
-            for value, place, line in zip(values, y, lines):
-                axis.plot(line.get(f"{name}_interval", [value, value]), [place, place],
-                          color=f"C{k}", lw=1)
-        axis.set_title(title, fontsize=9)
-        axis.grid(alpha=.3)
-        axis.legend(fontsize=7)
-    axes[0].set_yticks(y, [label(line) for line in lines], fontsize=8)
-    axes[0].axvline(1, color="k", lw=.6), axes[1].axvline(0, color="k", lw=.6)
-    axes[3].axvline(lines[0]["floor"], color="k", lw=.6)
+    fig, axes = plt.subplots(1, len(panels), figsize=(3.8 * len(panels), 1.6 + .28 * len(labels)),
+                             sharey=True)
+    for axis, (title, series, mark) in zip(axes, panels):
+        for k, (name, values) in enumerate(series.items()):
+            y = np.arange(len(labels))[::-1] + .12 * (1 - k)
+            axis.plot([v for v, _ in values], y, "so^"[k % 3], ms=5, color=f"C{k}", label=name)
+            for (_, interval), place in zip(values, y):
+                axis.plot(interval or [], [place] * len(interval or []), color=f"C{k}", lw=1)
+        if mark is not None:
+            axis.axvline(mark, color="k", lw=.6)
+        axis.set_title(title, fontsize=9), axis.grid(alpha=.3), axis.legend(fontsize=7)
+    axes[0].set_yticks(range(len(labels)), labels[::-1], fontsize=8)
     fig.tight_layout()
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
 
+def draw_lines(path, lines):
+    """Effects, leaks, probes and distances of several measurements, with their marks."""
+    def column(name):
+        return [(line.get(name, np.nan), line.get(f"{name}_interval")) for line in lines]
+    draw_rows(path, [line["label"] for line in lines], [
+        (title, {name: column(name) for name in names}, mark) for title, names, mark in (
+            ("effect, as a share of the true one", ("effect_biology", "effect_experiment"), 1.),
+            ("leak", ("leak_e_to_b", "leak_b_to_e"), 0.),
+            ("share named right", ("probe_mechanism", "probe_batch"), 1.),
+            ("kernel distance", ("distance_seen", "distance_heldout"), lines[0]["floor"]))])
+
+
 def disentangle(args):
     """The tables of `evaluate.py disentangle`."""
     if args.quick:
-        args.images, args.train_steps, args.seeds = 216, 600, [0]
-        args.confounding, args.classifier_steps = args.confounding or [.9], 300
+        args.images, args.train_steps, args.seeds = 216, 600, args.seeds[:1]
+        args.confounding = args.confounding or [.9]
+        CLASSIFIER.update(images=540, steps=200)
     out = Path(args.out)
     results = Results(out / "results.jsonl")
     if args.study == "shortcut":
-        return study_shortcut(args, results)
-    if args.study == "arms":
-        lines, label = study_arms(args, results)
+        study_shortcut(args, results)
+    elif args.study == "pairs":
+        if not args.by:
+            raise UserError("--study pairs needs --by, such as --by compound plate")
+        study_pairs(open_model(args), args, results)
+    elif args.study == "arms":
+        lines = study_arms(args, results)
     else:
         opened = open_model(args)
-        if args.study == "pairs":
-            return study_pairs(opened, args, results)
-        if args.by:
-            args.by = args.by[:2]
-            seeds = max(4, args.images // len(set(cells_of(opened.manifest, args.by))))
-            truth = Truth(RealFactorial(opened, args.by, seeds), None)
-        elif (opened.manifest.path.parent / "simulation.json").exists():
-            truth = simulated_truth(opened, args)
-        else:
-            raise data.DataError(f"{opened.manifest.path} is not simulated: say with --by which two "
-                                 "columns to cross, such as --by compound plate")
+        truth = Truth(RealFactorial(opened, args.by, args.images), radius=args.nucleus_radius) \
+            if args.by else simulated_truth(opened, args)
         if args.study == "transfer":
-            return study_transfer(opened, truth, results, args)
-        lines, label = {"model": study_model, "weights": study_weights, "forms": study_forms,
-                        "training": study_training}[args.study](opened, truth, results, args)
-        draw_shares(out / f"{args.study}-features.png", truth, lines[0],
-                    feature_names(opened.model.channels), label(lines[0]))
-    print()
-    print_lines(lines, label)
-    draw_lines(out / f"{args.study}.png", lines, label)
-    print(f"wrote {out}/results.jsonl and {out}/{args.study}.png")
+            study_transfer(opened, truth, results, args)
+        else:
+            lines = study_checkpoint(opened, truth, results, args)
+    if args.study not in ("shortcut", "pairs", "transfer"):
+        print_lines(lines)
+        draw_lines(out / f"{args.study}.png", lines)
+        print(f"wrote {out}/{args.study}.png")
+    print(f"every line is in {out}/results.jsonl")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1399,15 +1415,14 @@ def conditions(args):
     if args.encoders:
         return compare_encoders(args)
     opened, out = open_model(args), Path(args.out or Path(args.checkpoint).parent)
-    model, count = opened.model, 256 if args.quick else 1024
-    rows = np.random.default_rng(0).permutation(opened.held)[:count]
+    rows = np.random.default_rng(0).permutation(opened.held)[:256 if args.quick else 1024]
+    model, count = opened.model, len(rows)
     images = real_images(opened, rows)
     posterior = torch.cat([torch.stack(model.vae.encode(x.to(device())), 1).cpu()
                            for x in images.split(64)]).numpy()
     latents = train_ldm.Latents(posterior, model.vae, opened.manifest, rows,
                                 model.denoiser.conditioner, 1)
-    sets = {f.name: [f.name] for f in model.fields} | {
-        f"all of {g}": [f.name for f in model.fields if f.group == g] for g in model.groups}
+    sets = train_ldm.field_sets(model.fields)
 
     def predict(shuffled):
         prediction, target, t = train_ldm.heldout_predictions(
@@ -1415,7 +1430,7 @@ def conditions(args):
         loss = (prediction - target).square().flatten(1).mean(1)
         return prediction.flatten(1), loss, t * 4 // model.schedule.T
     plain, loss, quarter = predict(())
-    sizes = embedding_sizes(model, latents)
+    sizes = group_sizes(model, latents)
     changes = feature_changes(opened, rows[:32 if args.quick else 96], sets, args)
     table = {}
     for name, shuffled in sets.items():
@@ -1425,13 +1440,14 @@ def conditions(args):
             "rise": rise.mean().item(), "error": rise.std().item() / count ** .5,
             "rise_by_noise": [rise[quarter.cpu() == q].mean().item() for q in range(4)],
             "cosine": F.cosine_similarity(plain, prediction).mean().item(),
-            "rms": sizes[name], "features": changes[name]}
+            "rms": sizes.get(name), "features": changes[name]}
     print(f"\n{'taken from another row':24s}{'loss rises by':>22s}{'by noise, little to much':>34s}"
           f"{'cosine':>9s}{'RMS':>7s}{'features move':>15s}")
     for name, e in table.items():
         print(f"{name:24s}{e['rise']:12.4f} +- {e['error']:.4f}  "
               + "".join(f"{v:8.4f}" for v in e["rise_by_noise"])
-              + f"{e['cosine']:9.3f}{e['rms']:7.2f}{e['features']:15.2f}")
+              + f"{e['cosine']:9.3f}" + (f"{e['rms']:7.2f}" if e["rms"] else " " * 7)
+              + f"{e['features']:15.2f}")
     train_ldm.warn_of_unused({k: (e["rise"], e["error"]) for k, e in table.items()})
     out.mkdir(parents=True, exist_ok=True)
     (out / "conditions.json").write_text(json.dumps(
@@ -1440,34 +1456,26 @@ def conditions(args):
     print(f"wrote {out}/conditions.json")
 
 
-def embedding_sizes(model, latents):
-    """Root mean square of each field's part before its norm, and of each group's part after it."""
-    conditioner, places = model.denoiser.conditioner, np.arange(min(256, len(latents.rows)))
-    codes, known = latents.conditions(places)
-    sizes = {}
+def group_sizes(model, latents):
+    """Root mean square of each group's part of the condition vector: {"all of biology": ...}."""
+    codes, known = latents.conditions(np.arange(min(256, len(latents.rows))))
     with torch.no_grad():
-        for field, encoder in zip(model.fields, conditioner.encoders):
-            code = codes[field.name]
-            e = (encoder(latents.molecules[field.name][code])[0] if field.kind == "molecule"
-                 else encoder(code))
-            sizes[field.name] = e.square().mean().sqrt().item()
-        parts, _, _ = conditioner.parts(codes, known, latents.molecules)
-    return sizes | {f"all of {g}": p.square().mean().sqrt().item() for g, p in parts.items()}
+        parts, _, _ = model.denoiser.conditioner.parts(codes, known, latents.molecules)
+    return {f"all of {g}": p.square().mean().sqrt().item() for g, p in parts.items()}
 
 
 def feature_changes(opened, rows, sets, args):
     """How far the features of a generated image move when one field alone is another row's, on the
     same noise, weights 1: root mean square in deviations of the training images."""
     model, other = opened.model, np.random.default_rng(1).permutation(rows)
-    some = np.random.default_rng(0).permutation(opened.train)[:400]
-    standardise = Standardise(features(real_images(opened, some), model.channels))
+    standardise = feature_scale(opened, count=400)
+    request = Request({g: 1. for g in model.groups}, steps=args.steps)
 
     def drawn(shuffled):
         columns = {f.name: opened.manifest.rows(other if f.name in shuffled else rows, f.name)
                    for f in model.fields}
-        with autocast():
-            images = model.generate(blank_unseen(model.fields, columns), range(len(rows)),
-                                    {g: 1. for g in model.groups}, steps=args.steps)
+        images = generate(model, blank_unseen(model.fields, columns), list(range(len(rows))),
+                          request)
         return standardise(features(images, model.channels))
     plain = drawn(())
     return {name: (drawn(shuffled) - plain).square().mean().sqrt().item()
@@ -1476,37 +1484,33 @@ def feature_changes(opened, rows, sets, args):
 
 # --- the molecule encoders, compared --------------------------------------------------------------
 
-KINDS = {"train": "seen", "test_substituent": "unseen substituent",
-         "test_scaffold": "unseen scaffold"}
+MOLECULE_SETS = {"train": "seen molecule", "test_substituent": "unseen substituent",
+                 "test_scaffold": "unseen scaffold"}
 
 
 class DoseSeries:
     """Molecules of one kind at doses from 0 up, the same cells at each: (molecules, doses, seeds)."""
 
     def __init__(self, opened, kind, molecules, seeds):
-        screen = data.Screen(**json.loads((opened.manifest.path.parent / "simulation.json")
-                                          .read_text()))
-        self.screen, self.opened, self.seeds = replace(screen, draw=3000), opened, seeds
+        self.screen, self.opened, self.seeds = simulated_screen(opened, 3000), opened, seeds
         usable = [m for m in data.molecules() if m["kind"] == kind and m["ec50"] <= 3]
         self.molecules = [usable[i] for i in np.random.default_rng(0).permutation(
             len(usable))[:molecules]]
         self.doses = (0., *data.DOSES)
 
-    def rows(self, first=0):
+    def rows(self, cells=0):
         rows = []
         for molecule, dose, s in itertools.product(self.molecules, self.doses, range(self.seeds)):
             batch = s % self.screen.batches
             rows.append(dict(
                 smiles=molecule["smiles"], dose=dose, batch=f"B{batch + 1}",
                 plate=f"P{batch * self.screen.plates_per_batch + 1:02d}", row=8, column=12,
-                site=1 + s % 4, cells=first + s, true_mechanism=molecule["mechanism"],
+                site=1 + s % 4, cells=cells + s, true_mechanism=molecule["mechanism"],
                 true_effect=data.hill(dose, molecule["ec50"])))
         return rows
 
-    def truth(self, first):
-        fields = data.draw_fields(self.rows(first), self.screen, counterpart=False)
-        return torch.from_numpy(data.scale_intensity(np.stack([f["image"] for f in fields]),
-                                                     self.opened.model.intensity))
+    def truth(self, cells):
+        return photographs(self.rows(cells), self.screen, self.opened.model.intensity)
 
     def shape(self, found):
         return found.view(len(self.molecules), len(self.doses), self.seeds, -1)
@@ -1547,12 +1551,9 @@ def across_molecules(y, truth):
 def score_molecules(series, standardise, probe, images, truth):
     """The figures of one set of images (M * doses * seeds) against the truth (M, doses, seeds, F)."""
     y = series.shape(standardise(features(images, series.opened.model.channels)))
-    network, answers = probe
     rows = series.rows()
     strong = torch.tensor([r["true_effect"] >= .5 for r in rows])
-    said = answer(network, images)["true_mechanism"]
-    right = torch.tensor([answers["true_mechanism"][k] == r["true_mechanism"]
-                          for k, r in zip(said, rows)])
+    right = named_right(probe, images, rows)["mechanism"]
     spearman, decades = dose_fidelity(y, truth, series.doses, [m["ec50"] for m in series.molecules])
     return {"probe": right[strong].float().mean().item(), "correlation": across_molecules(y, truth),
             "dose_rank": spearman, "ec50_error": decades}
@@ -1562,101 +1563,68 @@ def compare_encoders(args):
     """The same small model with each molecule encoder: molecules that training saw, held-out
     substituents, held-out scaffolds; real images above (ceiling), molecules permuted below."""
     if args.quick:
-        args.train_steps, args.seeds, args.molecules = 300, [0], 8
-    out = Path(args.out or "runs/encoders")
+        args.train_steps, args.seeds, args.molecules = 300, args.seeds[:1], 8
+    out, lines = Path(args.out or "runs/encoders"), []
     results = Results(out / "encoders.jsonl")
-    size = [args.molecules, args.series, args.steps, args.guidance]
+    size = {k: getattr(args, k) for k in ("molecules", "series", "steps", "guidance", "form")}
     for encoder, seed in itertools.product(args.names, args.seeds):
         def measured():
-            config = train_ldm.Config(out=str(out / f"{encoder}-{seed}"), seed=seed,
-                                      molecule_encoder=encoder, steps=args.train_steps,
-                                      molecule_table=args.molecule_table)
-            path = Path(config.out) / "model.pt"
-            if path.exists():
-                config.resume = load_checkpoint(path, "ldm", "")["step"] < config.steps
-            train_ldm.train(config)
-            opened = open_model(SimpleNamespace(**vars(args) | {"checkpoint": str(path),
-                                                                "data": None}))
-            log = [json.loads(line) for line in (path.parent / "log.jsonl").open()]
-            entry = {"encoder": encoder, "seed": seed, "seconds_per_step":
-                     log[-1]["seconds"] / log[-1]["step"], "parameters": sum(
-                         p.numel() for e, f in zip(opened.model.denoiser.conditioner.encoders,
-                                                   opened.model.fields) if f.kind == "molecule"
-                         for p in e.parameters())}
-            return entry | score_encoder(opened, args, limits=False)
-        results.get(["encoder", encoder, seed, args.train_steps, *size], measured)
-        if "limits" not in [k[0] for k in map(json.loads, results.done)]:
-            path = out / f"{encoder}-{seed}" / "model.pt"
-            opened = open_model(SimpleNamespace(**vars(args) | {"checkpoint": str(path),
-                                                                "data": None}))
-            results.get(["limits", *size], lambda: {"encoder": "limits"} | score_encoder(
-                opened, args, limits=True))
-    print_encoders(list(results.done.values()), out)
+            start = train_ldm.Config(
+                out=str(out / f"{encoder}-{seed}-{args.train_steps}"), seed=seed,
+                molecule_encoder=encoder, steps=args.train_steps,
+                molecule_table=args.molecule_table if encoder == "table" else "")
+            opened = open_trained(args, trained(start))
+            encoders = [e for e, f in zip(opened.model.denoiser.conditioner.encoders,
+                                          opened.model.fields) if f.kind == "molecule"]
+            entry = {"label": encoder, "seed": seed, "parameters": sum(
+                p.numel() for e in encoders for p in e.parameters())}
+            return entry | score_encoder(opened, args)
+        lines.append(results.get({"encoder": encoder, "seed": seed, "train_steps": args.train_steps,
+                                  "table": args.molecule_table} | size, measured))
+    some = out / f"{args.names[0]}-{args.seeds[0]}-{args.train_steps}" / "model.pt"
+    for label in ("real images", "molecules permuted"):
+        lines.append(results.get({"limit": label} | size, lambda: {"label": label, "seed": 0}
+                                 | score_encoder(open_trained(args, some), args, label)))
+    print_encoders(lines, out)
 
 
-def score_encoder(opened, args, limits):
-    """{kind: figures} of a model, or with `limits` of real images (ceiling, and permuted: floor)."""
-    model, scores = opened.model, {}
-    some = np.random.default_rng(0).permutation(opened.train)[:1000]
-    standardise = Standardise(features(real_images(opened, some), model.channels))
+def score_encoder(opened, args, limit=None):
+    """{kind: figures} of a model, or of real images (the ceiling), or of these with the molecules
+    permuted (the floor)."""
+    model, scores, standardise = opened.model, {}, feature_scale(opened)
     probe = screen_probe(opened.manifest.path.parent, model)
-    for kind, name in KINDS.items():
+    for kind, name in MOLECULE_SETS.items():
         series = DoseSeries(opened, kind, args.molecules, args.series)
-        true_images = series.truth(10_000)
-        truth = series.shape(standardise(features(true_images, model.channels)))
-        if limits:
-            again = series.truth(20_000)
-            n = len(again) // len(series.molecules)
-            order = np.random.default_rng(1).permutation(len(series.molecules))
-            sets = {"real images": again, "molecules permuted": again.view(
-                -1, n, *again.shape[1:])[order].flatten(0, 1)}
+        truth = series.shape(standardise(features(series.truth(10_000), model.channels)))
+        rows, m = series.rows(), len(series.molecules)
+        if limit is None:
+            columns = {f.name: [str(r.get(f.name, "")) for r in rows] for f in model.fields}
+            images = generate(model, columns, [r["cells"] for r in rows],
+                              Request(model.weights(args.guidance), args.form, steps=args.steps))
         else:
-            columns = {f.name: [str(r[f.name]) for r in series.rows()] for f in model.fields}
-            with autocast():
-                sets = {"": model.generate(columns, list(range(args.series)) * (
-                    len(series.rows()) // args.series), args.guidance, steps=args.steps)}
-        for label, images in sets.items():
-            scores[f"{name} {label}".strip()] = score_molecules(series, standardise, probe, images,
-                                                                truth)
+            images = series.truth(20_000)
+        if limit == "molecules permuted":
+            images = images.unflatten(0, (m, -1))[np.random.default_rng(1).permutation(m)].flatten(
+                0, 1)
+        scores[name] = score_molecules(series, standardise, probe, images, truth)
     return scores
 
 
 def print_encoders(lines, out):
     """The table of compare_encoders, means over seeds, and its figure."""
-    import matplotlib.pyplot as plt
-    names = ("probe", "correlation", "dose_rank", "ec50_error")
-    table = {}
-    for kind in KINDS.values():
-        for line in lines:
-            if line["encoder"] == "limits":
-                for label in ("real images", "molecules permuted"):
-                    table.setdefault((label, kind), []).append(line[f"{kind} {label}"])
-            else:
-                table.setdefault((line["encoder"], kind), []).append(line[kind])
-    print(f"\n{'':22s}" + "".join(f"{kind:^42s}" for kind in KINDS.values()) + "\n" + " " * 22
-          + "".join(f"{name.replace('_', ' '):>11s}" for name in names) * 3)
-    rows = list(dict.fromkeys(row for row, _ in table))
-    for row in rows:
-        print(f"{row:22s}" + "".join(f"{np.mean([e[name] for e in table[row, kind]]):11.2f}"
-                                     for kind in KINDS.values() for name in names))
-    for line in lines:
-        if line["encoder"] != "limits":
-            print(f"{line['encoder']}, seed {line['seed']}: {line['parameters']} parameters, "
-                  f"{line['seconds_per_step']:.3f} s per step")
-    fig, axes = plt.subplots(1, 4, figsize=(13, 1.5 + .3 * len(rows)), sharey=True)
-    for axis, name in zip(axes, names):
-        for k, kind in enumerate(KINDS.values()):
-            for y, row in enumerate(reversed(rows)):
-                values = [e[name] for e in table[row, kind]]
-                axis.plot(values, [y + .2 - .2 * k] * len(values), "o", ms=4, color=f"C{k}",
-                          label=kind if y == 0 else None)
-        axis.set_title(name.replace("_", " "), fontsize=9)
-        axis.grid(alpha=.3)
-    axes[0].set_yticks(range(len(rows)), rows[::-1], fontsize=8)
-    axes[0].legend(fontsize=7)
-    fig.tight_layout()
-    fig.savefig(out / "encoders.png", dpi=110)
-    plt.close(fig)
+    names, kinds = ("probe", "correlation", "dose_rank", "ec50_error"), MOLECULE_SETS.values()
+    print(f"\n{'':22s}" + "".join(f"{kind:^44s}" for kind in kinds) + f"\n{'':22s}" + "".join(
+        f"{name.replace('_', ' '):>11s}" for name in names) * 3)
+    labels = list(dict.fromkeys(line["label"] for line in lines))
+    for label in labels:
+        ours = [line for line in lines if line["label"] == label]
+        print(f"{label:22s}" + "".join(f"{np.mean([e[kind][name] for e in ours]):11.2f}"
+                                       for kind in kinds for name in names)
+              + (f"   {ours[0]['parameters'] / 1e6:.2f} M parameters" if "parameters" in ours[0]
+                 else ""))
+    draw_rows(out / "encoders.png", [f"{line['label']}, {line['seed']}" for line in lines], [
+        (name.replace("_", " "), {kind: [(line[kind][name], None) for line in lines]
+                                  for kind in kinds}, None) for name in names])
     print(f"wrote {out}/encoders.jsonl and encoders.png")
 
 
@@ -1664,81 +1632,91 @@ def parse_guidance(words):
     return {name: parse_number(name, value) for name, _, value in (w.partition("=") for w in words)}
 
 
+def command(commands, name, text):
+    return commands.add_parser(name, help=text,
+                               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+
+def common_options(parser):
+    """What every sub-command takes."""
+    parser.add_argument("--checkpoint", default="runs/ldm/model.pt", help="from train_ldm.py")
+    parser.add_argument("--data", default=None, help="another manifest than the model's own")
+    parser.add_argument("--guidance", nargs="+", default=[], help="GROUP=WEIGHT for each group")
+    parser.add_argument("--form", default="nested", choices=FORMS, help="of guidance (diffusion.py)")
+    parser.add_argument("--quick", action="store_true", help="fewer images, shorter training")
+
+
+def real_plate_options(parser, by):
+    parser.add_argument("--by", nargs=by, default=None, help="for real plates: columns to cross, "
+                        "biology first, such as compound plate")
+    parser.add_argument("--also", default=None, help="with --by: real images apart by this column, "
+                        "such as well")
+    parser.add_argument("--nucleus_radius", type=float, default=NUCLEUS_RADIUS,
+                        help="pixels, with --by: what the segmentation looks for")
+
+
+def disentangle_options(parser):
+    parser.add_argument("--study", default="model", help="one checkpoint as it is; at several "
+                        "guidance weights; under the forms of guidance; along its training; the "
+                        "three arms (trains them); the shortcut of a classifier (trains it); real "
+                        "images edited; real plates with one pair left out in turn (trains them)",
+                        choices=("model", "weights", "forms", "training", "arms", "shortcut",
+                                 "transfer", "pairs"))
+    parser.add_argument("--out", default="runs/disentangle", help="results.jsonl and figures")
+    parser.add_argument("--images", type=int, default=756, help="of the whole factorial")
+    parser.add_argument("--steps", type=int, default=15, help="DDIM steps")
+    parser.add_argument("--interval", type=float, nargs=2, default=(0., 1.),
+                        help="noise levels between which guidance acts")
+    parser.add_argument("--rescale", type=float, default=0., help="share of guidance's extra "
+                        "spread taken back")
+    parser.add_argument("--vae", default="runs/vae/model.pt", help="of the arms: one for all")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="which arms")
+    parser.add_argument("--confounding", type=float, nargs="+", default=None,
+                        help="of the arms' screens (0 and 0.5 with one seed, 0.9 with three)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2],
+                        help="with --confounding, and of the shortcut's classifiers")
+    parser.add_argument("--train_steps", type=int, default=1500, help="of each arm")
+
+
+def conditions_options(parser):
+    parser.add_argument("--out", default=None, help="folder for JSON and figure (the checkpoint's, "
+                        "or runs/encoders)")
+    parser.add_argument("--steps", type=int, default=15, help="DDIM steps")
+    parser.add_argument("--encoders", action="store_true", help="compare the molecule encoders")
+    parser.add_argument("--names", nargs="+", choices=MOLECULE_ENCODERS, help="which encoders",
+                        default=["fingerprint", "descriptors", "graph", "smiles", "identity"])
+    parser.add_argument("--molecule_table", default="", help="of the encoder table")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the training runs")
+    parser.add_argument("--train_steps", type=int, default=1000, help="of each encoder's model")
+    parser.add_argument("--molecules", type=int, default=24, help="of each kind")
+    parser.add_argument("--series", type=int, default=6, help="images for each molecule and dose")
+
+
 def main():
     parser = data.Parser(description=__doc__,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    q = commands.add_parser("quality", help="are held-out conditions drawn as they look?",
-                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    q = command(commands, "quality", "are held-out conditions drawn as they look?")
+    d = command(commands, "disentangle", "how much of the image is biology, how much experiment, "
+                "beside the truth?")
+    c = command(commands, "conditions", "is every field used? with --encoders: which molecule "
+                "encoder generalises? (trains them)")
+    for sub in (q, d, c):
+        common_options(sub)
+    real_plate_options(q, "+"), real_plate_options(d, 2)
     q.add_argument("--out", default=None, help="folder for JSON and figure (the checkpoint's)")
-    q.add_argument("--by", nargs="+", default=None, help="for real plates: columns whose "
-                   "combinations make the rows of the table, such as compound plate")
     q.add_argument("--images", type=int, default=192, help="generated for each held-out set")
     q.add_argument("--sets", nargs="+", help="values of the column split",
                    default=["val", "test_pair", "test_substituent", "test_scaffold"])
     q.add_argument("--steps", type=int, default=STEPS, help="DDIM steps")
-    d = commands.add_parser("disentangle", help="how much of the image is biology, how much "
-                            "experiment, beside the truth?",
-                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    c = commands.add_parser("conditions", help="is every field used? with --encoders: which "
-                            "molecule encoder generalises? (trains them)",
-                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for command in (q, d, c):
-        command.add_argument("--checkpoint", default="runs/ldm/model.pt",
-                             help="a model from train_ldm.py")
-        command.add_argument("--data", default=None,
-                             help="another manifest than the model was trained on")
-        command.add_argument("--guidance", nargs="+", default=[],
-                             help="GROUP=WEIGHT for each group")
-        command.add_argument("--form", default="nested", choices=FORMS,
-                             help="of guidance, see diffusion.py")
-        command.add_argument("--quick", action="store_true", help="fewer images, shorter training")
-    for command in (q, d):
-        command.add_argument("--also", default=None, help="with --by: real images apart by this "
-                             "column, such as well")
-        command.add_argument("--nucleus_radius", type=float, default=NUCLEUS_RADIUS,
-                             help="pixels, with --by: what the segmentation looks for")
-    d.add_argument("--study", default="model", help="one checkpoint; at several guidance weights; "
-                   "under the forms of guidance; along its training; the three arms (trains them); "
-                   "the shortcut of a classifier (trains it); "
-                   "real images edited; real plates with one pair left out in turn (trains them)",
-                   choices=("model", "weights", "forms", "training", "arms", "shortcut",
-                            "transfer", "pairs"))
-    d.add_argument("--out", default="runs/disentangle", help="results.jsonl and figures go here")
-    d.add_argument("--by", nargs="+", default=None, help="for real plates: the column of biology "
-                   "and the column of experiment to cross, such as compound plate")
-    d.add_argument("--images", type=int, default=756, help="of the whole factorial")
-    d.add_argument("--steps", type=int, default=15, help="DDIM steps")
-    d.add_argument("--interval", type=float, nargs=2, default=(0., 1.), help="noise levels between "
-                   "which guidance acts")
-    d.add_argument("--rescale", type=float, default=0., help="share of guidance's spread taken back")
-    d.add_argument("--vae", default="runs/vae/model.pt", help="of the arms: one for all")
-    d.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="which arms")
-    d.add_argument("--confounding", type=float, nargs="+", default=None,
-                   help="of the arms' screens (0, 0.5 with one seed, 0.9 with three)")
-    d.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="with --confounding, and "
-                   "of the shortcut's classifiers")
-    d.add_argument("--train_steps", type=int, default=1500, help="of each arm")
-    d.add_argument("--edit_steps", type=int, default=50, help="DDIM steps each way")
-    d.add_argument("--classifier_images", type=int, default=1512, help="for each classifier")
-    d.add_argument("--classifier_steps", type=int, default=600, help="for each classifier")
-    d.add_argument("--shortcut_weights", type=float, nargs=2, default=(1.5, 1.5),
-                   help="guidance of the generated images: biology, experiment")
-    c.add_argument("--out", default=None, help="folder for JSON and figure (the checkpoint's, or "
-                   "runs/encoders)")
-    c.add_argument("--steps", type=int, default=15, help="DDIM steps")
-    c.add_argument("--encoders", action="store_true", help="compare the molecule encoders")
-    c.add_argument("--names", nargs="+", default=["fingerprint", "descriptors", "graph", "smiles",
-                                                  "identity"], choices=MOLECULE_ENCODERS,
-                   help="which encoders")
-    c.add_argument("--molecule_table", default="", help="of the encoder table")
-    c.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the training runs")
-    c.add_argument("--train_steps", type=int, default=1000, help="of each encoder's model")
-    c.add_argument("--molecules", type=int, default=24, help="of each kind")
-    c.add_argument("--series", type=int, default=6, help="images for each molecule and dose")
+    disentangle_options(d), conditions_options(c)
     parser.epilog = q.format_help() + d.format_help() + c.format_help()
     args = parser.parse_args()
     args.guidance = parse_guidance(args.guidance)
+    low, high = getattr(args, "interval", (0, 1))
+    if not 0 <= low <= high <= 1 or not 0 <= getattr(args, "rescale", 0) <= 1:
+        raise UserError("--interval takes two noise levels from 0 to 1, the smaller first, "
+                        "--rescale a share from 0 to 1")
     {"quality": quality, "disentangle": disentangle, "conditions": conditions}[args.command](args)
 
 

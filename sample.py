@@ -29,8 +29,8 @@ from conditioning import Conditioner, Field, FieldError, blank_unseen, parse_num
 from train_vae import UserError, build_vae, device, load_checkpoint, run, views
 from unet import UNet, UNetConfig
 
-STEPS = 30                                   # DDIM steps
-WEIGHTS = {"biology": 2., "experiment": 1.5}  # guidance unless asked otherwise; others 1.5
+STEPS = 30       # DDIM steps
+GUIDANCE = 1.5   # weight of every group unless asked otherwise
 
 
 class Denoiser(nn.Module):
@@ -76,7 +76,7 @@ class Model:
         if unknown:
             raise FieldError(f"no group {', '.join(unknown)} to guide: this model has "
                              + ", ".join(self.groups))
-        return {g: guidance.get(g, WEIGHTS.get(g, 1.5)) for g in reversed(self.groups)}
+        return {g: guidance.get(g, GUIDANCE) for g in reversed(self.groups)}
 
     def branch_columns(self, columns, n, branch):
         """The request as one branch of the guidance sees it: a list of columns, averaged over.
@@ -397,8 +397,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0,
                         help="of the first image; image i has seed + i (default: %(default)s)")
     parser.add_argument("--guidance", nargs="+", default=[], metavar="GROUP=WEIGHT",
-                        help="1 is the plain model, 0 ignores the group (default: " + " ".join(
-                            f"{g}={w}" for g, w in WEIGHTS.items()) + "; 1 with --edit)")
+                        help="1 is the plain model, 0 ignores the group (default: "
+                             f"{GUIDANCE} for each; 1 with --edit)")
     parser.add_argument("--form", choices=diffusion.FORMS, default="nested",
                         help="how the guidance of groups is composed (default: %(default)s)")
     parser.add_argument("--interval", type=float, nargs=2, default=(0., 1.), metavar=("LOW", "HIGH"),

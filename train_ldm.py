@@ -54,6 +54,7 @@ class Config:
     batch: int = 32                       # latents per step
     lr: float = 2e-3                      # peak learning rate, after warm-up, before decay
     ema: float = 0.999                    # decay of the averaged weights that sampling uses
+    balance: float = 0.0                  # 1 draws rare pairs of conditions as often as common ones
     views: int = 2                        # random views of each image in the latent cache
     seed: int = 0                         # of weights, order, noise and dropout
     eval_every: int = 500                 # steps between held-out losses and checkpoints
@@ -107,8 +108,9 @@ def cache_latents(vae, pixels, rows, config, intensity, views_each, folder, name
 class Latents:
     """One side of the split, ready for training: cached posteriors and encoded metadata."""
 
-    def __init__(self, cache, vae, manifest, rows, conditioner, each):
+    def __init__(self, cache, vae, manifest, rows, conditioner, each, balance=0.):
         self.cache, self.vae, self.rows, self.each = cache, vae, rows, each
+        self.share = pair_shares(conditioner.fields, manifest, rows, balance)
         columns = {f.name: manifest.rows(rows, f.name) for f in conditioner.fields}
         self.codes, self.known, self.molecules = to_device(conditioner.encode(
             blank_unseen(conditioner.fields, columns), len(rows)))
@@ -125,6 +127,28 @@ class Latents:
         return {name: code[places] for name, code in self.codes.items()}, self.known[places]
 
 
+def pair_shares(fields, manifest, rows, balance):
+    """How often each row is drawn: in proportion to n^-balance, n the number of rows with the same
+    values of the first field of each group (this molecule in this batch). None: all alike.
+
+    A confounded screen shows most pairs rarely. Drawing them more often does not bias a model that
+    is told both: it learns images *given* the pair. Negative controls keep their share: they are
+    what identifies a batch.
+    """
+    if not balance:
+        return None
+    first = {f.group: f.name for f in reversed(fields)}.values()
+    pairs = list(zip(*(manifest.rows(rows, name) for name in first)))
+    count = Counter(pairs)
+    share = np.array([count[pair] for pair in pairs]) ** -float(balance)
+    doses = [manifest.rows(rows, f.name) for f in fields if f.kind == "log"]
+    treated = np.array([all(v == "" or float(v) > 0 for v in row) for row in zip(*doses)]
+                       or [True] * len(pairs))
+    share[treated] *= treated.sum() / share[treated].sum()
+    share[~treated] = 1
+    return share / share.sum()
+
+
 # --- training -----------------------------------------------------------------------------------
 
 def ema_update(average, model, decay, step):
@@ -139,7 +163,7 @@ def training_batch(latents, config, schedule, fields, step):
     """All that one step draws, from its number: latents, noise, timesteps and what is shown."""
     rng, noise_rng = step_rng(config.seed, 0 if config.overfit else step)
     torch.manual_seed(noise_rng.initial_seed())  # for a molecule encoder that draws as well
-    places = rng.integers(len(latents.rows), size=config.batch)
+    places = rng.choice(len(latents.rows), config.batch, p=latents.share)
     z0 = latents.draw(places, rng.integers(latents.each, size=config.batch), noise_rng)
     eps = torch.randn(z0.shape, generator=noise_rng).to(z0)
     t = torch.randint(schedule.T, (len(z0),), generator=noise_rng).to(z0.device)
@@ -156,7 +180,7 @@ def heldout_predictions(denoiser, latents, schedule, count=512, shuffled=()):
     """The network on `count` held-out latents with fixed noise, under the full condition but with
     the `shuffled` fields taken from other rows: (prediction, target, t)."""
     rng, noise_rng = step_rng(12345, 0)
-    places = rng.permutation(count) % len(latents.rows)
+    places = np.resize(rng.permutation(len(latents.rows)), count)  # from all plates
     z0 = latents.draw(places, 0, noise_rng)
     eps = torch.randn(z0.shape, generator=noise_rng).to(z0)
     t = (torch.arange(count) * 7919 % count * schedule.T // count).to(z0.device)
@@ -182,13 +206,18 @@ def heldout_loss(denoiser, latents, schedule):
     return losses.mean().item(), [losses[quarter == q].mean().item() for q in range(4)]
 
 
+def field_sets(fields):
+    """Each field, and all of each group: {name: [names of fields]}."""
+    return {f.name: [f.name] for f in fields} | {
+        f"all of {g}": [f.name for f in fields if f.group == g]
+        for g in dict.fromkeys(f.group for f in fields)}
+
+
 def field_gaps(denoiser, latents, schedule, count=96):
     """How much the loss rises when a field, or a whole group, is taken from another row: {name:
-    (rise, its standard error)}. About zero: the model does not use it."""
-    fields = denoiser.conditioner.fields
-    sets = {f.name: [f.name] for f in fields} | {
-        f"all of {g}": [f.name for f in fields if f.group == g] for g in
-        dict.fromkeys(f.group for f in fields)}
+    (rise, its standard error)}. About zero: the model does not use it, or another field tells as
+    much (a plate lies in one batch)."""
+    sets, count = field_sets(denoiser.conditioner.fields), min(count, len(latents.rows))
 
     def losses(shuffled):
         prediction, target, _ = heldout_predictions(denoiser, latents, schedule, count, shuffled)
@@ -202,8 +231,8 @@ def warn_of_unused(gaps):
     """Name the fields whose shuffling does not raise the held-out loss."""
     for name, (rise, error) in gaps.items():
         if rise <= 2 * error:
-            print(f"warning: {name} is hardly used: taken from other rows it raises the held-out "
-                  f"loss by {rise:.4f} +- {error:.4f}")
+            print(f"warning: {name} is hardly used, or told by another field as well: taken from "
+                  f"other rows it raises the held-out loss by {rise:.4f} +- {error:.4f}")
 
 
 def negative_control(fields, manifest, rows):
@@ -220,13 +249,15 @@ def negative_control(fields, manifest, rows):
 
 def group_examples(fields, manifest, rows, count=6):
     """For each group the values of a few training rows that differ in the group's first field (six
-    batches, say): what guidance of the form `control` averages over."""
+    batches, say), highest doses first: what guidance of the form `control` averages over."""
     examples, order = {}, np.random.default_rng(0).permutation(rows)
+    dose = next((manifest.columns[f.name] for f in fields if f.kind == "log"), None)
+    order = sorted(order, key=lambda i: float(dose[i] or 0)) if dose else order
     for group in dict.fromkeys(f.group for f in fields):
         names = [f.name for f in fields if f.group == group]
         distinct = {manifest.columns[names[0]][i]: i for i in order}
         examples[group] = [{n: manifest.columns[n][i] for n in names}
-                           for i in list(distinct.values())[:count]]
+                           for i in list(distinct.values())[::-1][:count]]
     return examples
 
 
@@ -337,7 +368,8 @@ def prepare(config):
     for name, rows, each in (("training", train_rows, config.views), ("held-out", held_rows, 1)):
         cache = cache_latents(vae, pixels, rows, settings, vae_content["intensity"], each,
                               Path(config.vae).parent, name)
-        prepared.sides[name] = Latents(cache, vae, manifest, rows, denoiser.conditioner, each)
+        prepared.sides[name] = Latents(cache, vae, manifest, rows, denoiser.conditioner, each,
+                                       config.balance)
     return prepared
 
 
@@ -345,7 +377,7 @@ def changed_settings(config, content):
     """Settings that differ from those of a checkpoint, but for what may change on the way."""
     free = {"steps", "resume", "overwrite", "overfit", "eval_every", "out", "keep"}
     return [f"{k} was {content['settings'].get(k)}" for k, v in asdict(config).items()
-            if k not in free and content["settings"].get(k) != v]
+            if k not in free and content["settings"].get(k, getattr(Config, k)) != v]
 
 
 def check_resume(config, constant):
@@ -423,7 +455,8 @@ def train(config=Config()):
         mean, by_noise = heldout_loss(average, held, schedule)
         print(f"held-out loss at step 0: {mean:.2f}")
         if not config.overfit:
-            (out / "log.jsonl").unlink(missing_ok=True)
+            for old in (out / "log.jsonl", *out.glob("step-*.pt")):
+                old.unlink(missing_ok=True)
             write_log(out / "log.jsonl", step=0, heldout_loss=mean, by_noise=by_noise)
 
     for step in tqdm(range(first, config.steps), desc="training the diffusion model",

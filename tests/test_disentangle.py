@@ -70,16 +70,31 @@ def test_leaks_count_each_side_on_the_others_features_and_subtract_the_truth():
 def test_effect_size_is_the_projection_on_the_true_effect():
     truth = torch.zeros(3, 2, 4, 5)
     truth[1, ..., 0], truth[2, ..., 1] = 2., -1.
-    assert_close(effect_size(1.5 * truth + 7, truth), 1.5)  # an offset of all levels is no effect
-    sideways = truth.roll(2, -1)
-    assert_close(effect_size(sideways, truth), 0.)
+    # an offset of all levels is no effect
+    assert_close(effect_size(1.5 * truth + 7, truth, truth), 1.5)
+    assert_close(effect_size(truth.roll(2, -1), truth, truth), 0.)
+
+
+def test_noise_in_the_truth_does_not_shrink_the_effect():
+    rng = torch.Generator().manual_seed(0)
+    true = torch.randn(6, 1, 1, 400, generator=rng)
+    one, other, y = (true + torch.randn(6, 1, 1, 400, generator=rng) for _ in range(3))
+    assert abs(effect_size(y, one, other) - 1) < .1  # against one half alone it would be 1/2
+
+
+def test_leaks_in_the_units_of_the_truth_do_not_grow_when_the_other_side_is_missing():
+    true = factorial(1., 1., noise=1., n=200)
+    weak = factorial(0., 1., noise=1., n=200)     # no biology: the experiment's share of it rises
+    own, units = omega_squared(weak)["experiment"], omega_squared(
+        weak, scale=omega_squared(true)["scale"])["experiment"]
+    assert own.item() > .45 and abs(units.item() - 1 / 3) < .03
 
 
 def test_half_of_the_seeds_varies_as_the_whole_does():
     rng, widths, means = np.random.default_rng(0), [], []
     for _ in range(200):
         x = torch.from_numpy(rng.normal(size=30))
-        low, high = evaluate.over_seeds(lambda s: x[s].mean().item(), 30)
+        low, high = evaluate.over_seeds(lambda s: {"m": x[s].mean().item()}, 30)["m"]
         widths.append(high - low)
         means.append(x.mean().item())
     expected = 2 * 1.645 * np.std(means)
@@ -117,10 +132,10 @@ def opened(ldm_path):
 
 
 def test_the_factorial_shows_the_same_cells_everywhere_and_only_seen_molecules(opened):
-    factorial = evaluate.SimulatedFactorial(opened, 2)
+    factorial = evaluate.SimulatedFactorial(opened, 9 * 3 * 4)
     rows = factorial.rows()
-    assert len(rows) == 9 * 3 * 2 and len({r["cells"] for r in rows}) == 2
-    seen = {opened.manifest.columns["smiles"][i] for i in opened.train}
+    assert len(rows) == 9 * 3 * 4 and len({r["cells"] for r in rows}) == 4
+    seen = {m["smiles"] for m in data.molecules() if m["kind"] == "train"} | {data.DMSO}
     assert {r["smiles"] for r in rows} <= seen
     assert all(r["true_effect"] >= .5 for r in rows if r["true_mechanism"] != "none")
     optics = data.microscope(factorial.screen)
@@ -132,20 +147,20 @@ def test_the_factorial_shows_the_same_cells_everywhere_and_only_seen_molecules(o
 
 
 def test_no_heldout_pair_is_in_training(opened):
-    factorial, columns = evaluate.SimulatedFactorial(opened, 2), opened.manifest.columns
+    factorial, columns = evaluate.SimulatedFactorial(opened, 9 * 3 * 4), opened.manifest.columns
     trained = {(columns["true_mechanism"][i], columns["batch"][i]) for i in opened.train}
     assert not trained & (factorial.unseen["test"] | factorial.unseen["val"])
 
 
 def test_generated_places_share_their_noise_and_follow_the_request(opened):
-    factorial = evaluate.SimulatedFactorial(opened, 2)
-    request = SimpleNamespace(guidance={}, form="nested", steps=2, interval=(0., 1.), rescale=0.)
+    factorial = evaluate.SimulatedFactorial(opened, 9 * 3 * 4)
+    request = evaluate.Request({}, steps=2)
     images = evaluate.generate_places(opened.model, factorial, request)
-    assert len(images) == 9 * 3 * 2
+    assert len(images) == 9 * 3 * 4
     where = torch.zeros(9, 3, dtype=torch.bool)
     where[4, 1] = True
     some = evaluate.generate_places(opened.model, factorial, request, where)
-    assert_close(some, images.view(9, 3, 2, *images.shape[1:])[4, 1], atol=2e-2, rtol=0)
+    assert_close(some, images.view(9, 3, 4, *images.shape[1:])[4, 1], atol=2e-2, rtol=0)
 
 
 def test_disentangle_writes_its_keys_and_skips_what_is_done(ldm_path, cli, tmp_path, monkeypatch):
@@ -166,6 +181,39 @@ def test_disentangle_writes_its_keys_and_skips_what_is_done(ldm_path, cli, tmp_p
     assert len((tmp_path / "d" / "results.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize("study", ["model", "forms", "training", "transfer"])
+def test_studies_of_one_checkpoint(study, ldm_path, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "screen_probe", lambda *_: None)
+    if study == "training":
+        (tmp_path / "step-3.pt").write_bytes(ldm_path.read_bytes())
+        (tmp_path / "model.pt").write_bytes(ldm_path.read_bytes())
+        ldm_path = tmp_path / "model.pt"
+    status, out, error = cli(evaluate, "disentangle", "--checkpoint", ldm_path, "--images", 216,
+                             "--steps", 1, "--study", study, "--out",
+                             tmp_path / "d")
+    assert status == 0, error
+    lines = [json.loads(line) for line in (tmp_path / "d" / "results.jsonl").open()]
+    assert len(lines) == {"model": 1, "forms": len(evaluate.FORMS_TRIED), "training": 1,
+                          "transfer": 2}[study]
+
+
+def test_pair_shares_draw_every_pair_alike():
+    fields = [SimpleNamespace(name=n, group=g, kind="category") for n, g in (
+        ("smiles", "biology"), ("dose", "biology"), ("batch", "experiment"))]
+    fields[1].kind = "log"
+    columns = {"smiles": list("aaabbcx"), "batch": list("1121221"), "dose": list("1111110")}
+    manifest = SimpleNamespace(rows=lambda rows, name: [columns[name][i] for i in rows])
+    share = train_ldm.pair_shares(fields, manifest, range(7), 1.)
+    pairs = {}
+    for s, pair in zip(share, zip(columns["smiles"], columns["batch"])):
+        pairs[pair] = pairs.get(pair, 0) + s
+    control = pairs.pop(("x", "1"))
+    assert_close(control, 1 / 7)                       # the negative control keeps its share
+    assert_close(list(pairs.values()), [6 / 7 / 5] * 5)
+    assert train_ldm.pair_shares(fields, manifest, range(7), 0.) is None
+
+
 def test_arms_differ_in_what_they_are_told(screen, vae_path, cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "screen_probe", lambda *_: None)
@@ -178,14 +226,25 @@ def test_arms_differ_in_what_they_are_told(screen, vae_path, cli, tmp_path, monk
                              216, "--steps", 1, "--out", tmp_path / "d")
     assert status == 0, error
     lines = [json.loads(line) for line in (tmp_path / "d" / "results.jsonl").open()]
-    assert [line["arm"] for line in lines] == ["perturbations", "experiment", "both"]
+    assert [line["arm"] for line in lines] == list(evaluate.ARMS)
     # told nothing of the batch, the same noise gives the same image in every batch
     assert_close(np.array(lines[0]["omega"]["experiment"]), np.zeros(55), atol=.03, rtol=0)
     assert_close(np.array(lines[1]["omega"]["biology"]), np.zeros(55), atol=.03, rtol=0)
     fields = [[f["name"] for f in train_ldm.load_checkpoint(
-        tmp_path / "d" / f"{arm}-0.9-0" / "model.pt", "ldm", "")["fields"]]
+        tmp_path / "d" / f"{arm}-0.9-0-2" / "model.pt", "ldm", "")["fields"]]
         for arm in ("perturbations", "experiment")]
     assert fields == [["smiles", "dose"], ["batch", "plate", "row", "column"]]
+
+
+def test_each_arm_is_asked_what_it_was_told(opened):
+    """One truth serves models with other fields than the one it was made with."""
+    narrow = SimpleNamespace(**vars(opened) | {"model": SimpleNamespace(fields=[])})
+    factorial = evaluate.SimulatedFactorial(narrow, 9 * 3 * 4)
+    told = {f.name: f for f in opened.model.fields}
+    for names in (["smiles", "dose"], ["batch", "plate"]):
+        asked = factorial.requests([told[n] for n in names])
+        assert list(asked) == names and len(asked[names[0]]) == len(factorial.rows())
+    assert set(factorial.requests([told["batch"]])["batch"]) == {"B1", "B2", "B3"}
 
 
 def test_real_factorial_takes_complete_cells_only():
@@ -193,7 +252,7 @@ def test_real_factorial_takes_complete_cells_only():
                "plate": ["P1", "P2", "P1", "P2", "P3", "P1"]}
     manifest = SimpleNamespace(columns=columns, path="m.csv")
     opened = SimpleNamespace(manifest=manifest, model=SimpleNamespace(fields=[]), train=[0])
-    factorial = evaluate.RealFactorial(opened, ["compound", "plate"], 2)
+    factorial = evaluate.RealFactorial(opened, ["compound", "plate"], 8)
     assert factorial.biology == ["DMSO", "x"] and factorial.experiment == ["P1", "P2"]
 
 
