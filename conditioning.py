@@ -4,7 +4,8 @@ A field is a metadata column with a kind (molecule, number, log, category) and a
 experiment). As in DiffusionSat (Khanna et al. 2024, arXiv:2312.03606) a number is scaled to the
 timestep's range, goes through the timestep's sinusoid and an MLP of its own, and is added to the
 timestep embedding. Unlike there, absence is a learned null and not the legal value 0, each group
-is mixed by an MLP and normalised, and the combinations that guidance needs are trained on purpose (`draw_keep`).
+is mixed by an MLP and normalised, and the combinations that guidance needs are trained on purpose
+(`draw_keep`).
 
     python conditioning.py      # which fields were dropped, and the size of each group's part
 """
@@ -220,6 +221,9 @@ class Encoder(nn.Module):
         """Settings from the training molecules and {option: value}, ready for JSON."""
         return {}
 
+    def scale(self, features):
+        return features
+
     def forward(self, features):                                         # (B, width)
         pooled = self.pool(self.scale(features))                         # (B, E)
         tokens = self.split(F.silu(pooled)).unflatten(1, (self.tokens, -1))
@@ -276,49 +280,61 @@ class DescriptorEncoder(Encoder):
         values = (values - self.settings["mean"]) / self.settings["std"]
         return torch.from_numpy(np.nan_to_num(values, posinf=0, neginf=0)).float().clamp(-5, 5)
 
-    def scale(self, features):
-        return features
-
 
 class Table(Encoder):
-    """Vectors of any other encoder, from an .npz keyed by SMILES or InChIKey (--molecule_table)."""
+    """Vectors of any other encoder, from an .npz keyed by SMILES or InChIKey (--molecule_table).
+    Those of the training molecules travel in the checkpoint; others are looked up in the file."""
 
     @staticmethod
     def fit(smiles, options):
         if not options.get("table"):
             raise FieldError("the molecule encoder table needs --molecule_table FILE.npz")
-        settings = {"table": str(options["table"]), "example": smiles[0]}
-        vectors = torch.stack(list(read_table(settings["table"], smiles)))
-        return settings | {"mean": vectors.mean(0).tolist(),
-                           "std": vectors.std(0, correction=0).clamp(min=1e-6).tolist()}
+        vectors = read_table(options["table"], smiles)
+        values = np.stack(list(vectors.values()))
+        return {"table": str(options["table"]), "example": smiles[0],
+                "vectors": {key: vector.tolist() for key, vector in vectors.items()},
+                "mean": values.mean(0).tolist(), "std": values.std(0).clip(1e-6).tolist()}
 
     def width(self):
         return len(self.settings["mean"])
 
     def featurise(self, smiles):
-        return torch.stack(list(read_table(self.settings["table"], smiles)))
+        """(M, width), standardised on the training molecules, clipped to five deviations."""
+        known = self.settings["vectors"]
+        new = [s for s in smiles if molecule_key(s) not in known]
+        known = known | (read_table(self.settings["table"], new, self.width()) if new else {})
+        values = np.array([known[molecule_key(s)] for s in smiles])
+        values = (values - self.settings["mean"]) / self.settings["std"]
+        return torch.from_numpy(values).float().clamp(-5, 5)
 
-    def scale(self, features):
-        mean, std = (torch.tensor(self.settings[k]).to(features) for k in ("mean", "std"))
-        return ((features - mean) / std).clamp(-5, 5)
+
+def molecule_key(smiles):
+    return Chem.MolToInchiKey(parse_smiles(smiles))
 
 
-def read_table(path, smiles):
-    """The vectors of these molecules, in order; all that are missing are named."""
+def read_table(path, smiles, width=None):
+    """{InChIKey: vector (width,)} of these molecules; all that are missing are named."""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            table = {key: torch.from_numpy(archive[key].astype("float32")) for key in archive.files}
+            found = {}
+            for s in smiles:
+                ways = (s, Chem.MolToSmiles(parse_smiles(s)), molecule_key(s))
+                name = next((way for way in ways if way in archive), None)
+                found[s] = None if name is None else archive[name].astype("float64")
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as fault:
         raise FieldError(f"{path} is no table of vectors (.npz keyed by SMILES or InChIKey): "
                          f"{fault}") from None
-    found = [next((table[k] for k in (s, Chem.MolToSmiles(parse_smiles(s)),
-                                      Chem.MolToInchiKey(parse_smiles(s))) if k in table), None)
-             for s in smiles]
-    missing = [s for s, vector in zip(smiles, found) if vector is None]
+    missing = [s for s, vector in found.items() if vector is None]
     if missing:
         raise FieldError(f"{path} has no vector for {len(missing)} molecules: "
                          + ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else ""))
-    return found
+    shape = (width,) if width else next(iter(found.values())).shape
+    bad = [s for s, v in found.items()
+           if v.ndim != 1 or v.shape != shape or not np.isfinite(v).all()]
+    if bad:
+        raise FieldError(f"{path}: the vector of {bad[0]} is not {shape[0] if shape else 1} finite "
+                         "numbers, as the others are")
+    return {molecule_key(s): vector for s, vector in found.items()}
 
 
 class Identity(Encoder):
@@ -327,7 +343,7 @@ class Identity(Encoder):
 
     @staticmethod
     def fit(smiles, options):
-        return {"known": sorted({Chem.MolToInchiKey(parse_smiles(s)) for s in smiles})}
+        return {"known": sorted({molecule_key(s) for s in smiles})}
 
     def build(self, embedding, token):
         self.vectors = nn.Embedding(len(self.settings["known"]) + 1, embedding)  # 0: unseen
@@ -335,13 +351,10 @@ class Identity(Encoder):
 
     def featurise(self, smiles):
         place = {key: i + 1 for i, key in enumerate(self.settings["known"])}
-        return torch.tensor([place.get(Chem.MolToInchiKey(parse_smiles(s)), 0) for s in smiles])
+        return torch.tensor([place.get(molecule_key(s), 0) for s in smiles])
 
     def pool(self, place):                                               # (B,)
         return self.vectors(place)
-
-    def scale(self, features):
-        return features
 
 
 BONDS = {"SINGLE": 1, "DOUBLE": 2, "TRIPLE": 3, "AROMATIC": 4}   # 5, 6: a double bond, E or Z
@@ -349,7 +362,7 @@ ATOM_FEATURES = 6
 
 
 def read_graph(molecule):
-    """Atoms (A, 6: element, charge, hydrogens, handedness, aromatic, ring) and bond types (A, A)."""
+    """Atoms (A, 6: element, charge, hydrogens, handedness, aromatic, ring), bonds (A, A)."""
     Chem.AssignStereochemistry(molecule, cleanIt=True, force=True)
     hand = {"R": 1, "S": 2}
     atoms = [[min(a.GetAtomicNum(), 99), a.GetFormalCharge() % 8, min(a.GetTotalNumHs(), 7),
@@ -373,7 +386,8 @@ class Graph(Encoder):
 
     def build(self, embedding, token):
         self.atom = nn.ModuleList(nn.Embedding(n, self.hidden) for n in (100, 8, 8, 3, 2, 2))
-        self.bond = nn.ModuleList(nn.Linear(self.hidden, 6 * self.hidden) for _ in range(self.rounds))
+        self.bond = nn.ModuleList(nn.Linear(self.hidden, 6 * self.hidden)
+                                  for _ in range(self.rounds))
         self.update = nn.ModuleList(mlp(self.hidden, 2 * self.hidden, self.hidden)
                                     for _ in range(self.rounds))
         self.pool = mlp(self.hidden, embedding, embedding)
@@ -383,7 +397,7 @@ class Graph(Encoder):
         """(M, A, 6 + A): the atoms' features plus one (0: no atom), and their bonds."""
         graphs = each_molecule(read_graph, smiles)
         size = max(len(atoms) for atoms, _ in graphs)
-        packed = np.zeros((len(graphs), size, ATOM_FEATURES + size), np.int64)
+        packed = np.zeros((len(graphs), size, ATOM_FEATURES + size), np.uint8)
         for row, (atoms, bonds) in zip(packed, graphs):
             row[:len(atoms), :ATOM_FEATURES] = atoms
             row[:len(atoms), 0] += 1
@@ -391,6 +405,7 @@ class Graph(Encoder):
         return torch.from_numpy(packed)
 
     def forward(self, graph):                                            # (B, A, 6 + A)
+        graph = graph.long()
         there = graph[:, :, 0] > 0                                       # (B, A)
         element = (graph[:, :, 0] - 1).clamp(min=0)
         codes = [element, *graph[:, :, 1:ATOM_FEATURES].unbind(2)]
@@ -415,11 +430,12 @@ class SmilesTransformer(Encoder):
 
     @staticmethod
     def fit(smiles, options):
-        found = {t for s in smiles for spelling in spell(s, 8) for t in SMILES_TOKEN.findall(spelling)}
-        return {"vocabulary": sorted(found)}
+        return {"vocabulary": sorted({token for s in smiles for spelling in spell(s, 8)
+                                      for token in SMILES_TOKEN.findall(spelling)})}
 
     def build(self, embedding, token):
-        self.embed = nn.Embedding(len(self.settings["vocabulary"]) + 2, self.width_)  # 0 none, 1 new
+        words = len(self.settings["vocabulary"]) + 2                     # 0 none, 1 unknown
+        self.embed = nn.Embedding(words, self.width_)
         self.place = nn.Parameter(torch.randn(self.longest, self.width_) * .02)
         layer = nn.TransformerEncoderLayer(self.width_, 4, 2 * self.width_, 0., "gelu",
                                            batch_first=True, norm_first=True)
@@ -476,8 +492,7 @@ class NumberEncoder(nn.Module):
 
     def __init__(self, embedding):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, embedding), nn.SiLU(),
-                                 nn.Linear(embedding, embedding))
+        self.mlp = mlp(256, embedding, embedding)
 
     def forward(self, value):
         return self.mlp(sinusoid(value))
@@ -501,9 +516,7 @@ class Conditioner(nn.Module):
         # in the order of fields and groups: a column may have any name, a module may not
         self.encoders = nn.ModuleList(self.encoder_of(f, embedding, token) for f in fields)
         self.null = nn.Parameter(torch.randn(len(fields), embedding) * .02)
-        self.mix = nn.ModuleList(nn.Sequential(
-            nn.Linear(embedding, 2 * embedding), nn.SiLU(), nn.Linear(2 * embedding, embedding))
-            for _ in self.groups)
+        self.mix = nn.ModuleList(mlp(embedding, 2 * embedding, embedding) for _ in self.groups)
         self.gain = nn.Parameter(torch.ones(len(self.groups), embedding))
         self.null_token = nn.Parameter(torch.randn(1, 1, token) * .02)
         self.empty = nn.Parameter(torch.zeros(embedding), requires_grad=False)
@@ -526,7 +539,8 @@ class Conditioner(nn.Module):
             values = columns.get(field.name, [""] * n)
             if field.kind == "molecule":
                 # where no molecule is known, any that can be encoded stands in; it is not shown
-                distinct = sorted(set(values) - {""}) or [self.molecule_settings.get("example", "C")]
+                example = self.molecule_settings.get("example", "C")
+                distinct = sorted(set(values) - {""}) or [example]
                 for smiles in distinct:
                     if parse_smiles(smiles) is None:
                         raise FieldError(f"{field.name}={smiles}: no valid SMILES")

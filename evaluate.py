@@ -735,8 +735,8 @@ class SimulatedFactorial:
         self.biology = ["none", *data.MECHANISMS]
         self.experiment = [f"B{b + 1}" for b in range(batches)]
         self.seeds = max(4, images // (len(self.biology) * batches))
-        self.unseen = {kind: {(m, f"B{b + 1}") for m, b in data.heldout_pairs(batches, kind).items()}
-                       for kind in ("val", "test")}
+        self.unseen = {kind: {(m, f"B{b + 1}") for m, b in data.heldout_pairs(batches, kind)
+                              .items()} for kind in ("val", "test")}
 
     def rows(self, cells=0, requests=0):
         """Rows as data.layout writes them, in the order (biology, experiment, seed). Another first
@@ -781,7 +781,8 @@ class RealFactorial:
         cells = cells_of(opened.manifest, by)
         self.opened, self.rows_of = opened, {n: np.flatnonzero(cells == n) for n in set(cells)}
         first, second = (sorted(set(opened.manifest.columns[name])) for name in by)
-        self.experiment = [e for e in second if sum(f"{b} x {e}" in self.rows_of for b in first) > 1]
+        self.experiment = [e for e in second
+                           if sum(f"{b} x {e}" in self.rows_of for b in first) > 1]
         self.biology = [b for b in first
                         if all(f"{b} x {e}" in self.rows_of for e in self.experiment)]
         if len(self.biology) < 2 or len(self.experiment) < 2:
@@ -794,10 +795,10 @@ class RealFactorial:
         self.seeds, self.asked = max(4, images // len(self.names)), crossed_requests(opened, by)
 
     def truth(self, half):
-        rng = np.random.default_rng(half)
-        few = min(len(self.rows_of[name]) for name in self.names) < 2
-        chosen = [rng.choice(self.rows_of[name][0 if few else half % 2::1 if few else 2], self.seeds)
-                  for name in self.names]
+        rng, chosen = np.random.default_rng(half), []
+        for rows in (self.rows_of[name] for name in self.names):
+            ours = rows[half % 2::2] if len(rows) > 1 else rows  # halves share no image
+            chosen.append(rng.choice(ours, self.seeds))
         return real_images(self.opened, np.concatenate(chosen), rng)
 
     def requests(self, fields):
@@ -886,8 +887,8 @@ class Truth:
         """The true images of one place against those of places that differ in both."""
         b, e, n, _ = self.a.shape
         return float(np.mean([kernel_distance(self.a[k, m], self.b[i, j, :2 * n])
-                              for i, j in where.nonzero().tolist()
-                              for k in range(b) for m in range(e) if k != i and m != j] or [np.nan]))
+                              for i, j in where.nonzero().tolist() for k in range(b)
+                              for m in range(e) if k != i and m != j] or [np.nan]))
 
     def named_right(self, images):
         """{"mechanism", "batch": (b, e, n)}, 1 where the probe names it; {} without a probe."""
@@ -928,7 +929,8 @@ def disentangle_one(model, truth, request):
     entry["effect_experiment"] = effect_size(*(x.transpose(0, 1) for x in (y, truth.a, truth.b)))
     entry |= {f"probe_{k}_heldout": hit[target].mean().item() for k, hit in hits.items()}
     entry |= {f"probe_{k}_real": hit.mean().item() for k, hit in truth.scores.items()}
-    entry |= {"distance_seen": truth.distance(y, seen), "distance_val": truth.distance(y, held["val"]),
+    entry |= {"distance_seen": truth.distance(y, seen),
+              "distance_val": truth.distance(y, held["val"]),
               "floor": truth.distance(truth.a, target), "ceiling": truth.ceiling(target)}
     omega = omega_squared(y)
     return entry | {"omega": {k: omega[k].tolist() for k in ("biology", "experiment",
@@ -997,8 +999,8 @@ def planned(args, model):
         return c["form"] + (f", t/T {c['interval'][0]:g} to {c['interval'][1]:g}"
                             if "interval" in c else "") + (", rescaled" if "rescale" in c else "")
     if args.study == "weights":
-        return [(f"weights {b:g}, {e:g}", args.checkpoint, {"guidance": dict(biology=b, experiment=e)})
-                for b, e in WEIGHTS_TRIED]
+        return [(f"weights {b:g}, {e:g}", args.checkpoint,
+                 {"guidance": dict(biology=b, experiment=e)}) for b, e in WEIGHTS_TRIED]
     if args.study == "forms":
         return [(label(changes), args.checkpoint, changes) for changes in FORMS_TRIED]
     if args.study == "training":
@@ -1025,8 +1027,8 @@ def study_checkpoint(opened, truth, results, args):
         print(f"\n{'share of variance (omega^2)':28s}" + "".join(f"{p:>20s}" for p in parts)
               + f"\n{'':28s}" + f"{'truth':>10s}{'generated':>10s}" * 3)
         for k, name in enumerate(feature_names(opened.model.channels)):
-            print(f"{name:28s}" + "".join(f"{truth.omega[p][k]:10.2f}{lines[0]['omega'][p][k]:10.2f}"
-                                          for p in parts))
+            print(f"{name:28s}" + "".join(
+                f"{truth.omega[p][k]:10.2f}{lines[0]['omega'][p][k]:10.2f}" for p in parts))
     draw_shares(Path(args.out) / f"{args.study}-features.png", truth, lines[-1])
     return lines
 
@@ -1177,8 +1179,8 @@ def study_shortcut(args, results):
         factorial = SimulatedFactorial(opened, n)
         rows = factorial.rows(requests=1000 * (seed + 1))
         columns = {f.name: [str(r.get(f.name, "")) for r in rows] for f in opened.model.fields}
-        return Labelled(generate(opened.model, columns,
-                                 list(range(10_000 * seed, 10_000 * seed + len(rows))), request), rows)
+        seeds = list(range(10_000 * seed, 10_000 * seed + len(rows)))
+        return Labelled(generate(opened.model, columns, seeds, request), rows)
 
     def measured(seed):
         short, free = photographed(confounding, 0, n, seed, train), made(seed)
@@ -1489,7 +1491,7 @@ MOLECULE_SETS = {"train": "seen molecule", "test_substituent": "unseen substitue
 
 
 class DoseSeries:
-    """Molecules of one kind at doses from 0 up, the same cells at each: (molecules, doses, seeds)."""
+    """Molecules of one kind at doses from 0 up, the same cells at each: (M, doses, seeds)."""
 
     def __init__(self, opened, kind, molecules, seeds):
         self.screen, self.opened, self.seeds = simulated_screen(opened, 3000), opened, seeds
@@ -1549,7 +1551,7 @@ def across_molecules(y, truth):
 
 
 def score_molecules(series, standardise, probe, images, truth):
-    """The figures of one set of images (M * doses * seeds) against the truth (M, doses, seeds, F)."""
+    """The figures of images (M * doses * seeds) against the truth (M, doses, seeds, F)."""
     y = series.shape(standardise(features(images, series.opened.model.channels)))
     rows = series.rows()
     strong = torch.tensor([r["true_effect"] >= .5 for r in rows])
@@ -1642,7 +1644,7 @@ def common_options(parser):
     parser.add_argument("--checkpoint", default="runs/ldm/model.pt", help="from train_ldm.py")
     parser.add_argument("--data", default=None, help="another manifest than the model's own")
     parser.add_argument("--guidance", nargs="+", default=[], help="GROUP=WEIGHT for each group")
-    parser.add_argument("--form", default="nested", choices=FORMS, help="of guidance (diffusion.py)")
+    parser.add_argument("--form", default="nested", choices=FORMS, help="of guidance")
     parser.add_argument("--quick", action="store_true", help="fewer images, shorter training")
 
 

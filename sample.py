@@ -50,7 +50,8 @@ class Model:
     """All that sampling needs, built from one checkpoint (a dict, see train_ldm.checkpoint)."""
 
     def __init__(self, content, weights="ema"):
-        missing = {"fields", "unet", "vae", "schedule", "latent_shape", "molecule_settings", weights} - set(content)
+        missing = {"fields", "unet", "vae", "schedule", "latent_shape", "molecule_settings",
+                   weights} - set(content)
         if missing:
             raise UserError(f"the checkpoint lacks {', '.join(sorted(missing))}: train it again")
         self.fields = [Field(**f) for f in content["fields"]]
@@ -103,8 +104,8 @@ class Model:
         if form != "control":
             return None
         if self.content["control"] is None:
-            raise FieldError("guidance form control: no training row has dose 0, so the model "
-                             "knows no negative control; use nested or contrast")
+            raise FieldError("no training row has dose 0, so the model knows no negative control "
+                             "to compare with (guidance: use nested or contrast)")
         first = next(f.group for f in self.fields if f.kind == "log")
         return {g: "control" if g == first else "average" for g in self.groups}
 
@@ -136,6 +137,10 @@ class Model:
 
         return denoise
 
+    def plain(self, columns, n):
+        """denoise(z, t) of the conditional model alone."""
+        return self.branches(columns, n, {("given",) * len(self.groups): 1.})
+
     def guided(self, columns, n, guidance=None, form="nested", interval=(0., 1.), rescale=0.):
         """denoise(z, t) under a request, guided.
 
@@ -146,7 +151,7 @@ class Model:
         weights = self.weights(guidance)
         composed = diffusion.compose(form, weights, self.references(form))
         guided = self.branches(columns, n, composed)
-        plain = self.branches(columns, n, {("given",) * len(weights): 1.})
+        plain = self.plain(columns, n)
 
         def denoise(z, t):
             if not interval[0] <= t[0].item() / self.schedule.T <= interval[1]:
@@ -178,19 +183,22 @@ class Model:
         return torch.cat(images)
 
     @torch.no_grad()
-    def edit(self, images, source, target, guidance=None, form="nested", steps=50, rounds=3):
+    def edit(self, images, source, target, guidance=None, form="nested", steps=50, rounds=3,
+             interval=(0., 1.), rescale=0.):
         """Real images (n, C, H, W) in [-1, 1] as they would look under other conditions: the same
         cells. Inverted under their own conditions `source`, all weights 1, then generated from
         there under `target` ({name: [n strings]} each), weights 1 unless `guidance` says more.
         """
         check_request(self, target)
-        n, ones = len(images), {g: 1. for g in self.groups}
+        n, weights = len(images), {g: 1. for g in self.groups} | (guidance or {})
         top = self.schedule.last_invertible()
+        if not 1 <= steps <= top + 1:
+            raise UserError(f"--steps {steps}: an image can be inverted in 1 to {top + 1} steps")
         with tqdm(total=2 * steps, desc="editing", leave=False) as bar:
-            z = diffusion.invert(self.guided(source, n, ones), self.schedule,
+            z = diffusion.invert(self.plain(source, n), self.schedule,
                                  self.vae.to_latent(images.to(device())), steps, top, rounds,
                                  bar.update)
-            z = diffusion.sample(self.guided(target, n, ones | (guidance or {}), form),
+            z = diffusion.sample(self.guided(target, n, weights, form, interval, rescale),
                                  self.schedule, range(n), self.latent_shape, steps, start=z,
                                  top=top, device=device(), each_step=bar.update)
         return self.vae.to_image(z).cpu()
@@ -205,22 +213,23 @@ class Model:
         those of the training set (`references`). The map is the difference of the two predictions
         after the decoder, mean over channels of its size, on [0, 1].
         """
-        n, full = len(images), {g: "given" for g in self.weights()}
+        n, given = len(images), {g: "given" for g in self.weights()}
         z0 = self.vae.to_latent(images.to(device()))
-        noise = diffusion.gaussian(diffusion.generators(range(seed, seed + n)), z0.shape[1:], device())
-        given = self.branches(columns, n, {tuple(full.values()): 1.})
-        maps = {g: [] for g in full}
+        rngs = diffusion.generators(range(seed, seed + n))
+        noise = diffusion.gaussian(rngs, z0.shape[1:], device())
+        asked = self.plain(columns, n)
+        others = {g: self.branches(columns, n, {tuple((given | {g: state}).values()): 1.})
+                  for g, state in self.references("control").items()}
+        maps = {g: [] for g in others}
         for level in levels:
             t = torch.full((n,), round(level * (self.schedule.T - 1)), device=device())
             z = self.schedule.add_noise(z0, noise, t)
 
             def predicted(denoise):
                 return self.vae.to_image(self.schedule.split(z, denoise(z, t), t)[0])
-
-            as_asked = predicted(given)
-            for group, state in self.references("control").items():
-                other = self.branches(columns, n, {tuple((full | {group: state}).values()): 1.})
-                maps[group].append((as_asked - predicted(other)).abs().mean(1).cpu() / 2)
+            for group, other in others.items():
+                difference = predicted(asked) - predicted(other)
+                maps[group].append(difference.abs().mean(1).cpu() / 2)
         return {group: torch.stack(m) for group, m in maps.items()}
 
 
@@ -304,6 +313,10 @@ def read_row(model, place):
     own = blank_unseen(model.fields, own)
     print("this row: " + ", ".join(f"{name}={v[0] or 'unknown'}" for name, v in own.items()))
     image = views(data.Pixels(manifest, settings.binning), [i], settings, model.intensity)
+    h, w = (side * settings.downsampling for side in model.latent_shape[1:])
+    if image.shape[2:] != (h, w):
+        raise UserError(f"{place}: {image.shape[3]}x{image.shape[2]} pixels, this model draws "
+                        f"{w}x{h}")
     return image, {name: v[0] for name, v in own.items()}, manifest, i
 
 
@@ -346,7 +359,7 @@ def edit_row(model, args, fixed, swept, weights):
     columns = {f.name: [t[f.name] for t in targets] for f in model.fields}
     source = {name: [value] * len(targets) for name, value in own.items()}
     images = model.edit(image.repeat(len(targets), 1, 1, 1), source, columns, weights, args.form,
-                        args.steps)
+                        args.steps, interval=args.interval, rescale=args.rescale)
     rebuilt = model.vae.to_image(model.vae.to_latent(image.to(device()))).cpu()
     labels = ["real", "through the autoencoder"] + ["\n".join(
         f"{k}={v}" for k, v in (fixed | place).items()) or "the same" for place in values]
@@ -355,32 +368,31 @@ def edit_row(model, args, fixed, swept, weights):
         edit=args.edit, own=own, guidance=weights)
 
 
-def attribute_row(model, args, levels=(.2, .35, .5, .65, .8)):
+def attribute_row(model, args, fixed, levels=(.2, .35, .5, .65, .8)):
     """`--attribution`: where in a real image biology and experiment act, by noise level, beside
-    the true difference from the same cells untreated where the manifest has it."""
+    the true difference from the same cells untreated where the manifest has them."""
     image, own, manifest, i = read_row(model, args.attribution)
-    maps = model.attribution(image, {k: [v] for k, v in own.items()}, levels)
-    rows, report = [], {"row": args.attribution, "own": own, "levels": list(levels)}
-    true = None
+    asked = changed(model, manifest, own, fixed)
+    check_request(model, {k: [v] for k, v in fixed.items()})
+    maps = model.attribution(image, {k: [v] for k, v in asked.items()}, levels, args.seed)
+    report, true = {"row": args.attribution, "conditions": asked, "levels": list(levels)}, None
     if "untreated" in manifest.columns:
-        pixels = data.Pixels(data.read_manifest(manifest.path, model.channels, "untreated"))
         settings = SimpleNamespace(**model.content["vae"]["settings"])
-        true = (views(pixels, [i], settings, model.intensity) - image).abs().mean(1)[0] / 2
+        before = data.read_manifest(manifest.path, model.channels, "untreated")
+        before = views(data.Pixels(before, settings.binning), [i], settings, model.intensity)
+        true = (before - image).abs().mean(1)[0] / 2
+        true = true if true.max() > 0 else None
+    top, panels = max(float(m.max()) for m in maps.values()), []
     for group, m in maps.items():
-        rows.append([m[k, 0].numpy() for k in range(len(levels))])
+        panels.append([image[0].numpy(), *(m[:, 0].numpy() / top * 2 - 1)])
         if true is not None:
-            report[group] = [float(np.corrcoef(m[k, 0].flatten(), true.flatten())[0, 1])
-                             for k in range(len(levels))]
+            panels[-1].append(true.numpy() / float(true.max()) * 2 - 1)
+            report[group] = [float(np.corrcoef(x[0].flatten(), true.flatten())[0, 1]) for x in m]
             print(f"{group}: correlation with the true difference from the untreated cells "
                   + " ".join(f"{r:.2f}" for r in report[group]))
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    top = max(float(m.max()) for m in maps.values())
-    panels = [[image[0].numpy()] + [np.clip(m / top, 0, 1) * 2 - 1 for m in row]
-              + ([true.numpy() / float(true.max()) * 2 - 1] if true is not None else [])
-              for row in rows]
-    data.picture(out / "attribution.png", panels, model.channels, list(maps), ["image"] + [
-        f"t/T = {level:g}" for level in levels] + ["true"] * (true is not None), model.pixel_um)
+    data.picture(out / "attribution.png", panels, model.channels, list(maps), [
+        "image", *(f"t/T = {level:g}" for level in levels), "true"], model.pixel_um)
     (out / "attribution.json").write_text(json.dumps(report, indent=1))
     print(f"wrote {out}/attribution.png and attribution.json")
 
@@ -401,7 +413,8 @@ def main():
                              f"{GUIDANCE} for each; 1 with --edit)")
     parser.add_argument("--form", choices=diffusion.FORMS, default="nested",
                         help="how the guidance of groups is composed (default: %(default)s)")
-    parser.add_argument("--interval", type=float, nargs=2, default=(0., 1.), metavar=("LOW", "HIGH"),
+    parser.add_argument("--interval", type=float, nargs=2, default=(0., 1.),
+                        metavar=("LOW", "HIGH"),
                         help="noise levels, 0 to 1, between which guidance acts (default: all)")
     parser.add_argument("--rescale", type=float, default=0.,
                         help="share of guidance's extra spread taken back (default: %(default)s)")
@@ -412,9 +425,10 @@ def main():
                         help="noise added by DDIM: 0 none, 1 as DDPM (default: %(default)s)")
     parser.add_argument("--grid", nargs="+", default=[], metavar="NAME=V1,V2,...",
                         help="sweep one or two fields on the same noise")
-    parser.add_argument("--edit", metavar="MANIFEST:ROW", help="the cells of this real image with "
+    images = parser.add_mutually_exclusive_group()
+    images.add_argument("--edit", metavar="MANIFEST:ROW", help="the cells of this real image with "
                         "the named conditions changed (rows as in a spreadsheet: the header is 1)")
-    parser.add_argument("--attribution", metavar="MANIFEST:ROW",
+    images.add_argument("--attribution", metavar="MANIFEST:ROW",
                         help="where in this real image biology and experiment act")
     parser.add_argument("--out", default="runs/samples",
                         help="samples.png, .tif and .json go here (default: %(default)s)")
@@ -423,11 +437,14 @@ def main():
     fixed, swept, weights = parse_request(model, args.conditions, args.grid, args.guidance)
     if not 1 <= args.steps <= model.schedule.T:
         raise UserError(f"--steps {args.steps}: between 1 and {model.schedule.T}")
+    if not 0 <= args.interval[0] <= args.interval[1] <= 1 or not 0 <= args.rescale <= 1:
+        raise UserError("--interval takes two noise levels from 0 to 1, the smaller first, "
+                        "--rescale a share from 0 to 1")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = lambda m, *_: tqdm.write(f"warning: {m}")
         if args.attribution:
-            attribute_row(model, args)
+            attribute_row(model, args, fixed)
         elif args.edit:
             edit_row(model, args, fixed, swept, weights)
         else:

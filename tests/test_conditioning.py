@@ -257,7 +257,7 @@ def test_which_encoders_tell_isomers_and_charges_apart(name, what, i, j, tmp_pat
     assert apart == expected
 
 
-@pytest.mark.parametrize("name", ["fingerprint", "descriptors", "graph", "smiles", "identity"])
+@pytest.mark.parametrize("name", MOLECULE_ENCODERS)
 def test_encoders_see_the_molecule_and_not_its_spelling(name, tmp_path):
     net = encoder(name, tmp_path)
     spelt = ["OCC", "O[C@@H](C)c1ccccc1"]
@@ -306,6 +306,12 @@ def test_table_names_what_it_lacks(tmp_path):
         net.featurise(["CCO", "CCCC"])
     with pytest.raises(FieldError, match="needs --molecule_table"):
         MOLECULE_ENCODERS["table"].fit(["C"], {})
+    uneven = {m: np.zeros(12 + (m == "CCO")) for m in MOLECULES}
+    np.savez(tmp_path / "y.npz", **uneven)
+    with pytest.raises(FieldError, match="the vector of C.* is not"):
+        MOLECULE_ENCODERS["table"].fit(MOLECULES, {"table": tmp_path / "y.npz"})
+    (tmp_path / "table.npz").unlink()
+    assert net.featurise(["OCC"]).shape == (1, 12)  # what training knew travels in the checkpoint
     (tmp_path / "x.npz").write_bytes(b"nonsense")
     with pytest.raises(FieldError, match="x.npz is no table"):
         MOLECULE_ENCODERS["table"].fit(["C"], {"table": tmp_path / "x.npz"})

@@ -119,8 +119,8 @@ def test_standardising_on_controls_removes_a_batch_but_not_a_treatment():
     batch = np.where(np.arange(80) < 40, "B1", "B2")
     gain = torch.where(torch.arange(80) < 40, 1., 3.)[:, None, None, None]
     out = standardise_on_controls(clean * gain + gain, batch, control)
-    means = [[out[torch.from_numpy(batch == b) & (control == c)].mean().item() for c in (True, False)]
-             for b in ("B1", "B2")]
+    means = [[out[torch.from_numpy(batch == b) & (control == c)].mean().item()
+              for c in (True, False)] for b in ("B1", "B2")]
     assert_close(means[0], means[1], atol=.3, rtol=0)
     assert means[0][1] - means[0][0] > 1
 
