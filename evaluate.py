@@ -1216,8 +1216,9 @@ def study_shortcut(args, results):
                 "closed": {k: (v - scores["confounded"]) / gap for k, v in scores.items()}}
 
     test = photographed(0., 4000, 1200, 0)
-    lines = [results.get({"shortcut": seed, "checkpoint": finger(checkpoint)} | CLASSIFIER
-                         | vars(request), lambda: measured(seed)) for seed in args.seeds]
+    lines = [results.get({"shortcut": seed, "checkpoint": finger(checkpoint), "classifier":
+                          CLASSIFIER} | vars(request), lambda: measured(seed))
+             for seed in args.seeds]
     print(f"\n{'mechanism classifier trained on':34s}{'accuracy':>12s}{'gap closed':>24s}")
     for name in lines[0]["scores"]:
         accuracy, closed = ([line[k][name] for line in lines] for k in ("scores", "closed"))
