@@ -131,7 +131,7 @@ def test_encoders_command_compares_and_resumes(screen, vae_path, cli, tmp_path, 
     assert status == 0, error
     assert all(word in out for word in ("graph", "identity", "real images", "molecules permuted"))
     lines = (tmp_path / "e" / "encoders.jsonl").read_text().splitlines()
-    assert len(lines) == 3
-    monkeypatch.setattr(train_ldm, "train", None)  # nothing is trained or measured again
+    assert len(lines) == 4  # two encoders, the ceiling and the floor
+    monkeypatch.setattr(train_ldm, "train", None)  # nothing is trained again
     assert cli(evaluate, *arguments)[0] == 0
     assert (tmp_path / "e" / "encoders.jsonl").read_text().splitlines() == lines
