@@ -394,9 +394,12 @@ def test_show_prints_counts_and_draws(screen, tmp_path, cli):
 
 
 def test_show_and_simulate_refuse_in_one_line(tmp_path, screen, refused):
-    refused(data, "show", tmp_path / "none.csv", says=["no manifest at"])
-    refused(data, "simulate", "--out", screen.parent, says=["exists"])
-    refused(data, "simulate", "--molecules", "3", says=["unrecognized"])
+    before = screen.read_bytes()
+    for words, says in ((["show", tmp_path / "none.csv"], "no manifest at"),
+                        (["simulate", "--out", screen.parent], "exists"),
+                        (["simulate", "--molecules", "3"], "unrecognized")):
+        assert len(refused(data, *words, says=[says])) == 1
+    assert screen.read_bytes() == before  # nothing was written over
 
 
 # --- real plates ----------------------------------------------------------------------------------

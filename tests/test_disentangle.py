@@ -256,6 +256,15 @@ def test_real_factorial_takes_complete_cells_only():
     assert factorial.biology == ["DMSO", "x"] and factorial.experiment == ["P1", "P2"]
 
 
+def test_the_halves_of_a_real_factorial_share_no_image(monkeypatch):
+    columns = {"compound": ["DMSO", "x"] * 20, "plate": ["P1"] * 20 + ["P2"] * 20}
+    opened = SimpleNamespace(manifest=SimpleNamespace(columns=columns, path="m.csv"), train=[0],
+                             model=SimpleNamespace(fields=[]))
+    monkeypatch.setattr(evaluate, "real_images", lambda opened, rows, rng: set(rows.tolist()))
+    factorial = evaluate.RealFactorial(opened, ["compound", "plate"], 80)
+    assert not factorial.truth(0) & (factorial.truth(1) | factorial.truth(3))
+
+
 def test_edit_returns_the_image_under_its_own_conditions(opened):
     model, rows = opened.model, opened.held[:2]
     images = evaluate.real_images(opened, rows)
