@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import math
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -27,23 +28,33 @@ import data
 import diffusion
 from conditioning import Conditioner, Field, FieldError, blank_unseen, parse_number
 from train_vae import UserError, build_vae, device, load_checkpoint, run, views
-from unet import UNet, UNetConfig
+from unet import ControlNet, UNet, UNetConfig
 
 STEPS = 30       # DDIM steps
 GUIDANCE = 1.5   # weight of every group unless asked otherwise
 
 
 class Denoiser(nn.Module):
-    """The U-Net and its conditioner: what is trained, averaged (EMA) and saved together."""
+    """The U-Net, its conditioner and, where there is one, the ControlNet: what is trained, averaged
+    (EMA) and saved together. control: {"channels", "shrink"} of a ControlNet."""
 
-    def __init__(self, config: UNetConfig, fields, molecule_encoder, molecule_settings=None):
+    def __init__(self, config: UNetConfig, fields, molecule_encoder, molecule_settings=None,
+                 control=None):
         super().__init__()
         self.unet = UNet(config)
         self.conditioner = Conditioner(fields, config.embedding, config.token, molecule_encoder,
                                        molecule_settings)
+        self.controlnet = ControlNet(self.unet, **control) if control else None
 
-    def forward(self, z, t, codes, keep, molecules):
-        return self.unet(z, t, *self.conditioner(codes, keep, molecules))
+    def forward(self, z, t, codes, keep, molecules, control=None):
+        """control: (images (B, C, H, W), codes and known of their own metadata, shown (B,))."""
+        condition, residuals = self.conditioner(codes, keep, molecules), None
+        if control is not None:
+            images, codes, known, shown = control
+            told, _, _ = self.conditioner(codes, known, molecules)
+            residuals = self.controlnet(z, t, *condition, images, told)
+            residuals = [r * shown[:, None, None, None] for r in residuals]
+        return self.unet(z, t, *condition, residuals)
 
 
 class Model:
@@ -55,8 +66,11 @@ class Model:
         if missing:
             raise UserError(f"the checkpoint lacks {', '.join(sorted(missing))}: train it again")
         self.fields = [Field(**f) for f in content["fields"]]
-        self.denoiser = Denoiser(UNetConfig(**content["unet"]), self.fields,
-                                 content["molecule_encoder"], content["molecule_settings"])
+        self.control = content.get("controlnet")  # column, channels, intensity ... or None
+        self.denoiser = Denoiser(
+            UNetConfig(**content["unet"]), self.fields, content["molecule_encoder"],
+            content["molecule_settings"],
+            {k: self.control[k] for k in ("channels", "shrink")} if self.control else None)
         self.denoiser.load_state_dict(content[weights])
         self.denoiser.to(device()).eval().requires_grad_(False)
         self.vae = build_vae(content["vae"]).to(device())
@@ -70,14 +84,19 @@ class Model:
     def load(cls, path, weights="ema"):
         return cls(load_checkpoint(path, "ldm", "run python train_ldm.py"), weights)
 
-    def weights(self, guidance=None):
-        """{group: weight} in nested order: the experiment first, biology given the experiment."""
+    def weights(self, guidance=None, controlled=False):
+        """{group: weight} in nested order: the experiment first, then the control image where one
+        is given (`controlled`; 1 unless asked otherwise), then biology given both."""
         guidance = guidance or {}
-        unknown = [g for g in guidance if g not in self.groups]
+        dials = [*self.groups, "control"] if self.control else self.groups
+        unknown = [g for g in guidance if g not in dials]
         if unknown:
             raise FieldError(f"no group {', '.join(unknown)} to guide: this model has "
-                             + ", ".join(self.groups))
-        return {g: guidance.get(g, GUIDANCE) for g in reversed(self.groups)}
+                             + ", ".join(dials))
+        weights = [(g, guidance.get(g, GUIDANCE)) for g in reversed(self.groups)]
+        if controlled:
+            weights.insert(max(0, len(weights) - 1), ("control", guidance.get("control", 1.)))
+        return dict(weights)
 
     def branch_columns(self, columns, n, branch):
         """The request as one branch of the guidance sees it: a list of columns, averaged over.
@@ -110,19 +129,27 @@ class Model:
         return {g: "control" if g == first else "average" for g in self.groups}
 
     @torch.no_grad()
-    def branches(self, columns, n, branches):
+    def encode(self, columns, n):
+        """A request {name: [n strings]} to (vector (n, E), tokens (n, L, D), mask (n, L))."""
+        encoded = self.denoiser.conditioner.encode(columns, n)
+        return self.denoiser.conditioner(*to_device(encoded))
+
+    def branches(self, columns, n, branches, control=None):
         """denoise(z, t) for n images under a request {name: [n strings]}: the sum of the network's
         predictions under {branch: coefficient}, see diffusion.compose.
 
+        control: (images (n, C, H, W) in [-1, 1], their own metadata {name: [n strings]}), or None.
         Everything is encoded once; all branches then run as one batch at every step.
         """
-        encoded, coefficients = [], []
+        encoded, coefficients, controlled = [], [], []
         for branch, c in branches.items():
-            variants = self.branch_columns(columns, n, dict(zip(self.weights(), branch)))
+            states = dict(zip(self.weights(controlled=control is not None), branch))
+            given = states.pop("control", "unknown") == "given"
+            variants = self.branch_columns(columns, n, states)
             for variant in variants:
-                encoded.append(self.denoiser.conditioner(*to_device(
-                    self.denoiser.conditioner.encode(variant, n))))
+                encoded.append(self.encode(variant, n))
                 coefficients.append(c / len(variants))
+                controlled.append(given)
         k, longest = len(coefficients), max(mask.shape[1] for _, _, mask in encoded)
         # molecules differ in their number of tokens: filled up with tokens that do not count
         encoded = [(vector, nn.functional.pad(tokens, (0, 0, 0, longest - mask.shape[1])),
@@ -130,28 +157,41 @@ class Model:
                    for vector, tokens, mask in encoded]
         # (K B, E), (K B, L, D), (K B, L): branch by branch
         condition = [torch.cat(parts) for parts in zip(*encoded)]
+        rows = torch.tensor(controlled).repeat_interleave(n).to(device())  # branches it is told in
+        if any(controlled):
+            images = control[0].to(device()).repeat(sum(controlled), 1, 1, 1)
+            told = self.encode(control[1], n)[0].repeat(sum(controlled), 1)
+
+        def residuals(z, t):
+            found = self.denoiser.controlnet(z[rows], t[rows], *(c[rows] for c in condition),
+                                             images, told)
+            return [torch.zeros(len(z), *r.shape[1:]).to(r).index_copy(0, rows.nonzero()[:, 0], r)
+                    for r in found]
 
         def denoise(z, t):
-            v = self.denoiser.unet(z.repeat(k, 1, 1, 1), t.repeat(k), *condition)
-            return diffusion.combine(v.unflatten(0, (k, len(z))), coefficients)
+            z, t = z.repeat(k, 1, 1, 1), t.repeat(k)
+            v = self.denoiser.unet(z, t, *condition, residuals(z, t) if any(controlled) else None)
+            return diffusion.combine(v.unflatten(0, (k, n)), coefficients)
 
         return denoise
 
-    def plain(self, columns, n):
+    def plain(self, columns, n, control=None):
         """denoise(z, t) of the conditional model alone."""
-        return self.branches(columns, n, {("given",) * len(self.groups): 1.})
+        groups = len(self.groups) + (control is not None)
+        return self.branches(columns, n, {("given",) * groups: 1.}, control)
 
-    def guided(self, columns, n, guidance=None, form="nested", interval=(0., 1.), rescale=0.):
+    def guided(self, columns, n, guidance=None, form="nested", interval=(0., 1.), rescale=0.,
+               control=None):
         """denoise(z, t) under a request, guided.
 
         interval: between which noise levels t / T guidance acts; outside it the conditional model
         runs alone, one branch (Kynkaanniemi et al. 2024, arXiv:2404.07724). rescale: 0 to 1, how
         much of guidance's extra spread is taken back (diffusion.rescale).
         """
-        weights = self.weights(guidance)
+        weights = self.weights(guidance, control is not None)
         composed = diffusion.compose(form, weights, self.references(form))
-        guided = self.branches(columns, n, composed)
-        plain = self.plain(columns, n)
+        guided = self.branches(columns, n, composed, control)
+        plain = self.plain(columns, n, control)
 
         def denoise(z, t):
             if not interval[0] <= t[0].item() / self.schedule.T <= interval[1]:
@@ -162,20 +202,24 @@ class Model:
         return denoise
 
     def generate(self, columns, seeds, guidance=None, form="nested", steps=STEPS, eta=0.,
-                 sampler="ddim", batch=64, progress=True, interval=(0., 1.), rescale=0.):
+                 sampler="ddim", batch=64, progress=True, interval=(0., 1.), rescale=0.,
+                 control=None):
         """Images (n, C, H, W) in [-1, 1] on the CPU, one per seed.
 
         columns: {field: list of n strings}, "" for unknown. guidance: {group: weight}. interval
-        and rescale: see `guided`.
+        and rescale: see `guided`. control: (images (n, C, H, W), their metadata {field: list}).
         """
         check_request(self, columns)
+        if control is not None:
+            check_control(self, control)
         images = []
         with tqdm(total=len(range(0, len(seeds), batch)) * steps, desc="generating",
                   disable=not progress, leave=False) as bar:
             for i in range(0, len(seeds), batch):
                 part = {name: values[i:i + batch] for name, values in columns.items()}
                 chosen = seeds[i:i + batch]
-                denoise = self.guided(part, len(chosen), guidance, form, interval, rescale)
+                hint = control and slice_control(control, i, i + batch)
+                denoise = self.guided(part, len(chosen), guidance, form, interval, rescale, hint)
                 z = diffusion.sample(denoise, self.schedule, chosen, self.latent_shape, steps, eta,
                                      sampler, device(), bar.update)
                 with torch.no_grad():
@@ -183,21 +227,82 @@ class Model:
         return torch.cat(images)
 
     @torch.no_grad()
+    def generate_large(self, columns, seed, control, guidance=None, form="nested", steps=STEPS,
+                       overlap=.5, batch=32, **options):
+        """One field of view (1, C, H, W) of any size, after a control image (1, C', H, W).
+
+        The U-Net knows one size only, so at every step it looks through windows of that size, and
+        where windows overlap their predictions are averaged with weights that fade towards the
+        border (Bar-Tal et al. 2023, arXiv:2302.08113): one noise, no seams. Memory grows with the
+        latents alone, 80 times fewer numbers than pixels at most sizes. columns: {field: [value]}.
+        """
+        check_request(self, columns)
+        check_control(self, control, any_size=True)
+        f, (_, h, w) = self.vae.config.downsampling, self.latent_shape
+        image, told = control
+        size = [n // f for n in image.shape[2:]]
+        places = [(y, x) for y in windows(size[0], h, overlap) for x in windows(size[1], w, overlap)]
+        parts = [places[i:i + batch] for i in range(0, len(places), batch)]
+        fade = fading(h)[:, None] * fading(w)[None]                      # (h, w)
+
+        def blend(shape, scale, look):
+            """Sum over windows of look(part) -> (windows, C, ...), faded and normalised."""
+            mask = nn.functional.interpolate(fade[None, None], scale_factor=scale, mode="bilinear")
+            total, weight = torch.zeros(shape), torch.zeros(1, 1, *shape[2:])
+            for part in parts:
+                for (y, x), patch in zip(part, look(part).cpu()):
+                    where = (..., slice(scale * y, scale * (y + h)), slice(scale * x, scale * (x + w)))
+                    total[where] += mask[0] * patch
+                    weight[where] += mask[0]
+            return total / weight
+
+        denoisers = {}
+        for k, part in enumerate(parts):
+            crops = torch.cat([image[..., f * y:f * (y + h), f * x:f * (x + w)] for y, x in part])
+            many = [{name: values * len(part) for name, values in c.items()} for c in (columns, told)]
+            denoisers[part[0]] = self.guided(many[0], len(part), guidance, form,
+                                             control=(crops, many[1]), **options)
+
+        def cut(z, part):
+            return torch.cat([z[..., y:y + h, x:x + w] for y, x in part]).to(device())
+
+        def denoise(z, t):
+            return blend(z.shape, 1, lambda part: denoisers[part[0]](
+                cut(z, part), t.expand(len(part)).to(device())))
+        with tqdm(total=steps, desc=f"generating {size[1] * f}x{size[0] * f} pixels",
+                  leave=False) as bar:
+            z = diffusion.sample(denoise, self.schedule, [seed], (self.latent_shape[0], *size),
+                                 steps, each_step=bar.update)
+        return blend((1, len(self.channels), size[0] * f, size[1] * f), f,
+                     lambda part: self.vae.to_image(cut(z, part)))
+
+    @torch.no_grad()
     def edit(self, images, source, target, guidance=None, form="nested", steps=50, rounds=3,
-             interval=(0., 1.), rescale=0.):
+             interval=(0., 1.), rescale=0., strength=None, seed=0):
         """Real images (n, C, H, W) in [-1, 1] as they would look under other conditions: the same
         cells. Inverted under their own conditions `source`, all weights 1, then generated from
         there under `target` ({name: [n strings]} each), weights 1 unless `guidance` says more.
+
+        strength: 0 to 1, instead of inverting, add noise up to this share of the way and go on
+        from there (Meng et al. 2022, arXiv:2108.01073): simpler, but what noise hides is lost.
         """
         check_request(self, target)
         n, weights = len(images), {g: 1. for g in self.groups} | (guidance or {})
         top = self.schedule.last_invertible()
+        if strength is not None:
+            top = min(top, max(0, round(strength * self.schedule.T) - 1))
+            steps = min(steps, top + 1)
         if not 1 <= steps <= top + 1:
             raise UserError(f"--steps {steps}: an image can be inverted in 1 to {top + 1} steps")
+        z = self.vae.to_latent(images.to(device()))
         with tqdm(total=2 * steps, desc="editing", leave=False) as bar:
-            z = diffusion.invert(self.plain(source, n), self.schedule,
-                                 self.vae.to_latent(images.to(device())), steps, top, rounds,
-                                 bar.update)
+            if strength is None:
+                z = diffusion.invert(self.plain(source, n), self.schedule, z, steps, top, rounds,
+                                     bar.update)
+            else:
+                noise = diffusion.gaussian(diffusion.generators(range(seed, seed + n)),
+                                           self.latent_shape, device())
+                z = self.schedule.add_noise(z, noise, torch.full((n,), top))
             z = diffusion.sample(self.guided(target, n, weights, form, interval, rescale),
                                  self.schedule, range(n), self.latent_shape, steps, start=z,
                                  top=top, device=device(), each_step=bar.update)
@@ -231,6 +336,52 @@ class Model:
                 difference = predicted(asked) - predicted(other)
                 maps[group].append(difference.abs().mean(1).cpu() / 2)
         return {group: torch.stack(m) for group, m in maps.items()}
+
+
+def windows(length, window, overlap):
+    """Where windows of this length start so that they cover `length`, overlapping by a share of at
+    least `overlap`, evenly spread."""
+    if length < window:
+        raise UserError(f"an image of {length} latent pixels is smaller than the model's {window}")
+    count = 1 + math.ceil((length - window) / max(1, round(window * (1 - overlap))))
+    return [round(k * (length - window) / max(1, count - 1)) for k in range(count)]
+
+
+def fading(n):
+    """Weights (n,) of a window: 1 in the middle, towards 0 at the border, never 0."""
+    return torch.hann_window(n + 2, periodic=False)[1:-1]
+
+
+def slice_control(control, first, last):
+    images, columns = control
+    return images[first:last], {name: values[first:last] for name, values in columns.items()}
+
+
+def repeat_control(control, n):
+    """One control image, and its metadata, for n images."""
+    images, columns = control
+    return images.repeat(n, 1, 1, 1), {name: values * n for name, values in columns.items()}
+
+
+def check_control(model, control, any_size=False):
+    """Refuse a control image that the model cannot read."""
+    if not model.control:
+        raise UserError("this model has no ControlNet: train one with python train_ldm.py "
+                        "--control_column NAME")
+    images, wanted = control[0], model.control
+    if images.shape[1] != wanted["channels"]:
+        raise UserError(f"the control image has {images.shape[1]} channels, the model was trained "
+                        f"with {wanted['channels']} ({wanted['column']})")
+    sides = [n * model.vae.config.downsampling for n in model.latent_shape[1:]]
+    if any_size:
+        for have, least in zip(images.shape[2:], sides):
+            if have < least or have % model.vae.config.downsampling:
+                raise UserError(f"a control image of {images.shape[3]}x{images.shape[2]} pixels: "
+                                f"at least {sides[1]}x{sides[0]}, in multiples of "
+                                f"{model.vae.config.downsampling}")
+    elif list(images.shape[2:]) != sides:
+        raise UserError(f"the control image has {images.shape[3]}x{images.shape[2]} pixels, this "
+                        f"model draws {sides[1]}x{sides[0]}")
 
 
 def to_device(tensors):
@@ -320,6 +471,59 @@ def read_row(model, place):
     return image, {name: v[0] for name, v in own.items()}, manifest, i
 
 
+def read_control(model, place, given):
+    """A control image and its metadata: (images (1, C, H, W) in [-1, 1], {field: [value]}).
+
+    place: an image FILE, a place in a stack as STACK.npy:INDEX, or MANIFEST.csv:ROW, whose control
+    column and metadata are taken. Else its metadata are the conditions `given`. Its biology is
+    not told, as in training.
+    """
+    settings, told = SimpleNamespace(**model.content["vae"]["settings"]), model.control
+    path, _, number = place.rpartition(":")
+    named = path if path and number.isdigit() else place
+    if named.endswith(".csv"):
+        manifest = data.read_manifest(named, model.channels)
+        if not number.isdigit() or not 2 <= int(number) <= len(manifest) + 1:
+            raise UserError(f"{place}: write MANIFEST:ROW with a row from 2 to {len(manifest) + 1}")
+        i = int(number) - 2
+        pixels = control_pixels(told["column"], manifest, data.Pixels(manifest, settings.binning))
+        image = pixels[i]
+        given = {f.name: manifest.columns.get(f.name, [""] * len(manifest))[i]
+                 for f in model.fields}
+    else:
+        array = data.read_file(named, int(number) if named != place else None)
+        axis = None if array.ndim == 2 else 0 if array.shape[0] <= array.shape[-1] else 2
+        array = array[None] if axis is None else np.moveaxis(array, axis, 0)
+        image = data.bin_pixels(array, settings.binning).astype(np.float32)
+    if len(image) == len(told["intensity"]["low"]):
+        image = data.scale_intensity(image, told["intensity"])
+    columns = {f.name: [given.get(f.name, "")] for f in model.fields if f.group != model.groups[0]}
+    control = torch.from_numpy(np.ascontiguousarray(image))[None], blank_unseen(model.fields, columns)
+    check_control(model, control, any_size=True)
+    return control
+
+
+def control_pixels(column, manifest, pixels):
+    """The images that a control column names, as data.Pixels: one file with all channels, or
+    columns a,b,... with one channel each; `negcon`: the data set's own images."""
+    if column == "negcon":
+        return pixels
+    names = tuple(column.split(","))
+    missing = [name for name in names if name not in manifest.columns]
+    if missing:
+        raise UserError(f"--control_column {column}: {manifest.path} has no column "
+                        f"{', '.join(missing)}")
+    found = data.read_manifest(manifest.path, names if len(names) > 1 else ("any",),
+                               column="image" if len(names) > 1 else column)
+    if found.sizes.keys() != manifest.sizes.keys():
+        raise UserError(f"{manifest.path}, column {column}: images of "
+                        f"{', '.join(f'{w}x{h}' for h, w in found.sizes)} pixels beside ones of "
+                        f"{', '.join(f'{w}x{h}' for h, w in manifest.sizes)}")
+    images = data.Pixels(found, pixels.binning)
+    found.channels = tuple(f"{column} {k}" for k in range(len(images[0])))
+    return images
+
+
 def changed(model, manifest, own, changes):
     """A row's own conditions with some changed. A category of the same group that occurs nowhere
     together with the new one (the plate, when the batch is changed) becomes unknown."""
@@ -359,7 +563,8 @@ def edit_row(model, args, fixed, swept, weights):
     columns = {f.name: [t[f.name] for t in targets] for f in model.fields}
     source = {name: [value] * len(targets) for name, value in own.items()}
     images = model.edit(image.repeat(len(targets), 1, 1, 1), source, columns, weights, args.form,
-                        args.steps, interval=args.interval, rescale=args.rescale)
+                        args.steps, interval=args.interval, rescale=args.rescale,
+                        strength=args.strength, seed=args.seed)
     rebuilt = model.vae.to_image(model.vae.to_latent(image.to(device()))).cpu()
     labels = ["real", "through the autoencoder"] + ["\n".join(
         f"{k}={v}" for k, v in (fixed | place).items()) or "the same" for place in values]
@@ -428,8 +633,12 @@ def main():
     images = parser.add_mutually_exclusive_group()
     images.add_argument("--edit", metavar="MANIFEST:ROW", help="the cells of this real image with "
                         "the named conditions changed (rows as in a spreadsheet: the header is 1)")
+    images.add_argument("--control", metavar="FILE", help="an image that a ControlNet follows: a "
+                        "file of any size, STACK.npy:INDEX or MANIFEST.csv:ROW")
     images.add_argument("--attribution", metavar="MANIFEST:ROW",
                         help="where in this real image biology and experiment act")
+    parser.add_argument("--strength", type=float, default=None, help="with --edit: add noise up to "
+                        "this share instead of inverting, 0 to 1")
     parser.add_argument("--out", default="runs/samples",
                         help="samples.png, .tif and .json go here (default: %(default)s)")
     args = parser.parse_intermixed_args()
@@ -440,6 +649,11 @@ def main():
     if not 0 <= args.interval[0] <= args.interval[1] <= 1 or not 0 <= args.rescale <= 1:
         raise UserError("--interval takes two noise levels from 0 to 1, the smaller first, "
                         "--rescale a share from 0 to 1")
+    if args.strength is not None and not 0 < args.strength <= 1:
+        raise UserError(f"--strength {args.strength:g}: a share of the noise, above 0 and at most 1")
+    if args.control and not model.control:
+        raise UserError(f"{args.checkpoint} has no ControlNet: train one with python train_ldm.py "
+                        "--control_column NAME, and name it with --checkpoint")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = lambda m, *_: tqdm.write(f"warning: {m}")
@@ -467,16 +681,29 @@ def generate_images(model, args, fixed, swept, weights):
         seeds, width = [args.seed + i // per_seed for i in range(len(places))], len(across[1])
     requests = [{k: v for k, v in (fixed | place).items() if k} for place in places]
     columns = {name: [r[name] for r in requests] for name in requests[0]}
-    images = model.generate(columns, seeds, weights, args.form, args.steps, args.eta, args.sampler,
-                            interval=args.interval, rescale=args.rescale)
+    options = dict(form=args.form, steps=args.steps, interval=args.interval, rescale=args.rescale)
+    control = read_control(model, args.control, fixed) if args.control else None
+    sides = [side * model.vae.config.downsampling for side in model.latent_shape[1:]]
+    if control and list(control[0].shape[2:]) != sides:
+        images = torch.cat([model.generate_large(
+            {k: [v] for k, v in request.items()}, seed, control, weights, **options)
+            for request, seed in zip(requests, seeds)])
+    else:
+        images = model.generate(columns, seeds, weights, eta=args.eta, sampler=args.sampler,
+                                control=control and repeat_control(control, len(seeds)), **options)
     rows = [list(images[i:i + width].numpy()) for i in range(0, len(images), width)]
+    labels = [f"{down[0]}={d}" for _ in range(n) for d in down[1]] if down[0] else [""] * len(rows)
+    if control:
+        image = control[0][0].numpy()
+        rows.insert(0, [image if len(image) == len(model.channels) else image[0]])
+        labels.insert(0, "control")
     write_images(args.out, images, model, args, requests, (
-        rows, [f"{down[0]}={d}" for _ in range(n) for d in down[1]] if down[0] else [],
+        rows, labels,
         [f"{across[0]}={a}" for a in across[1]] if swept else
         [f"seed {s}" for s in seeds] if n == width else [], model.pixel_um,
         "  ".join(f"{k}={v}" for k, v in fixed.items())),
         seeds=seeds, guidance=model.weights(weights), sampler=args.sampler, eta=args.eta,
-        interval=list(args.interval), rescale=args.rescale)
+        interval=list(args.interval), rescale=args.rescale, control=args.control)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ autoencoder, caches the latents, trains the U-Net and draws generated cells besi
     python train_ldm.py --overfit             # one batch: after any change, this loss must collapse
     python train_ldm.py --data plates/index.csv --vae runs/plates_vae/model.pt --out runs/plates \\
         --biology smiles dose --experiment plate:category
+    python train_ldm.py --control_column brightfield    # a ControlNet on top: runs/brightfield
 """
 import copy
 import hashlib
@@ -12,7 +13,7 @@ import json
 import os
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,12 +24,12 @@ from tqdm import tqdm
 import data
 import diffusion
 import train_vae
-from conditioning import (MOLECULE_ENCODERS, blank_unseen, draw_keep, hide_molecule_of_controls,
-                          parse_fields)
-from sample import Denoiser, Model, to_device
+from conditioning import (MOLECULE_ENCODERS, Field, blank_unseen, draw_keep,
+                          hide_molecule_of_controls, parse_fields)
+from sample import Denoiser, Model, control_pixels, to_device
 from train_vae import (UserError, autocast, device, learning_rate, load_checkpoint,
                        save_checkpoint, step_rng, views, write_log)
-from unet import SIZES, unet_config
+from unet import SIZES, ControlNet, UNetConfig, unet_config
 
 
 @dataclass
@@ -48,6 +49,12 @@ class Config:
     target: str = "velocity"              # the U-Net predicts velocity, noise or image
     zero_snr: bool = True                 # end the schedule in pure noise
     min_snr: bool = False                 # weigh the loss by min(SNR, 5)
+    # ControlNet: another image of the field, or of the plate, that the model is shown
+    control_column: str = ""              # image column (brightfield, untreated, a,b), or negcon
+    control_by: str = "plate"             # negcon: a control drawn from rows with the same value
+    control_dropout: float = 0.1          # share of samples without control (--unfreeze_decoder)
+    base: str = "runs/ldm/model.pt"       # the model to which the ControlNet is added
+    unfreeze_decoder: bool = False        # train the base's way up as well
     # training
     out: str = "runs/ldm"                 # model.pt, samples.png, curves.png, log.jsonl go here
     steps: int = 2000                     # optimiser steps
@@ -108,8 +115,9 @@ def cache_latents(vae, pixels, rows, config, intensity, views_each, folder, name
 class Latents:
     """One side of the split, ready for training: cached posteriors and encoded metadata."""
 
-    def __init__(self, cache, vae, manifest, rows, conditioner, each, balance=0.):
+    def __init__(self, cache, vae, manifest, rows, conditioner, each, balance=0., controls=None):
         self.cache, self.vae, self.rows, self.each = cache, vae, rows, each
+        self.controls = controls
         self.share = pair_shares(conditioner.fields, manifest, rows, balance)
         columns = {f.name: manifest.rows(rows, f.name) for f in conditioner.fields}
         self.codes, self.known, self.molecules = to_device(conditioner.encode(
@@ -125,6 +133,66 @@ class Latents:
 
     def conditions(self, places):
         return {name: code[places] for name, code in self.codes.items()}, self.known[places]
+
+
+class Controls:
+    """The control images of one side of the split, as a ControlNet is shown them.
+
+    Either one for each view of each row, cut and turned like it (`partners` None), or negative
+    controls of which `partners` lists, for each row, those of the same plate. Their metadata are
+    the row's own, or those of the control; its biology is not told, as it is always the same.
+    """
+
+    def __init__(self, images, manifest, rows, conditioner, each, partners=None):
+        self.images, self.each, self.partners = images, each, partners
+        hidden = conditioner.groups[:1]  # biology
+        columns = {f.name: manifest.rows(rows, f.name) if f.group not in hidden
+                   else [""] * len(rows) for f in conditioner.fields}
+        self.codes, self.known, _ = to_device(conditioner.encode(
+            blank_unseen(conditioner.fields, columns), len(rows)))
+
+    def draw(self, places, view, rng, shown=1.):
+        """What Denoiser.forward takes as `control`, for places among the rows of the side."""
+        if self.partners is not None:
+            places = np.array([rng.choice(self.partners[p]) for p in places])
+            view = rng.integers(self.each, size=len(places))
+        images = torch.from_numpy(self.images[places * self.each + view].astype(np.float32))
+        codes = {name: code[places] for name, code in self.codes.items()}
+        seen = torch.from_numpy((rng.random(len(places)) < shown).astype(np.float32))
+        images, seen = to_device((images, seen))
+        return images, codes, self.known[places], seen
+
+
+def negative_controls(manifest, fields, rows, candidates, by):
+    """(the negative controls among `candidates`, for each of `rows` the places among them of those
+    with the same value of the column `by`). No image is its own control."""
+    dose = next((f.name for f in fields if f.kind == "log"), None)
+    if dose is None or by not in manifest.columns:
+        lack = f"{manifest.path} has no column {by}" if dose else "the base is told no dose"
+        raise UserError(f"--control_column negcon finds no negative controls: {lack}")
+    chosen = [i for i in candidates if manifest.columns[dose][i] != ""
+              and float(manifest.columns[dose][i]) == 0]
+    places = {}
+    for k, i in enumerate(chosen):
+        places.setdefault(manifest.columns[by][i], []).append(k)
+    partners = [[k for k in places.get(manifest.columns[by][i], ()) if chosen[k] != i]
+                for i in rows]
+    alone = sorted({manifest.columns[by][i] for i, found in zip(rows, partners) if not found})
+    if alone:
+        raise UserError(f"--control_column negcon: {by} {', '.join(alone[:5])} has no negative "
+                        "control (dose 0) to show")
+    return np.array(chosen), partners
+
+
+def open_controls(p, rows, candidates, each, by):
+    """The Controls of one side, rows of the manifest; negcon chooses among `candidates`."""
+    told, partners, conditioner = p.constant["controlnet"], None, p.denoiser.conditioner
+    if told["column"] == "negcon":
+        rows, partners = negative_controls(p.manifest, conditioner.fields, rows, candidates, by)
+    parts = tqdm(cached_views(p.control_pixels, rows, p.settings, told["intensity"], each),
+                 desc="control images", total=-(-len(rows) * each // 64))
+    images = np.concatenate([x.numpy().astype(np.float16) for x in parts])
+    return Controls(images, p.manifest, rows, conditioner, each, partners)
 
 
 def pair_shares(fields, manifest, rows, balance):
@@ -160,19 +228,24 @@ def ema_update(average, model, decay, step):
 
 
 def training_batch(latents, config, schedule, fields, step):
-    """All that one step draws, from its number: latents, noise, timesteps and what is shown."""
+    """All that one step draws, from its number: latents, noise, timesteps, what is shown, and the
+    control images (None without a ControlNet)."""
     rng, noise_rng = step_rng(config.seed, 0 if config.overfit else step)
     torch.manual_seed(noise_rng.initial_seed())  # for a molecule encoder that draws as well
     places = rng.choice(len(latents.rows), config.batch, p=latents.share)
-    z0 = latents.draw(places, rng.integers(latents.each, size=config.batch), noise_rng)
+    view = rng.integers(latents.each, size=config.batch)
+    z0 = latents.draw(places, view, noise_rng)
+    # without control a frozen base is what it was: nothing to learn there
+    shown = 1 - config.control_dropout if config.unfreeze_decoder else 1.
+    control = latents.controls and latents.controls.draw(places, view, rng, shown)
     eps = torch.randn(z0.shape, generator=noise_rng).to(z0)
     t = torch.randint(schedule.T, (len(z0),), generator=noise_rng).to(z0.device)
     codes, known = latents.conditions(places)
     keep = known & draw_keep(fields, len(z0), noise_rng).to(known.device)
     if config.overfit:
-        return z0, eps, t, codes, known
+        return z0, eps, t, codes, known, control
     return z0, eps, t, hide_molecule_of_controls(fields, codes, keep, latents.molecules,
-                                                 noise_rng), keep
+                                                 noise_rng), keep, control
 
 
 @torch.no_grad()
@@ -182,6 +255,7 @@ def heldout_predictions(denoiser, latents, schedule, count=512, shuffled=()):
     rng, noise_rng = step_rng(12345, 0)
     places = np.resize(rng.permutation(len(latents.rows)), count)  # from all plates
     z0 = latents.draw(places, 0, noise_rng)
+    control = latents.controls and latents.controls.draw(places, 0, rng)
     eps = torch.randn(z0.shape, generator=noise_rng).to(z0)
     t = (torch.arange(count) * 7919 % count * schedule.T // count).to(z0.device)
     codes, known = latents.conditions(places)
@@ -193,9 +267,18 @@ def heldout_predictions(denoiser, latents, schedule, count=512, shuffled=()):
     for part in torch.arange(count, device=z0.device).split(64):
         with autocast():
             predictions.append(denoiser(
-                schedule.add_noise(z0[part], eps[part], t[part]), t[part],
-                {k: v[part] for k, v in codes.items()}, known[part], latents.molecules))
+                schedule.add_noise(z0[part], eps[part], t[part]), t[part], take(codes, part),
+                known[part], latents.molecules, control and take(control, part)))
     return torch.cat(predictions), schedule.target_of(z0, eps, t), t
+
+
+def take(tensors, part):
+    """The rows `part` of every tensor in a tuple or a dict, however nested."""
+    if torch.is_tensor(tensors):
+        return tensors[part]
+    if isinstance(tensors, dict):
+        return {name: take(x, part) for name, x in tensors.items()}
+    return tuple(take(x, part) for x in tensors)
 
 
 def heldout_loss(denoiser, latents, schedule):
@@ -261,8 +344,10 @@ def group_examples(fields, manifest, rows, count=6):
     return examples
 
 
-def draw_samples(path, model, manifest, pixels, rows, settings, count=8):
-    """Held-out images, highest doses first and no molecule twice, and generated ones beneath."""
+def draw_samples(path, model, p, count=8):
+    """Held-out images, highest doses first and no molecule twice, and generated ones beneath;
+    with a ControlNet the images that it is shown above. p: as from prepare."""
+    manifest, rows = p.manifest, p.held_rows
     dose = next((f.name for f in model.fields if f.kind == "log"), None)
     molecule = next((f.name for f in model.fields if f.kind == "molecule"), None)
     order = np.random.default_rng(0).permutation(rows)
@@ -271,12 +356,33 @@ def draw_samples(path, model, manifest, pixels, rows, settings, count=8):
     first = {manifest.columns[molecule][i] if molecule else i: i for i in reversed(order)}
     chosen = sorted(order, key=lambda i: i not in first.values())[:count]
     columns = {f.name: manifest.rows(chosen, f.name) for f in model.fields}
-    real = views(pixels, chosen, settings, model.intensity)
-    fake = model.generate(columns, range(len(chosen)))
+    real = views(p.pixels, chosen, p.settings, model.intensity)
+    control = control_of(model, manifest, p.pixels, p.settings, chosen,
+                         np.concatenate([p.train_rows, rows]))
+    fake = model.generate(columns, range(len(chosen)), control=control)
     labels = ["\n".join(columns[f.name][k][:18] for f in model.fields[:3])
               for k in range(len(chosen))]
-    data.picture(path, [list(real.numpy()), list(fake.numpy())], model.channels,
-                 ["real", "generated"], labels, model.pixel_um)
+    shown = [list(control[0].numpy() if len(control[0][0]) == len(model.channels)
+                  else control[0][:, 0].numpy())] if control else []
+    data.picture(path, shown + [list(real.numpy()), list(fake.numpy())], model.channels,
+                 ["control"] * len(shown) + ["real", "generated"], labels, model.pixel_um)
+
+
+def control_of(model, manifest, pixels, settings, chosen, candidates, seed=0):
+    """Control images and their metadata for rows of a manifest, as Model.generate takes them; None
+    without a ControlNet. negcon: of the same plate, drawn from `candidates`."""
+    if not model.control:
+        return None
+    told, rows = model.control, np.asarray(chosen)
+    if told["column"] == "negcon":
+        found, partners = negative_controls(manifest, model.fields, rows, candidates, told["by"])
+        rng = np.random.default_rng(seed)
+        rows = np.array([found[rng.choice(p)] for p in partners])
+    images = views(control_pixels(told["column"], manifest, pixels), rows, settings,
+                   told["intensity"])
+    columns = {f.name: manifest.rows(rows, f.name) for f in model.fields
+               if f.group != model.groups[0]}
+    return images, blank_unseen(model.fields, columns)
 
 
 def draw_curves(folder):
@@ -330,6 +436,45 @@ def open_vae(config):
     return vae, content
 
 
+def on_top_of_base(config):
+    """The config of a ControlNet: data, fields and model are those of its base."""
+    base = load_checkpoint(config.base, "ldm", "run python train_ldm.py first, or name it with "
+                           "--base")
+    if base.get("controlnet"):
+        raise UserError(f"{config.base} has a ControlNet already: --base takes a plain model")
+    told = {k: v for k, v in base["settings"].items() if k in (
+        "vae", "biology", "experiment", "molecule_encoder", "fingerprint_bits", "size",
+        "fingerprint_radius", "molecule_table", "schedule", "target", "zero_snr")}
+    told |= {"data": base["settings"]["data"]} if config.data == Config.data else {}
+    if config.out == Config.out:
+        told["out"] = f"runs/{config.control_column.replace(',', '_')}"
+    return replace(config, **{k: tuple(v) if isinstance(v, list) else v for k, v in told.items()})
+
+
+def add_controlnet(p, config):
+    """Turn the prepared base into a ControlNet on a frozen base; describe it in the checkpoint."""
+    base = load_checkpoint(config.base, "ldm", "run python train_ldm.py first")
+    p.control_pixels = control_pixels(config.control_column, p.manifest, p.pixels)
+    same = config.control_column == "negcon"
+    intensity = base["vae"]["intensity"] if same else data.fit_intensity(
+        "percentile", p.control_pixels, p.train_rows)
+    p.constant |= {k: base[k] for k in ("fields", "control", "examples", "molecule_settings")}
+    p.constant["controlnet"] = {
+        "column": config.control_column, "channels": len(p.control_pixels[0]), "by":
+        config.control_by, "shrink": p.settings.downsampling, "intensity": intensity}
+    p.fields = [Field(**f) for f in base["fields"]]
+    unet = UNetConfig(**base["unet"])
+    p.denoiser = Denoiser(unet, p.fields, base["molecule_encoder"], base["molecule_settings"])
+    p.denoiser.load_state_dict(base["ema"])
+    p.denoiser.requires_grad_(False)
+    torch.manual_seed(config.seed)
+    p.denoiser.controlnet = ControlNet(p.denoiser.unet, *(p.constant["controlnet"][k] for k in (
+        "channels", "shrink")))
+    for part in (p.denoiser.unet.up, p.denoiser.unet.out):
+        part.requires_grad_(config.unfreeze_decoder)
+    p.denoiser.to(device())
+
+
 def prepare(config):
     """Everything up to the first step: data, autoencoder, fields, networks, latents."""
     vae, vae_content = open_vae(config)
@@ -359,18 +504,25 @@ def prepare(config):
         control=negative_control(fields, manifest, train_rows),
         examples=group_examples(fields, manifest, train_rows), settings=asdict(config),
         vae={k: vae_content[k] for k in ("config", "weights", "intensity", "settings")})
-    prepared = SimpleNamespace(manifest=manifest, pixels=pixels, held_rows=held_rows, fields=fields,
-                               settings=settings, denoiser=denoiser, constant=constant, sides={},
-                               schedule=diffusion.Schedule(**schedule))
+    p = SimpleNamespace(manifest=manifest, pixels=pixels, train_rows=train_rows,
+                        held_rows=held_rows, fields=fields, settings=settings, denoiser=denoiser,
+                        constant=constant, sides={}, schedule=diffusion.Schedule(**schedule))
+    if config.control_column:
+        add_controlnet(p, config)
     if config.resume:
         check_resume(config, constant)
     Path(config.out).mkdir(parents=True, exist_ok=True)
-    for name, rows, each in (("training", train_rows, config.views), ("held-out", held_rows, 1)):
+    # where a plate is absent from training its negative controls are held-out rows
+    both = np.concatenate([train_rows, held_rows])
+    for name, rows, each, candidates in (("training", train_rows, config.views, train_rows),
+                                         ("held-out", held_rows, 1, both)):
         cache = cache_latents(vae, pixels, rows, settings, vae_content["intensity"], each,
                               Path(config.vae).parent, name)
-        prepared.sides[name] = Latents(cache, vae, manifest, rows, denoiser.conditioner, each,
-                                       config.balance)
-    return prepared
+        controls = open_controls(p, rows, candidates, each, config.control_by) \
+            if config.control_column else None
+        p.sides[name] = Latents(cache, vae, manifest, rows, p.denoiser.conditioner, each,
+                                config.balance, controls)
+    return p
 
 
 def changed_settings(config, content):
@@ -434,16 +586,18 @@ def print_shares(fields):
 def train(config=Config()):
     """Train a latent diffusion model and write `out`/model.pt. Returns its path."""
     check(config)
+    config = on_top_of_base(config) if config.control_column else config
     out = Path(config.out)
     if already_trained(config):
         return farewell(out)
     p = prepare(config)
     denoiser, schedule, latents, held = p.denoiser, p.schedule, *p.sides.values()
     average = copy.deepcopy(denoiser).eval().requires_grad_(False)
-    optimiser = torch.optim.AdamW(denoiser.parameters(), lr=config.lr, betas=(.9, .99),
-                                  fused=True)
-    count = sum(w.numel() for w in denoiser.unet.parameters()) / 1e6
-    print(f"U-Net {config.size}: {count:.2f} M parameters, latents "
+    learned = [w for w in denoiser.parameters() if w.requires_grad]
+    optimiser = torch.optim.AdamW(learned, lr=config.lr, betas=(.9, .99), fused=True)
+    count = sum(w.numel() for w in learned) / 1e6
+    print(f"{'ControlNet' if config.control_column else 'U-Net'} {config.size}: {count:.2f} M "
+          f"parameters to train, latents "
           f"{tuple(latents.cache.shape[2:])}, {len(latents.rows)} images x {config.views} views, "
           f"{len(held.rows)} held out")
     print_shares(p.fields)
@@ -463,10 +617,10 @@ def train(config=Config()):
                      initial=first, total=config.steps, mininterval=1):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, config.steps, config.lr)
-        z0, eps, t, codes, keep = training_batch(latents, config, schedule, p.fields, step)
+        z0, eps, t, codes, keep, control = training_batch(latents, config, schedule, p.fields, step)
         with autocast():
             loss = diffusion.diffusion_loss(
-                schedule, lambda z, t: denoiser(z, t, codes, keep, latents.molecules),
+                schedule, lambda z, t: denoiser(z, t, codes, keep, latents.molecules, control),
                 z0, eps, t, config.min_snr).mean()
         if not torch.isfinite(loss):
             raise UserError(f"the loss is {loss.item()} at step {step}: training stopped, "
@@ -500,18 +654,20 @@ def train(config=Config()):
         warn_of_unused(field_gaps(average, held, schedule, 256))
     draw_curves(out)
     model = Model.load(out / "model.pt")
-    draw_samples(out / "samples.png", model, p.manifest, p.pixels, p.held_rows, p.settings)
+    draw_samples(out / "samples.png", model, p)
     return farewell(out)
 
 
 def farewell(out):
     """Say what can be done now; returns the checkpoint's path."""
     content = load_checkpoint(out / "model.pt", "ldm", "train again")
+    control = content.get("controlnet")
+    asked = f"--control {content['settings']['data']}:2 " if control else ""
     example = " ".join(f"'{f['name']}={content['examples'][f['group']][0][f['name']]}'"
                        for f in content["fields"][:3])
     print(f"{out} has model.pt, samples.png (real above generated) and curves.png. Now try\n"
-          f"  python sample.py --checkpoint {out}/model.pt {example} -n 8\n"
-          f"  python evaluate.py quality --checkpoint {out}/model.pt")
+          f"  python sample.py --checkpoint {out}/model.pt {asked}{example} -n 8\n"
+          f"  python evaluate.py {'control' if control else 'quality'} --checkpoint {out}/model.pt")
     return out / "model.pt"
 
 

@@ -2,11 +2,12 @@
 vector and molecule tokens (Ho et al. 2020; Dhariwal & Nichol 2021, arXiv:2105.05233).
 
 Split in `encode`, which returns the skips, and `decode`, which takes residuals to add to them:
-that seam is where a ControlNet enters.
+that seam is where the ControlNet (Zhang et al. 2023, arXiv:2302.05543) enters.
 
     python unet.py      # sizes, parameters and the shapes through the default network
 """
 import argparse
+import copy
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -157,22 +158,18 @@ class UNet(nn.Module):
         """Every residual branch starts at zero, and so does the output: the first loss is 1.00."""
         for module in self.modules():
             if isinstance(module, ResidualBlock):
-                nn.init.zeros_(module.conv2.weight)
-                nn.init.zeros_(module.conv2.bias)
+                zero(module.conv2)
             if isinstance(module, Attention):
-                for linear in (module.out1, module.out2):
-                    nn.init.zeros_(linear.weight)
-                    nn.init.zeros_(linear.bias)
-        nn.init.zeros_(self.out[2].weight)
-        nn.init.zeros_(self.out[2].bias)
+                zero(module.out1), zero(module.out2)
+        zero(self.out[2])
 
     def embed(self, t, vector):
         return self.time(sinusoid(t)) + vector                           # (B, E)
 
-    def encode(self, z, emb, tokens, mask):
-        """The way down: (h, skips)."""
+    def encode(self, z, emb, tokens, mask, hint=0.):
+        """The way down: (h, skips). hint: what a ControlNet adds behind the stem."""
         assert z.shape[1] == self.config.latent_channels, tuple(z.shape)
-        h = self.stem(z)                                          # (B, width, h/fold, w/fold)
+        h = self.stem(z) + hint                                   # (B, width, h/fold, w/fold)
         skips = [h]
         for layer in self.down:
             h = layer(h, emb, tokens, mask) if isinstance(layer, Stage) else layer(h)
@@ -198,6 +195,65 @@ class UNet(nn.Module):
         emb = self.embed(t, vector)
         h, skips = self.encode(z, emb, tokens, mask)
         return self.decode(h, skips, emb, tokens, mask, residuals).float()
+
+
+def zero(module):
+    """The same layer, saying nothing until it is trained."""
+    nn.init.zeros_(module.weight)
+    nn.init.zeros_(module.bias)
+    return module
+
+
+class HintStem(nn.Module):
+    """An image (B, C, H, W) of any number of channels to (B, width, H/shrink, W/shrink): strided
+    convolutions, twice the channels at half the side, and a zero convolution at the end."""
+
+    def __init__(self, channels, width, shrink):
+        super().__init__()
+        layers, w = [nn.Conv2d(channels, 16, 3, padding=1), nn.SiLU()], 16
+        for _ in range(shrink.bit_length() - 1):
+            layers += [nn.Conv2d(w, min(2 * w, width), 3, stride=2, padding=1), nn.SiLU()]
+            w = min(2 * w, width)
+        self.layers = nn.Sequential(*layers, nn.Conv2d(w, w, 3, padding=1), nn.SiLU())
+        self.out = zero(nn.Conv2d(w, width, 1))
+
+    def forward(self, image):
+        return self.out(self.layers(image))
+
+
+class ControlNet(nn.Module):
+    """A trainable copy of a U-Net's way down that looks at another image of the field of view.
+
+    It returns the residuals that `UNet.decode` adds to the skips and to the middle, each through
+    a zero convolution: at step 0 they are exactly 0 and the U-Net draws what it always drew. In
+    the first step only the zero convolutions learn (their input is not 0, their output is); from
+    the second on all of it does.
+
+    unet: the trained U-Net to copy. channels: of the control image. shrink: its side over that
+    of the latent. The control's own metadata (which plate, which well) arrive as a second vector,
+    through a zero layer of its own, as DiffusionSat's ControlNet is told of each of its images.
+    """
+
+    def __init__(self, unet, channels, shrink):
+        super().__init__()
+        c = unet.config
+        self.channels, self.shrink = channels, shrink
+        self.copy = copy.deepcopy(unet).requires_grad_(True)
+        del self.copy.up, self.copy.out
+        self.hint = HintStem(channels, c.width, shrink * c.fold)
+        self.metadata = zero(nn.Linear(c.embedding, c.embedding))
+        widths = [c.width * m for m in c.multipliers]
+        skips = [widths[0]] + [w for i, w in enumerate(widths)
+                               for _ in range(c.blocks + (i + 1 < len(widths)))]
+        self.zeros = nn.ModuleList(zero(nn.Conv2d(w, w, 1)) for w in [*skips, widths[-1]])
+
+    def forward(self, z, t, vector, tokens, mask, control, control_vector):
+        """As UNet.forward, with control (B, C, H, W) in [-1, 1] and control_vector (B, E).
+        Returns residuals, one for each skip and one for the middle."""
+        assert control.shape[1] == self.channels, tuple(control.shape)
+        emb = self.copy.embed(t, vector + self.metadata(control_vector))
+        h, skips = self.copy.encode(z, emb, tokens, mask, self.hint(control))
+        return [layer(x) for layer, x in zip(self.zeros, [*skips, h], strict=True)]
 
 
 def unet_config(size, latent_channels):

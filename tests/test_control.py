@@ -1,0 +1,265 @@
+"""The ControlNet: silent at first, then heard; its images are cut like their targets; tiles join."""
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+import data
+import diffusion
+import sample
+import train_ldm
+from conftest import randomise
+from test_unet import CONFIG, inputs
+from unet import ControlNet, UNet
+
+
+# --- the network ----------------------------------------------------------------------------------
+
+def controlled(unet, net, control, told, **given):
+    return unet(**given, residuals=net(**given, control=control, control_vector=told))
+
+
+@pytest.fixture
+def pair():
+    unet = randomise(UNet(CONFIG))
+    return unet, ControlNet(unet, 3, 4), torch.randn(2, 3, 64, 64), torch.randn(2, CONFIG.embedding)
+
+
+def test_at_step_0_the_output_is_that_of_the_base_to_the_bit(pair):
+    unet, net, control, told = pair
+    assert torch.equal(controlled(unet, net, control, told, **inputs()), unet(**inputs()))
+
+
+def test_which_parameters_learn_in_the_first_and_in_the_second_step(pair):
+    """First only the zero convolutions (and not the hint's, behind them); then everything."""
+    unet, net, control, told = pair
+    unet.requires_grad_(False)
+    learning = []
+    optimiser = torch.optim.SGD(net.parameters(), lr=.1)
+    for _ in range(3):
+        optimiser.zero_grad()
+        controlled(unet, net, control, told, **inputs()).square().mean().backward()
+        learning.append({name for name, p in net.named_parameters()
+                         if p.grad is not None and p.grad.abs().sum() > 0})
+        optimiser.step()
+    assert learning[0] == {n for n, _ in net.named_parameters() if n.startswith("zeros.")}
+    assert {"hint.out.weight", "metadata.weight", "copy.stem.1.weight"} <= learning[1]
+    assert "hint.layers.0.weight" not in learning[1]  # behind the hint's own zero convolution
+    assert learning[2] == {name for name, _ in net.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["control", "told"])
+def test_control_and_its_metadata_change_the_output(pair, name):
+    unet, net, control, told = pair
+    randomise(net, seed=1)
+    changed = dict(control=control, told=told)
+    changed[name] = changed[name] + 1
+    before = controlled(unet, net, control, told, **inputs())
+    assert (controlled(unet, net, **changed, **inputs()) - before).abs().max() > 1e-3
+
+
+def test_every_residual_is_used(pair):
+    unet, net, control, told = pair
+    before = unet(**inputs())
+    for k, layer in enumerate(net.zeros):
+        torch.nn.init.ones_(layer.weight)
+        assert (controlled(unet, net, control, told, **inputs()) - before).abs().max() > 1e-3, k
+        torch.nn.init.zeros_(layer.weight)
+
+
+# --- training -------------------------------------------------------------------------------------
+
+def config_of(ldm_path, out, column, **changes):
+    return train_ldm.Config(base=str(ldm_path), control_column=column, out=str(out), steps=3,
+                            eval_every=3, batch=8, views=2, **changes)
+
+
+@pytest.fixture(scope="module", params=["brightfield", "untreated", "negcon"])
+def control_path(request, ldm_path, tmp_path_factory):
+    return train_ldm.train(config_of(ldm_path, tmp_path_factory.mktemp("control"), request.param))
+
+
+def test_control_images_are_cut_and_turned_like_their_targets(ldm_path, screen, tmp_path):
+    """The control `image` is the target itself: every view must be the same."""
+    p = train_ldm.prepare(train_ldm.on_top_of_base(config_of(ldm_path, tmp_path, "untreated")))
+    latents, same = p.sides["training"], data.Pixels(p.manifest)
+    images = list(train_ldm.cached_views(same, latents.rows[:40], p.settings,
+                                         p.constant["vae"]["intensity"], 2))
+    again = list(train_ldm.cached_views(p.control_pixels, latents.rows[:40], p.settings,
+                                        p.constant["vae"]["intensity"], 2))
+    untreated = [i for i in range(80)
+                 if p.manifest.columns["dose"][latents.rows[i // 2]] in ("0", "0.0")]
+    assert untreated
+    for i in untreated:
+        assert_close(images[i // 64][i % 64], again[i // 64][i % 64])
+
+
+def test_a_negative_control_comes_from_the_same_plate_and_is_not_the_image_itself(screen, ldm_path):
+    manifest = data.read_manifest(screen)
+    model = sample.Model.load(ldm_path)
+    rows = np.arange(len(manifest))
+    chosen, partners = train_ldm.negative_controls(manifest, model.fields, rows, rows, "plate")
+    assert {float(manifest.columns["dose"][i]) for i in chosen} == {0.}
+    for i in rows[::37]:
+        assert partners[i] and all(
+            manifest.columns["plate"][chosen[k]] == manifest.columns["plate"][i]
+            and chosen[k] != i for k in partners[i])
+
+
+def test_the_base_stays_as_it_was(control_path, ldm_path):
+    before, after = (sample.Model.load(path) for path in (ldm_path, control_path))
+    for name, weight in before.denoiser.state_dict().items():
+        assert torch.equal(weight, after.denoiser.state_dict()[name]), name
+    assert any(p.abs().sum() > 0 for p in after.denoiser.controlnet.zeros.parameters())
+
+
+def test_training_hears_the_control(ldm_path, tmp_path):
+    """A hint that gives the answer away lowers the loss of one batch below that of the base."""
+    config = config_of(ldm_path, tmp_path, "brightfield")
+    p = train_ldm.prepare(train_ldm.on_top_of_base(config))
+    schedule, latents = p.schedule, p.sides["training"]
+    z0, eps, t, codes, keep, control = train_ldm.training_batch(latents, config, schedule, p.fields,
+                                                                0)
+    randomise(p.denoiser, seed=3)
+
+    def out(control):
+        return p.denoiser(schedule.add_noise(z0, eps, t), t, codes, keep, latents.molecules,
+                          control)
+    images, *rest, shown = control
+    assert (out(control) - out((images + 1, *rest, shown))).abs().max() > 1e-3
+    assert torch.equal(out((images, *rest, 0 * shown)), out(None))
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+@pytest.fixture
+def model(control_path):
+    model = sample.Model.load(control_path)
+    randomise(model.denoiser, seed=2)
+    return model
+
+
+def control_for(model, n=2):
+    size = [side * model.vae.config.downsampling for side in model.latent_shape[1:]]
+    torch.manual_seed(0)
+    return torch.rand(n, model.control["channels"], *size) * 2 - 1, {"batch": ["B1"] * n}
+
+
+def test_the_control_group_has_a_weight_of_its_own(model):
+    control, columns = control_for(model), {"dose": ["1", "3"], "batch": ["B1", "B2"]}
+    z, t = torch.randn(2, *model.latent_shape), torch.tensor([500, 500])
+
+    def v(given, with_control):
+        return model.plain(given, 2, control if with_control else None)(z, t)
+    experiment = {"batch": columns["batch"]}
+    weights = dict(biology=2., control=3., experiment=1.5)
+    expected = (v({}, False) + 1.5 * (v(experiment, False) - v({}, False))
+                + 3 * (v(experiment, True) - v(experiment, False))
+                + 2 * (v(columns, True) - v(experiment, True)))
+    guided = model.guided(columns, 2, weights, control=control)
+    assert_close(guided(z, t), expected, atol=1e-3, rtol=1e-3)
+    ignored = model.guided(columns, 2, weights | {"control": 0., "biology": 0.}, control=control)
+    plain = model.guided(columns, 2, dict(experiment=1.5, biology=0.))
+    assert_close(ignored(z, t), plain(z, t), atol=1e-4, rtol=1e-4)
+
+
+def test_images_follow_their_own_control_in_any_batch(model):
+    control = control_for(model, 3)
+    options = dict(steps=2, progress=False)
+    many = model.generate({"dose": ["1"] * 3}, [5, 5, 5], control=control, **options)
+    assert (many[0] - many[1]).abs().max() > 1e-3
+    one = model.generate({"dose": ["1"]}, [5], control=sample.slice_control(control, 2, 3),
+                         **options)
+    assert_close(one[0], many[2], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("length, window, overlap", [(8, 8, .5), (20, 8, .5), (33, 8, .25),
+                                                     (270, 16, .5)])
+def test_windows_cover_and_overlap(length, window, overlap):
+    starts = sample.windows(length, window, overlap)
+    assert starts[0] == 0 and starts[-1] == length - window and starts == sorted(set(starts))
+    steps = np.diff(starts)
+    assert len(starts) == 1 or steps.max() <= window * (1 - overlap) + .5
+
+
+def test_a_large_image_of_one_window_is_the_small_image(model):
+    control = control_for(model, 1)
+    columns = {"dose": ["1"], "batch": ["B1"]}
+    small = model.generate(columns, [4], steps=3, control=control, progress=False)
+    large = model.generate_large(columns, 4, control, steps=3)
+    assert_close(small, large, atol=1e-4, rtol=1e-4)
+
+
+def test_windows_join_without_seams(model, monkeypatch):
+    """With a network that sees each pixel alone, tiles must give what the whole field gives."""
+    images, columns = control_for(model, 1)
+    wide = torch.cat([images, images.flip(3), images], 3)[..., :-8]
+
+    def guided(columns, n, *rest, control=None, **options):
+        small = torch.nn.functional.avg_pool2d(control[0][:, :1], 4)
+        return lambda z, t: .3 * z + small
+    monkeypatch.setattr(model, "guided", guided)
+    monkeypatch.setattr(model.vae, "to_image", lambda z: torch.nn.functional.interpolate(
+        z.mean(1, keepdim=True).expand(-1, len(model.channels), -1, -1), scale_factor=4))
+    tiled = model.generate_large({"dose": ["1"]}, 0, (wide, columns), steps=4)
+    shape = (model.latent_shape[0], *(n // 4 for n in wide.shape[2:]))
+    z = diffusion.sample(guided({}, 1, control=(wide, {})), model.schedule, [0], shape, 4)
+    assert_close(tiled, model.vae.to_image(z), atol=1e-4, rtol=1e-4)
+
+
+def test_control_on_the_command_line(control_path, screen, cli, tmp_path):
+    out = tmp_path / "out"
+    status, said, error = cli(sample, "--checkpoint", control_path, "--control", f"{screen}:9",
+                              "--grid", "dose=0,3", "batch=B1,B2", "--steps", 2, "--out", out)
+    assert status == 0, error
+    assert (out / "samples.png").exists() and (out / "samples.tif").exists()
+    column = sample.Model.load(control_path).control["column"]
+    file = screen.parent / ("image.npy" if column == "negcon" else f"{column}.npy")
+    status, said, error = cli(sample, "--checkpoint", control_path, "--control", f"{file}:7",
+                              "dose=1", "-n", 2, "--steps", 2, "--out", out)
+    assert status == 0, error
+
+
+def test_a_large_control_is_drawn_in_tiles(control_path, cli, tmp_path):
+    channels = sample.Model.load(control_path).control["channels"]
+    field = np.random.default_rng(0).integers(0, 255, (channels, 48, 72), np.uint8)
+    np.save(tmp_path / "field.npy", field)
+    status, said, error = cli(sample, "--checkpoint", control_path, "--control",
+                              tmp_path / "field.npy", "dose=1", "-n", 1, "--steps", 2, "--out",
+                              tmp_path)
+    assert status == 0, error
+    import tifffile
+    assert tifffile.imread(tmp_path / "samples.tif").shape[-2:] == (48, 72)
+
+
+def test_refusals(control_path, ldm_path, screen, tmp_path, refused):
+    channels = sample.Model.load(control_path).control["channels"]
+    np.save(tmp_path / "two.npy", np.zeros((2, 32, 32), np.uint8))
+    np.save(tmp_path / "small.npy", np.zeros((channels, 16, 16), np.uint8))
+
+    def no(*words, says, checkpoint=control_path):
+        assert len(refused(sample, "--checkpoint", checkpoint, *words, "--out", tmp_path / "out",
+                           says=says)) == 1
+    no("--control", tmp_path / "two.npy", says=["2 channels", f"trained with {channels}"])
+    no("--control", tmp_path / "small.npy", says=["16x16", "at least 32x32"])
+    no("--control", tmp_path / "none.npy", says=["none.npy"])
+    no("--control", f"{screen}:1", says=["MANIFEST:ROW"])
+    no("--control", f"{screen}:9", checkpoint=ldm_path, says=["no ControlNet"])
+    no("dose=1", "--guidance", "control=2", checkpoint=ldm_path, says=["no group control"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_refusals(ldm_path, control_path, screen, tmp_path, refused):
+    def no(*words, says):
+        assert len(refused(train_ldm, "--out", tmp_path / "out", *words, says=says)) == 1
+    no("--base", ldm_path, "--control_column", "phase", says=["no column phase"])
+    no("--base", tmp_path / "none.pt", "--control_column", "brightfield", says=["none.pt"])
+    no("--base", control_path, "--control_column", "brightfield", says=["has a ControlNet already"])
+    rows = [dict(zip(("image", "index", "smiles", "dose", "batch", "plate", "row", "column",
+                      "split"), (screen.parent / "image.npy", i, "CCO", 1 + i % 2, "B1", "P01", 1,
+                                 1, "val" if i == 5 else "train"))) for i in range(12)]
+    data.write_manifest(tmp_path / "m.csv", rows)
+    no("--base", ldm_path, "--control_column", "negcon", "--data", tmp_path / "m.csv",
+       says=["P01 has no negative control"])
+    assert not (tmp_path / "out" / "model.pt").exists()
