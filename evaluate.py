@@ -5,6 +5,7 @@ its ceiling, and is written as JSON and as a figure.
     python evaluate.py quality --checkpoint runs/plates/model.pt --by compound plate
     python evaluate.py disentangle               # how much is biology, how much experiment?
     python evaluate.py conditions                # is every field used?
+    python evaluate.py control --checkpoint runs/brightfield/model.pt   # these very cells?
 """
 import argparse
 import copy
@@ -12,6 +13,8 @@ import hashlib
 import inspect
 import itertools
 import json
+import math
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +26,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
+import sample
 import train_ldm
 import train_vae
 from conditioning import MOLECULE_ENCODERS, blank_unseen, check_values, parse_number
@@ -31,6 +35,7 @@ from sample import STEPS, Model
 from train_ldm import cached_views
 from train_vae import (UserError, autocast, device, learning_rate, load_checkpoint, open_data,
                        reconstruct, run, save_checkpoint, step_rng, views, write_log)
+from unet import UNet, UNetConfig
 
 NUCLEUS_RADIUS = 4.5  # pixels; what the segmentation looks for
 
@@ -39,9 +44,9 @@ NUCLEUS_RADIUS = 4.5  # pixels; what the segmentation looks for
 # 1. Morphological features, in torch, in batches
 # ------------------------------------------------------------------------------------------------
 
-def gaussian_blur(x, sigma):
+def gaussian_blur(x, sigma, radius=None):
     """Separable Gaussian blur of (B, C, H, W), mirrored borders."""
-    radius = max(1, round(3 * sigma))
+    radius = radius or max(1, round(3 * sigma))
     tap = torch.exp(-torch.arange(-radius, radius + 1, device=x.device) ** 2 / (2 * sigma ** 2))
     tap = (tap / tap.sum()).to(x)
     c = x.shape[1]
@@ -1641,6 +1646,319 @@ def print_encoders(lines, out):
     print(f"wrote {out}/encoders.jsonl and encoders.png")
 
 
+# ------------------------------------------------------------------------------------------------
+# 7. control: does a ControlNet draw *these* cells?
+# ------------------------------------------------------------------------------------------------
+
+def pearson(x, y):
+    """Correlation of the pixels of each image and channel: (N, C) of two (N, C, H, W)."""
+    x, y = (v.flatten(2) - v.flatten(2).mean(2, keepdim=True) for v in (x, y))
+    return (x * y).sum(2) / (x.norm(dim=2) * y.norm(dim=2)).clamp(min=1e-6)
+
+
+def structural_similarity(x, y, sigma=1.5):
+    """SSIM (N, C) of images on [0, 1] (Wang et al. 2004, Eq. 13), Gaussian windows of 11 pixels,
+    constants 0.01^2 and 0.03^2; windows that the border cuts are left out."""
+    def local(v):
+        return gaussian_blur(v, sigma, 5)[..., 5:-5, 5:-5]
+    x, y = x.double(), y.double()  # variances are differences of nearly equal numbers
+    mx, my = local(x), local(y)
+    xx, yy, xy = local(x * x) - mx ** 2, local(y * y) - my ** 2, local(x * y) - mx * my
+    similar = ((2 * mx * my + 1e-4) * (2 * xy + 9e-4)
+               / ((mx ** 2 + my ** 2 + 1e-4) * (xx + yy + 9e-4)))
+    return similar.mean((2, 3)).float()
+
+
+def power_spectrum(x):
+    """Mean log power by spatial frequency, (C, F) from the coarsest to the finest, of images
+    (N, C, H, W): the squared Fourier transform, averaged over rings one frequency wide."""
+    h, w = x.shape[2:]
+    power = torch.fft.rfft2(x - x.mean((2, 3), keepdim=True)).abs().square().mean(0) / (h * w)
+    fy, fx = torch.fft.fftfreq(h)[:, None] * h, torch.fft.rfftfreq(w)[None] * w
+    ring = (fy ** 2 + fx ** 2).sqrt().round().long()
+    rings = range(1, min(h, w) // 2)
+    return torch.stack([power[:, ring == k].mean(1) for k in rings], 1).add(1e-8).log()
+
+
+def paired_scores(images, real, channels, standardise, others, radius=NUCLEUS_RADIUS):
+    """How near images (N, C, H, W) in [-1, 1] come to the true ones of the same cells: per channel
+    L1, PSNR, SSIM, Pearson correlation, and the mean difference of log power (signed: below 0 is
+    too smooth); nuclei count error, as a share of the mean count; kernel distance to `others`."""
+    x, y = (images + 1) / 2, (real + 1) / 2
+    nucleus = channels.index("DNA") if "DNA" in channels else 0
+    counts = [count_objects(segment_nuclei(v[:, nucleus], radius)) for v in (x, y)]
+    spectrum = power_spectrum(x) - power_spectrum(y)
+    found = standardise(features(images, channels, radius=radius))
+    return {"l1": (x - y).abs().mean((0, 2, 3)).tolist(),
+            "psnr": (-10 * (x - y).square().mean((0, 2, 3)).clamp(min=1e-9).log10()).tolist(),
+            "ssim": structural_similarity(x, y).mean(0).tolist(),
+            "pearson": pearson(x, y).mean(0).tolist(),
+            "spectrum": spectrum.mean(1).tolist(),
+            "spectrum_error": spectrum.abs().mean(1).tolist(),
+            "nuclei_error": ((counts[0] - counts[1]).abs().mean() / counts[1].mean()).item(),
+            "nuclei_bias": (counts[0].mean() / counts[1].mean() - 1).item(),
+            "distance": kernel_distance(found, others)}
+
+
+class Regression(nn.Module):
+    """The baseline: a plain U-Net in pixels from the control image to the stains, L1, no noise."""
+
+    def __init__(self, channels, out):
+        super().__init__()
+        self.out, self.width = out, max(channels, out)
+        config = UNetConfig(self.width, fold=2, width=48, multipliers=(1, 2, 2), blocks=1,
+                            attention=(False, False, False), embedding=64, token=16)
+        self.unet = UNet(config)
+
+    def forward(self, x):                                                # (B, channels, H, W)
+        n, c = len(x), self.unet.config
+        x = F.pad(x, (0, 0, 0, 0, 0, self.width - x.shape[1]))
+        nothing = torch.zeros(n, c.embedding).to(x), torch.zeros(n, 1, c.token).to(x), \
+            torch.ones(n, 1, dtype=torch.bool, device=x.device)
+        return self.unet(x, torch.zeros(n, device=x.device), *nothing)[:, :self.out]
+
+
+def train_regression(draw, seconds, batch=16, seed=0, lr=2e-3):
+    """Train the baseline for as long as the ControlNet was trained. draw(rng, n): a batch of
+    (controls, images)."""
+    torch.manual_seed(seed)
+    rng, start, done, step = np.random.default_rng(seed), time.time(), 0., 0
+    network = Regression(*(x.shape[1] for x in draw(rng, 1))).to(device())
+    optimiser = torch.optim.AdamW(network.parameters(), lr=lr)
+    with tqdm(total=round(seconds), desc="training the regression", unit="s") as bar:
+        while done < 1:  # warm-up and a cosine over the time that there is
+            optimiser.param_groups[0]["lr"] = lr * min(1., (step + 1) / 50) * math.cos(
+                math.pi / 2 * done)
+            control, image = (x.to(device()) for x in draw(rng, batch))
+            with autocast():
+                loss = (network(control) - image).abs().mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            done, step = (time.time() - start) / seconds, step + 1
+            bar.update(min(round(seconds), round(done * seconds)) - bar.n)
+    return network.eval().requires_grad_(False)
+
+
+def control_rows(opened, count, strong):
+    """Held-out rows, at random, and as many others; `strong`: treated at a visible dose only."""
+    m, held = opened.manifest, np.random.default_rng(0).permutation(opened.held)
+    if strong:
+        effect = m.columns.get("true_effect")
+        dose = next((f.name for f in opened.model.fields if f.kind == "log"), None)
+        keep = [i for i in held if (float(effect[i]) >= .5 if effect else
+                                    dose is None or float(m.columns[dose][i] or 0) > 0)]
+        held = np.array(keep, int)
+    if len(held) < 8:
+        raise UserError(f"only {len(held)} held-out rows to draw: hold out more with --split")
+    return held[:min(count, len(held) // 2)], held[len(held) // 2:][:4 * count]
+
+
+def control(args):
+    """The tables of `evaluate.py control`."""
+    opened = open_model(args)
+    model, column = opened.model, (opened.model.control or {}).get("column")
+    if not column:
+        raise UserError(f"{args.checkpoint} has no ControlNet: train one with python train_ldm.py "
+                        "--control_column NAME")
+    if args.quick:
+        args.images, args.samples = min(args.images, 32), min(args.samples, 2)
+    out = Path(args.out or Path(args.checkpoint).parent)
+    out.mkdir(parents=True, exist_ok=True)
+    opened.all = np.concatenate([opened.train, opened.held])
+    report = {"checkpoint": args.checkpoint, "column": column, "steps": args.steps,
+              "guidance": args.guidance, "learning": draw_learning(out, args.checkpoint)}
+    if column == "negcon":
+        report["plates"] = control_by_plate(opened, args, out)
+    else:
+        report["paired"] = control_paired(opened, args, out)
+        if "untreated" in column:
+            report["counterfactual"] = counterfactual(opened, args, out)
+    (out / "control.json").write_text(json.dumps(report, indent=1))
+    print(f"wrote {out}/control.json and control.png")
+
+
+def ask(opened, rows, args, controlled=True, seeds=None):
+    """Images for the conditions of manifest rows, with or without their control images."""
+    model = opened.model
+    columns = blank_unseen(model.fields, {f.name: opened.manifest.rows(rows, f.name)
+                                          for f in model.fields})
+    hint = train_ldm.control_of(model, opened.manifest, opened.pixels, opened.settings, rows,
+                                opened.all) if controlled else None
+    with autocast():
+        return model.generate(columns, range(len(rows)) if seeds is None else seeds,
+                              args.guidance, args.form, args.steps, control=hint)
+
+
+def control_paired(opened, args, out):
+    """Every way of drawing held-out images from their control images, and some that do not look."""
+    model, channels = opened.model, opened.model.channels
+    rows, others = control_rows(opened, args.images, "untreated" in model.control["column"])
+    n, real = len(rows), real_images(opened, rows)
+    standardise = feature_scale(opened, args.nucleus_radius)
+    reference = standardise(features(real_images(opened, others), channels,
+                                     radius=args.nucleus_radius))
+    shown = train_ldm.control_of(model, opened.manifest, opened.pixels, opened.settings, rows,
+                                 opened.all)[0]
+    seconds = report_seconds(args.checkpoint) * (.1 if args.quick else 1.)
+    pixels = sample.control_pixels(model.control["column"], opened.manifest, opened.pixels)
+
+    def draw(rng, count):  # the same cut of both
+        chosen, seed = rng.choice(opened.train, count), int(rng.integers(2 ** 31))
+        return [views(p, chosen, opened.settings, scale, np.random.default_rng(seed))
+                for p, scale in ((pixels, model.control["intensity"]),
+                                 (opened.pixels, model.intensity))]
+    network = train_regression(draw, seconds)
+    regressed = torch.cat([network(x.to(device())).clamp(-1, 1).cpu() for x in shown.split(64)])
+    average = real_images(opened, opened.train[:512]).mean(0, keepdim=True)
+    many = {name: torch.stack([ask(opened, rows, args, name == "ControlNet",
+                                   range(k * n, (k + 1) * n)) for k in range(args.samples)])
+            for name in ("ControlNet", "without control")}
+    sets = {"through the autoencoder": reconstruct(model.vae, real)[0]}
+    for name, x in many.items():
+        sets |= {name: x[0], f"{name}, mean of {len(x)}": x.mean(0)}
+    sets |= {"regression": regressed, "control itself": shown.expand(-1, len(channels), -1, -1)
+             if shown.shape[1] == 1 else shown, "mean image": average.expand_as(real)}
+    table = {name: paired_scores(x, real, channels, standardise, reference, args.nucleus_radius)
+             for name, x in sets.items() if x.shape == real.shape}
+    table["real"] = paired_scores(real, real, channels, standardise, reference,
+                                  args.nucleus_radius)
+    print_paired(table, channels)
+    look = [list(x[:6].numpy()) for x in (real, *(sets[k] for k in (
+        "ControlNet", "without control", "regression")))]
+    data.picture(out / "control.png", [list(shown[:6].numpy() if shown.shape == real.shape
+                                            else shown[:6, 0].numpy()), *look], channels,
+                 ["control", "real", "ControlNet", "without control", "regression"],
+                 pixel_um=model.pixel_um)
+    rows_by_channel = [[shown[0, 0].numpy(), *x[0].numpy()] for x in
+                       (sets["ControlNet"], real, regressed)]
+    data.picture(out / "control_channels.png", rows_by_channel, channels,
+                 ["ControlNet", "real", "regression"], ["control", *channels], model.pixel_um)
+    return table
+
+
+def print_paired(table, channels):
+    """The table of control_paired: means over channels, and Pearson correlation by channel."""
+    print(f"\n{'':28s}{'L1':>8s}{'PSNR':>7s}{'SSIM':>7s}{'spectrum':>10s}{'nuclei error':>14s}"
+          f"{'(bias)':>9s}{'distance':>10s}  Pearson: " + " ".join(f"{c:>5s}" for c in channels))
+    for name, e in table.items():
+        print(f"{name:28s}{np.mean(e['l1']):8.4f}{np.mean(e['psnr']):7.1f}{np.mean(e['ssim']):7.3f}"
+              f"{np.mean(e['spectrum']):+10.2f}{e['nuclei_error']:14.3f}{e['nuclei_bias']:+9.3f}"
+              f"{1000 * e['distance']:10.0f}           "
+              + " ".join(f"{v:5.2f}" for v in e["pearson"]))
+
+
+def report_seconds(checkpoint):
+    """How long a model was trained, from the log beside it."""
+    log = Path(checkpoint).parent / "log.jsonl"
+    if not log.exists():
+        raise UserError(f"no {log}: the regression is trained for as long as the ControlNet was")
+    return max(json.loads(line).get("seconds", 0.) for line in open(log))
+
+
+def draw_learning(out, checkpoint):
+    """The held-out loss along the training, and the step at which half of its fall was done."""
+    import matplotlib.pyplot as plt
+    log = [json.loads(line) for line in open(Path(checkpoint).parent / "log.jsonl")]
+    steps, losses = [e["step"] for e in log], [e["heldout_loss"] for e in log]
+    half = (losses[0] + min(losses)) / 2
+    click = next((s for s, v in zip(steps, losses) if v <= half), None)
+    fig, axis = plt.subplots(figsize=(4.5, 3))
+    axis.plot(steps, losses, "o-", ms=3)
+    axis.axvline(click, color=".7", lw=1)
+    axis.set(xlabel="step", ylabel="held-out loss with control",
+             title=f"half of the fall by step {click}")
+    fig.tight_layout()
+    fig.savefig(out / "learning.png", dpi=110)
+    plt.close(fig)
+    return {"steps": steps, "heldout_loss": losses, "half_of_the_fall": click}
+
+
+def overlap(one, other, radius):
+    """Intersection over union of the nuclei in two sets of DNA images (N, H, W) on [0, 1]."""
+    a, b = (segment_nuclei(x, radius) > 0 for x in (one, other))
+    return ((a & b).sum() / (a | b).sum().clamp(min=1)).item()
+
+
+def counterfactual(opened, args, out):
+    """The same cells, treated: the ControlNet, and editing by inversion without it, against the
+    true image of these cells after treatment. All after the autoencoder."""
+    model, m = opened.model, opened.manifest
+    rows, others = control_rows(opened, args.images, True)
+    n, real = len(rows), real_images(opened, rows)
+    untreated, own = train_ldm.control_of(model, m, opened.pixels, opened.settings, rows,
+                                          opened.all)
+    low, high = (torch.tensor(model.control["intensity"][k])[:, None, None]
+                 for k in ("low", "high"))  # from the control's scaling to that of the images
+    before = torch.from_numpy(data.scale_intensity(
+        ((untreated + 1) / 2 * (high - low) + low).numpy(), model.intensity)).float()
+    target = blank_unseen(model.fields, {f.name: m.rows(rows, f.name) for f in model.fields})
+    controls = model.content["control"] or {}
+    source = target | {name: [value] * n for name, value in controls.items()}
+    edited = torch.cat([model.edit(
+        before[i:i + 64], {k: v[i:i + 64] for k, v in source.items()},
+        {k: v[i:i + 64] for k, v in target.items()}, {k: v for k, v in args.guidance.items()
+                                                      if k != "control"}, args.form)
+        for i in range(0, n, 64)])
+    start, truth = (reconstruct(model.vae, x)[0] for x in (before, real))
+    standardise = feature_scale(opened, args.nucleus_radius)
+    reference = standardise(features(real_images(opened, others), model.channels,
+                                     radius=args.nucleus_radius))
+    probe = screen_probe(m.path.parent, model) if "true_mechanism" in m.columns else None
+    nucleus = model.channels.index("DNA") if "DNA" in model.channels else 0
+    table = {}
+    print(f"\n{'the same cells, treated':28s}{'L1 to the truth':>17s}{'nuclei overlap':>16s}"
+          f"{'mechanism':>11s}{'distance':>10s}")
+    for name, x in {"untreated": start, "ControlNet": ask(opened, rows, args), "edited": edited,
+                    "without control": ask(opened, rows, args, False), "the truth": truth}.items():
+        found = standardise(features(x, model.channels, radius=args.nucleus_radius))
+        table[name] = e = {
+            "l1": (x - truth).abs().mean((0, 2, 3)).div(2).tolist(),
+            "nuclei_overlap": overlap((x[:, nucleus] + 1) / 2, (start[:, nucleus] + 1) / 2,
+                                      args.nucleus_radius),
+            "distance": kernel_distance(found, reference)} | (
+                probe_scores(probe, x, m, rows) if probe else {})
+        print(f"{name:28s}{np.mean(e['l1']):17.4f}{e['nuclei_overlap']:16.2f}"
+              f"{e.get('true_mechanism', np.nan):11.2f}{1000 * e['distance']:10.0f}")
+    data.picture(out / "counterfactual.png", [list(x[:8].numpy()) for x in (
+        before, ask(opened, rows[:8], args), edited, real)], model.channels,
+        ["untreated", "ControlNet", "edited", "truth"], ["\n".join(
+            m.columns[f.name][i][:16] for f in model.fields[:2]) for i in rows[:8]],
+        model.pixel_um)
+    return table
+
+
+def control_by_plate(opened, args, out):
+    """Negative controls as a plate's style: mean intensity of each channel of held-out images, by
+    plate, real and generated with and without a control of that plate. Plates that training never
+    saw are told as unknown; there the control is all that the model knows of them."""
+    model, m, by = opened.model, opened.manifest, opened.model.control["by"]
+    where, table, trained_on = np.array(m.columns[by]), {}, set(m.rows(opened.train, by))
+    pictures, labels = [], []
+    for plate in sorted(set(where[opened.held])):
+        inside = np.random.default_rng(0).permutation(opened.held[where[opened.held] == plate])
+        rows = np.resize(inside, args.images)
+        sets = {"real": real_images(opened, rows, np.random.default_rng(1)),
+                "with control": ask(opened, rows, args),
+                "without control": ask(opened, rows, args, False)}
+        table[plate] = {"in_training": plate in trained_on} | {
+            name: ((x + 1) / 2).mean((0, 2, 3)).tolist() for name, x in sets.items()}
+        pictures += [list(x[:6].numpy()) for x in sets.values()]
+        labels += [f"{plate}\n{name}" for name in sets]
+    print(f"\n{'mean intensity':34s}" + "".join(f"{c:>9s}" for c in model.channels)
+          + "   mean error of the logarithm")
+    for plate, e in table.items():
+        for name in ("real", "with control", "without control"):
+            error = np.abs(np.log(np.array(e[name]) / e["real"])).mean()
+            e[f"error {name}"] = error
+            label = plate + ("" if e["in_training"] else " (unseen)")
+            print(f"{label if name == 'real' else '':18s}{name:16s}"
+                  + "".join(f"{v:9.4f}" for v in e[name]) + f"{error:12.3f}")
+    data.picture(out / "control.png", pictures[:15], model.channels, labels[:15],
+                 pixel_um=model.pixel_um)
+    return table
+
+
 def parse_guidance(words):
     return {name: parse_number(name, value) for name, _, value in (w.partition("=") for w in words)}
 
@@ -1714,23 +2032,30 @@ def main():
                 "beside the truth?")
     c = command(commands, "conditions", "is every field used? with --encoders: which molecule "
                 "encoder generalises? (trains them)")
-    for sub in (q, d, c):
+    n = command(commands, "control", "does a ControlNet draw these very cells?")
+    for sub in (q, d, c, n):
         common_options(sub)
     real_plate_options(q, "+"), real_plate_options(d, 2)
+    n.add_argument("--out", default=None, help="folder for JSON and figures (the checkpoint's)")
+    n.add_argument("--images", type=int, default=128, help="held-out images, or for each plate")
+    n.add_argument("--samples", type=int, default=8, help="of which the mean is shown as well")
+    n.add_argument("--steps", type=int, default=STEPS, help="DDIM steps")
+    n.add_argument("--nucleus_radius", type=float, default=NUCLEUS_RADIUS, help="pixels")
     q.add_argument("--out", default=None, help="folder for JSON and figure (the checkpoint's)")
     q.add_argument("--images", type=int, default=192, help="generated for each held-out set")
     q.add_argument("--sets", nargs="+", help="values of the column split",
                    default=["val", "test_pair", "test_substituent", "test_scaffold"])
     q.add_argument("--steps", type=int, default=STEPS, help="DDIM steps")
     disentangle_options(d), conditions_options(c)
-    parser.epilog = q.format_help() + d.format_help() + c.format_help()
+    parser.epilog = "".join(sub.format_help() for sub in (q, d, c, n))
     args = parser.parse_args()
     args.guidance = parse_guidance(args.guidance)
     low, high = getattr(args, "interval", (0, 1))
     if not 0 <= low <= high <= 1 or not 0 <= getattr(args, "rescale", 0) <= 1:
         raise UserError("--interval takes two noise levels from 0 to 1, the smaller first, "
                         "--rescale a share from 0 to 1")
-    {"quality": quality, "disentangle": disentangle, "conditions": conditions}[args.command](args)
+    {"quality": quality, "disentangle": disentangle, "conditions": conditions,
+     "control": control}[args.command](args)
 
 
 if __name__ == "__main__":

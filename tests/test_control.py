@@ -1,12 +1,16 @@
 """The ControlNet: silent at first, then heard; its images are cut like their targets; tiles join."""
 
+import json
+
 import numpy as np
 import pytest
+import tifffile
 import torch
 from torch.testing import assert_close
 
 import data
 import diffusion
+import evaluate
 import sample
 import train_ldm
 from conftest import randomise
@@ -229,7 +233,6 @@ def test_a_large_control_is_drawn_in_tiles(control_path, cli, tmp_path):
                               tmp_path / "field.npy", "dose=1", "-n", 1, "--steps", 2, "--out",
                               tmp_path)
     assert status == 0, error
-    import tifffile
     assert tifffile.imread(tmp_path / "samples.tif").shape[-2:] == (48, 72)
 
 
@@ -263,3 +266,91 @@ def test_training_refusals(ldm_path, control_path, screen, tmp_path, refused):
     no("--base", ldm_path, "--control_column", "negcon", "--data", tmp_path / "m.csv",
        says=["P01 has no negative control"])
     assert not (tmp_path / "out" / "model.pt").exists()
+
+
+# --- evaluate.py control --------------------------------------------------------------------------
+
+def some_images(n=3, seed=0):
+    torch.manual_seed(seed)
+    return evaluate.gaussian_blur(torch.rand(n, 2, 40, 40), 1.)
+
+
+def test_pearson_is_one_for_any_gain_and_zero_for_noise():
+    x = some_images()
+    assert_close(evaluate.pearson(x, 3 * x + 1), torch.ones(3, 2))
+    assert_close(evaluate.pearson(x, -x), -torch.ones(3, 2))
+    noise = torch.randn(3, 2, 200, 200)
+    assert evaluate.pearson(noise, torch.randn_like(noise)).abs().max() < .03
+
+
+def test_structural_similarity_of_constant_images_is_the_luminance_term():
+    x, y = torch.full((1, 1, 32, 32), .5), torch.full((1, 1, 32, 32), .7)
+    expected = (2 * .5 * .7 + 1e-4) / (.25 + .49 + 1e-4)
+    assert_close(evaluate.structural_similarity(x, y), torch.tensor([[expected]]))
+    assert_close(evaluate.structural_similarity(x, x), torch.ones(1, 1))
+
+
+def test_structural_similarity_agrees_with_scikit_image():
+    metrics = pytest.importorskip("skimage.metrics")
+    x, y = some_images(seed=0), some_images(seed=1)
+    expected = metrics.structural_similarity(
+        x[0, 0].numpy(), y[0, 0].numpy(), data_range=1., gaussian_weights=True, sigma=1.5,
+        use_sample_covariance=False)
+    assert_close(evaluate.structural_similarity(x, y)[0, 0].item(), expected, atol=1e-4, rtol=0)
+
+
+def test_power_spectrum_finds_a_wave_and_sees_blur():
+    place = torch.arange(64) / 64 * 2 * torch.pi
+    wave = torch.sin(7 * place).expand(1, 1, 64, 64)
+    assert evaluate.power_spectrum(wave)[0].argmax() == 7 - 1
+    x = torch.randn(4, 1, 64, 64)
+    change = evaluate.power_spectrum(evaluate.gaussian_blur(x, 1.)) - evaluate.power_spectrum(x)
+    assert abs(change[0, 0]) < .2 and change[0, -1] < -3  # exp(-(2 pi sigma f)^2) at f = 1/2
+
+
+def test_overlap_of_nuclei():
+    y, x = torch.meshgrid(torch.arange(64.), torch.arange(64.), indexing="ij")
+
+    def disc(cx):
+        return ((y - 32) ** 2 + (x - cx) ** 2 < 36).float()[None] * .8
+    assert evaluate.overlap(disc(32), disc(32), 5.) == 1
+    assert evaluate.overlap(disc(16), disc(48), 5.) == 0
+    assert .3 < evaluate.overlap(disc(32), disc(36), 5.) < .6
+
+
+def test_the_regression_learns_what_the_control_shows():
+    torch.manual_seed(0)
+
+    def draw(rng, n):
+        x = torch.rand(n, 1, 1, 1).expand(n, 1, 16, 16) * 2 - 1
+        return x, torch.cat([x, -x], 1)
+    network = evaluate.train_regression(draw, 4)
+    x, y = draw(None, 64)
+    assert (network(x) - y).abs().mean() < .5 * y.abs().mean()
+
+
+def test_evaluate_control(control_path, ldm_path, cli, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "screen_probe", lambda *_: None)
+    monkeypatch.setattr(evaluate, "report_seconds", lambda *_: .5)
+    out = tmp_path / "out"
+    status, said, error = cli(evaluate, "control", "--checkpoint", control_path, "--images", 8,
+                              "--samples", 2, "--steps", 2, "--out", out)
+    assert status == 0, error
+    report = json.loads((out / "control.json").read_text())
+    assert (out / "control.png").exists() and (out / "learning.png").exists()
+    if report["column"] == "negcon":
+        plates = report["plates"]
+        assert set(plates) and all({"real", "with control", "without control"} <= set(e)
+                                   for e in plates.values())
+        assert any(e["with control"] != e["without control"] for e in plates.values())
+    else:
+        table = report["paired"]
+        assert {"ControlNet", "without control", "regression", "mean image", "real",
+                "control itself"} <= set(table)
+        assert np.mean(table["real"]["l1"]) == 0 and table["real"]["nuclei_error"] == 0
+        assert table["ControlNet"]["l1"] != table["without control"]["l1"]
+    if report["column"] == "untreated":
+        same = report["counterfactual"]
+        assert same["untreated"]["nuclei_overlap"] == 1 and np.mean(same["the truth"]["l1"]) == 0
+    refused(evaluate, "control", "--checkpoint", ldm_path, says=["has no ControlNet"])
