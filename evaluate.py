@@ -1127,7 +1127,7 @@ def simulated_truth(opened, args):
 
 # --- the shortcut: does a classifier profit from images drawn without confounding? ----------------
 
-CLASSIFIER = dict(images=1512, steps=600)
+CLASSIFIER = dict(images=1512, test_images=1200, steps=600)
 
 
 def standardise_on_controls(images, batch, control):
@@ -1216,11 +1216,11 @@ def study_shortcut(args, results):
         scores["standardised on controls"] = score(short, short.standardised(), test.standardised())
         scores["reweighted"] = score(short, short.images, test.images,
                                      balancing(short.mechanism, short.batch))
-        gap = scores["unconfounded"] - scores["confounded"]
+        gap = scores["unconfounded"] - scores["confounded"] or math.nan
         return {"seed": seed, "confounding": confounding, "scores": scores,
                 "closed": {k: (v - scores["confounded"]) / gap for k, v in scores.items()}}
 
-    test = photographed(0., 4000, 1200, 0)
+    test = photographed(0., 4000, CLASSIFIER["test_images"], 0)
     lines = [results.get({"shortcut": seed, "checkpoint": finger(checkpoint), "classifier":
                           CLASSIFIER} | vars(request), lambda: measured(seed))
              for seed in args.seeds]

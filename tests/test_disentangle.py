@@ -12,6 +12,7 @@ import data
 import evaluate
 import sample
 import train_ldm
+import train_vae
 from evaluate import balancing, effect_size, leaks, omega_squared, standardise_on_controls
 
 
@@ -234,6 +235,72 @@ def test_arms_differ_in_what_they_are_told(screen, vae_path, cli, tmp_path, monk
         tmp_path / "d" / f"{arm}-0.9-0-2" / "model.pt", "ldm", "")["fields"]]
         for arm in ("perturbations", "experiment")]
     assert fields == [["smiles", "dose"], ["batch", "plate", "row", "column"]]
+
+
+def test_the_shortcut_is_closed_by_images_without_it(screen, vae_path, cli, tmp_path, monkeypatch):
+    """The command end to end, with a classifier that reads the label off the images: each kind of
+    training set must reach it with its own images, numbers and weights."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "screen_probe", lambda *_: None)
+    monkeypatch.setattr(evaluate, "screen_of", lambda confounding: screen)
+    monkeypatch.setattr(evaluate, "CLASSIFIER", dict(
+        images=108, test_images=90, steps=2))
+    monkeypatch.setattr(train_ldm, "Config", make_dataclass("Config", [("size", str, "tiny")],
+                                                            bases=(train_ldm.Config,)))
+    trained = []
+
+    def record(images, answers, labels, steps, seed=0, batch=32, weights=None, real=None):
+        trained.append((images, labels["mechanism"], weights))
+        return SimpleNamespace()
+    monkeypatch.setattr(evaluate, "train_probe", record)
+    monkeypatch.setattr(evaluate, "answer", lambda probe, images: {
+        "mechanism": torch.arange(len(images)) % 9})
+    status, out, error = cli(evaluate, "disentangle", "--study", "shortcut", "--vae", vae_path,
+                             "--seeds", 0, "--train_steps", 2, "--steps", 1, "--out",
+                             tmp_path / "d")
+    assert status == 0, error
+    confounded, generated, both, unconfounded, standardised, reweighted = trained
+    assert {len(images) for images, _, _ in trained} == {108}
+    counts = torch.bincount(generated[1], minlength=9)
+    assert counts.min() == counts.max()          # generated: every mechanism alike
+    assert torch.equal(both[0][:54], confounded[0][:54])
+    assert not torch.equal(standardised[0], confounded[0])
+    assert reweighted[2] is not None and all(w is None for _, _, w in trained[:5])
+    line = json.loads((tmp_path / "d" / "results.jsonl").read_text())
+    assert set(line["scores"]) == set(line["closed"]) and len(line["scores"]) == 6
+
+
+def test_pairs_are_left_out_in_turn(screen, vae_path, cli, tmp_path, monkeypatch):
+    """Real plates: the pair left out reaches neither autoencoder nor model, the rest do."""
+    monkeypatch.chdir(tmp_path)
+    rows, files = [], screen.parent / "image.npy"
+    for i in range(72):
+        compound, plate = ("DMSO", "x", "y")[i % 3], f"P{1 + i % 2}"
+        rows.append(dict(image=files, index=i, compound=compound, plate=plate, dose=i % 3,
+                         smiles=("CS(C)=O", "CCO", "c1ccccc1")[i % 3], well=f"A{i % 12}"))
+    data.write_manifest(tmp_path / "m.csv", rows)
+    vae = train_vae.train(train_vae.Config(
+        data=str(tmp_path / "m.csv"), out=str(tmp_path / "vae"), steps=2, width=16, blocks=1))
+    ldm = train_ldm.train(train_ldm.Config(
+        data=str(tmp_path / "m.csv"), vae=str(vae), out=str(tmp_path / "ldm"), steps=2, batch=4,
+        size="tiny", biology=("smiles", "dose"), experiment=("plate",)))
+    monkeypatch.setattr(evaluate, "train_probe", lambda *_, **__: None)
+    monkeypatch.setattr(evaluate, "answer", lambda probe, images: {
+        "treatment": torch.zeros(len(images), dtype=torch.long)})
+    status, out, error = cli(evaluate, "disentangle", "--study", "pairs", "--checkpoint", ldm,
+                             "--by", "compound", "plate", "--steps", 1, "--images", 128, "--out",
+                             tmp_path / "d")
+    assert status == 0, error
+    lines = [json.loads(line) for line in (tmp_path / "d" / "results.jsonl").open()]
+    assert [line["left_out"] for line in lines] == ["x x P1", "y x P2"]
+    assert lines[0]["x: generated"]["named right"] == 0 < lines[0]["DMSO: real"]["named right"]
+    trained = {}
+    for name in ("split-vae", "split-P1", "split-P2"):
+        m = data.read_manifest(tmp_path / "d" / f"{name}.csv")
+        trained[name] = {(c, p) for c, p, s in zip(m.columns["compound"], m.columns["plate"],
+                                                   m.columns["split"]) if s != "test"}
+    assert len(trained["split-vae"]) == 4 and len(trained["split-P1"]) == 5
+    assert ("x", "P1") not in trained["split-P1"] and ("y", "P2") in trained["split-P1"]
 
 
 def test_each_arm_is_asked_what_it_was_told(opened):
