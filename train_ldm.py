@@ -593,11 +593,12 @@ def train(config=Config()):
     p = prepare(config)
     denoiser, schedule, latents, held = p.denoiser, p.schedule, *p.sides.values()
     average = copy.deepcopy(denoiser).eval().requires_grad_(False)
-    learned = [w for w in denoiser.parameters() if w.requires_grad]
-    optimiser = torch.optim.AdamW(learned, lr=config.lr, betas=(.9, .99), fused=True)
-    count = sum(w.numel() for w in learned) / 1e6
-    print(f"{'ControlNet' if config.control_column else 'U-Net'} {config.size}: {count:.2f} M "
-          f"parameters to train, latents "
+    optimiser = torch.optim.AdamW([w for w in denoiser.parameters() if w.requires_grad],
+                                  lr=config.lr, betas=(.9, .99), fused=True)
+    name, part = ("ControlNet", denoiser.controlnet) if config.control_column else (
+        "U-Net", denoiser.unet)
+    count = sum(w.numel() for w in part.parameters()) / 1e6
+    print(f"{name} {config.size}: {count:.2f} M parameters, latents "
           f"{tuple(latents.cache.shape[2:])}, {len(latents.rows)} images x {config.views} views, "
           f"{len(held.rows)} held out")
     print_shares(p.fields)
