@@ -945,7 +945,7 @@ def picture(path, rows, channels, row_labels=(), column_labels=(), pixel_um=None
     fig.suptitle(title, fontsize=8)
     fig.tight_layout(pad=.3, rect=(0, .03, 1, .96 if title else 1))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=110)
+    fig.savefig(path, dpi=110, bbox_inches="tight", pad_inches=.05)  # no label is cut
     plt.close(fig)
 
 

@@ -1741,7 +1741,8 @@ def train_regression(draw, seconds, batch=16, seed=0, lr=2e-3):
 
 
 def control_rows(opened, count, strong):
-    """Held-out rows, at random, and as many others; `strong`: treated at a visible dose only."""
+    """Held-out rows, at random, and others; `strong`: treated at a visible dose only. Of few large
+    images every row is taken many times, for random pieces of it."""
     m, held = opened.manifest, np.random.default_rng(0).permutation(opened.held)
     if strong:
         effect = m.columns.get("true_effect")
@@ -1749,9 +1750,20 @@ def control_rows(opened, count, strong):
         keep = [i for i in held if (float(effect[i]) >= .5 if effect else
                                     dose is None or float(m.columns[dose][i] or 0) > 0)]
         held = np.array(keep, int)
+    if opened.settings.crop and len(held):
+        return np.resize(held, count), np.resize(held, 4 * count)
     if len(held) < 8:
         raise UserError(f"only {len(held)} held-out rows to draw: hold out more with --split")
     return held[:min(count, len(held) // 2)], held[len(held) // 2:][:4 * count]
+
+
+def seen_with_control(opened, rows, seed=0):
+    """(images, (control images, their metadata)) of manifest rows, cut alike."""
+    def rng():  # the same pieces of both, where pieces are cut
+        return np.random.default_rng(seed) if opened.settings.crop else None
+    return real_images(opened, rows, rng()), train_ldm.control_of(
+        opened.model, opened.manifest, opened.pixels, opened.settings, rows,
+        np.concatenate([opened.train, opened.held]), rng=rng())
 
 
 def control(args):
@@ -1765,9 +1777,9 @@ def control(args):
         args.images, args.samples = min(args.images, 32), min(args.samples, 2)
     out = Path(args.out or Path(args.checkpoint).parent)
     out.mkdir(parents=True, exist_ok=True)
-    opened.all = np.concatenate([opened.train, opened.held])
     report = {"checkpoint": args.checkpoint, "column": column, "steps": args.steps,
               "guidance": args.guidance, "learning": draw_learning(out, args.checkpoint)}
+    report["identity"] = identity(opened, (10, 25, 50) if args.quick else (10, 25, 50, 100, 200))
     if column == "negcon":
         report["plates"] = control_by_plate(opened, args, out)
     else:
@@ -1778,28 +1790,24 @@ def control(args):
     print(f"wrote {out}/control.json and control.png")
 
 
-def ask(opened, rows, args, controlled=True, seeds=None):
-    """Images for the conditions of manifest rows, with or without their control images."""
+def ask(opened, rows, args, control, seeds=None):
+    """Images for the conditions of manifest rows, with control images or without (None)."""
     model = opened.model
     columns = blank_unseen(model.fields, {f.name: opened.manifest.rows(rows, f.name)
                                           for f in model.fields})
-    hint = train_ldm.control_of(model, opened.manifest, opened.pixels, opened.settings, rows,
-                                opened.all) if controlled else None
     with autocast():
         return model.generate(columns, range(len(rows)) if seeds is None else seeds,
-                              args.guidance, args.form, args.steps, control=hint)
+                              args.guidance, args.form, args.steps, control=control)
 
 
 def control_paired(opened, args, out):
     """Every way of drawing held-out images from their control images, and some that do not look."""
     model, channels = opened.model, opened.model.channels
     rows, others = control_rows(opened, args.images, "untreated" in model.control["column"])
-    n, real = len(rows), real_images(opened, rows)
-    standardise = feature_scale(opened, args.nucleus_radius)
-    reference = standardise(features(real_images(opened, others), channels,
+    n, (real, hint) = len(rows), seen_with_control(opened, rows)
+    shown, standardise = hint[0], feature_scale(opened, args.nucleus_radius)
+    reference = standardise(features(seen_with_control(opened, others, 1)[0], channels,
                                      radius=args.nucleus_radius))
-    shown = train_ldm.control_of(model, opened.manifest, opened.pixels, opened.settings, rows,
-                                 opened.all)[0]
     seconds = report_seconds(args.checkpoint) * (.1 if args.quick else 1.)
     pixels = sample.control_pixels(model.control["column"], opened.manifest, opened.pixels)
 
@@ -1811,9 +1819,9 @@ def control_paired(opened, args, out):
     network = train_regression(draw, seconds)
     regressed = torch.cat([network(x.to(device())).clamp(-1, 1).cpu() for x in shown.split(64)])
     average = real_images(opened, opened.train[:512]).mean(0, keepdim=True)
-    many = {name: torch.stack([ask(opened, rows, args, name == "ControlNet",
-                                   range(k * n, (k + 1) * n)) for k in range(args.samples)])
-            for name in ("ControlNet", "without control")}
+    many = {name: torch.stack([ask(opened, rows, args, control, range(k * n, (k + 1) * n))
+                               for k in range(args.samples)])
+            for name, control in (("ControlNet", hint), ("without control", None))}
     sets = {"through the autoencoder": reconstruct(model.vae, real)[0]}
     for name, x in many.items():
         sets |= {name: x[0], f"{name}, mean of {len(x)}": x.mean(0)}
@@ -1874,6 +1882,23 @@ def draw_learning(out, checkpoint):
     return {"steps": steps, "heldout_loss": losses, "half_of_the_fall": click}
 
 
+def identity(opened, steps, count=8):
+    """Inverted and drawn again under their own conditions, all weights 1, images should come back:
+    {steps: PSNR in dB against the autoencoder's own reconstruction}, by rounds of the fixed point
+    (1 is the inversion of Song et al. 2021, 3 the default)."""
+    model, rows = opened.model, opened.held[:count]
+    images = real_images(opened, rows)
+    own = blank_unseen(model.fields, {f.name: opened.manifest.rows(rows, f.name)
+                                      for f in model.fields})
+    rebuilt, table = model.vae.to_image(model.vae.to_latent(images.to(device()))).cpu(), {}
+    print(f"\nthe same image again, PSNR in dB{'rounds 1':>12s}{'3':>8s}")
+    for n in steps:
+        back = [model.edit(images, own, own, steps=n, rounds=rounds) for rounds in (1, 3)]
+        table[n] = [-10 * math.log10(max(1e-9, ((x - rebuilt) / 2).square().mean())) for x in back]
+        print(f"{n:5d} steps{table[n][0]:34.1f}{table[n][1]:8.1f}")
+    return table
+
+
 def overlap(one, other, radius):
     """Intersection over union of the nuclei in two sets of DNA images (N, H, W) on [0, 1]."""
     a, b = (segment_nuclei(x, radius) > 0 for x in (one, other))
@@ -1885,13 +1910,11 @@ def counterfactual(opened, args, out):
     true image of these cells after treatment. All after the autoencoder."""
     model, m = opened.model, opened.manifest
     rows, others = control_rows(opened, args.images, True)
-    n, real = len(rows), real_images(opened, rows)
-    untreated, own = train_ldm.control_of(model, m, opened.pixels, opened.settings, rows,
-                                          opened.all)
+    n, (real, hint) = len(rows), seen_with_control(opened, rows)
     low, high = (torch.tensor(model.control["intensity"][k])[:, None, None]
                  for k in ("low", "high"))  # from the control's scaling to that of the images
     before = torch.from_numpy(data.scale_intensity(
-        ((untreated + 1) / 2 * (high - low) + low).numpy(), model.intensity)).float()
+        ((hint[0] + 1) / 2 * (high - low) + low).numpy(), model.intensity)).float()
     target = blank_unseen(model.fields, {f.name: m.rows(rows, f.name) for f in model.fields})
     controls = model.content["control"] or {}
     source = target | {name: [value] * n for name, value in controls.items()}
@@ -1902,15 +1925,16 @@ def counterfactual(opened, args, out):
         for i in range(0, n, 64)])
     start, truth = (reconstruct(model.vae, x)[0] for x in (before, real))
     standardise = feature_scale(opened, args.nucleus_radius)
-    reference = standardise(features(real_images(opened, others), model.channels,
+    reference = standardise(features(seen_with_control(opened, others, 1)[0], model.channels,
                                      radius=args.nucleus_radius))
     probe = screen_probe(m.path.parent, model) if "true_mechanism" in m.columns else None
     nucleus = model.channels.index("DNA") if "DNA" in model.channels else 0
     table = {}
     print(f"\n{'the same cells, treated':28s}{'L1 to the truth':>17s}{'nuclei overlap':>16s}"
           f"{'mechanism':>11s}{'distance':>10s}")
-    for name, x in {"untreated": start, "ControlNet": ask(opened, rows, args), "edited": edited,
-                    "without control": ask(opened, rows, args, False), "the truth": truth}.items():
+    drawn = ask(opened, rows, args, hint)
+    for name, x in {"untreated": start, "ControlNet": drawn, "edited": edited,
+                    "without control": ask(opened, rows, args, None), "the truth": truth}.items():
         found = standardise(features(x, model.channels, radius=args.nucleus_radius))
         table[name] = e = {
             "l1": (x - truth).abs().mean((0, 2, 3)).div(2).tolist(),
@@ -1921,7 +1945,7 @@ def counterfactual(opened, args, out):
         print(f"{name:28s}{np.mean(e['l1']):17.4f}{e['nuclei_overlap']:16.2f}"
               f"{e.get('true_mechanism', np.nan):11.2f}{1000 * e['distance']:10.0f}")
     data.picture(out / "counterfactual.png", [list(x[:8].numpy()) for x in (
-        before, ask(opened, rows[:8], args), edited, real)], model.channels,
+        before, drawn, edited, real)], model.channels,
         ["untreated", "ControlNet", "edited", "truth"], ["\n".join(
             m.columns[f.name][i][:16] for f in model.fields[:2]) for i in rows[:8]],
         model.pixel_um)
@@ -1938,9 +1962,9 @@ def control_by_plate(opened, args, out):
     for plate in sorted(set(where[opened.held])):
         inside = np.random.default_rng(0).permutation(opened.held[where[opened.held] == plate])
         rows = np.resize(inside, args.images)
-        sets = {"real": real_images(opened, rows, np.random.default_rng(1)),
-                "with control": ask(opened, rows, args),
-                "without control": ask(opened, rows, args, False)}
+        real, hint = seen_with_control(opened, rows)
+        sets = {"real": real, "with control": ask(opened, rows, args, hint),
+                "without control": ask(opened, rows, args, None)}
         table[plate] = {"in_training": plate in trained_on} | {
             name: ((x + 1) / 2).mean((0, 2, 3)).tolist() for name, x in sets.items()}
         pictures += [list(x[:6].numpy()) for x in sets.values()]

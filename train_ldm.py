@@ -368,18 +368,18 @@ def draw_samples(path, model, p, count=8):
                  ["control"] * len(shown) + ["real", "generated"], labels, model.pixel_um)
 
 
-def control_of(model, manifest, pixels, settings, chosen, candidates, seed=0):
+def control_of(model, manifest, pixels, settings, chosen, candidates, seed=0, rng=None):
     """Control images and their metadata for rows of a manifest, as Model.generate takes them; None
-    without a ControlNet. negcon: of the same plate, drawn from `candidates`."""
+    without a ControlNet. negcon: of the same plate, drawn from `candidates`. rng: as in `views`."""
     if not model.control:
         return None
     told, rows = model.control, np.asarray(chosen)
     if told["column"] == "negcon":
         found, partners = negative_controls(manifest, model.fields, rows, candidates, told["by"])
-        rng = np.random.default_rng(seed)
-        rows = np.array([found[rng.choice(p)] for p in partners])
+        pick = np.random.default_rng(seed)
+        rows = np.array([found[pick.choice(p)] for p in partners])
     images = views(control_pixels(told["column"], manifest, pixels), rows, settings,
-                   told["intensity"])
+                   told["intensity"], rng)
     columns = {f.name: manifest.rows(rows, f.name) for f in model.fields
                if f.group != model.groups[0]}
     return images, blank_unseen(model.fields, columns)

@@ -333,12 +333,15 @@ def test_evaluate_control(control_path, ldm_path, cli, refused, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "screen_probe", lambda *_: None)
     monkeypatch.setattr(evaluate, "report_seconds", lambda *_: .5)
+    monkeypatch.setattr(evaluate, "identity", lambda opened, steps, real=evaluate.identity:
+                        real(opened, (3, 6), 2))
     out = tmp_path / "out"
     status, said, error = cli(evaluate, "control", "--checkpoint", control_path, "--images", 8,
                               "--samples", 2, "--steps", 2, "--out", out)
     assert status == 0, error
     report = json.loads((out / "control.json").read_text())
     assert (out / "control.png").exists() and (out / "learning.png").exists()
+    assert set(report["identity"]) == {"3", "6"}
     if report["column"] == "negcon":
         plates = report["plates"]
         assert set(plates) and all({"real", "with control", "without control"} <= set(e)
