@@ -560,7 +560,8 @@ class Conditioner(nn.Module):
     def parts(self, codes, keep, molecules):
         """Each group's normalised part of the vector, {group: (B, E)}, and the molecule tokens."""
         sums = {group: 0. for group in self.groups}
-        tokens, mask = [self.null_token.expand(len(keep), -1, -1)], [torch.ones_like(keep[:, :1])]
+        tokens = [self.null_token.expand(len(keep), -1, -1)]
+        mask = [torch.ones(len(keep), 1, dtype=torch.bool, device=keep.device)]
         for i, field in enumerate(self.fields):
             kept, code = keep[:, i:i + 1], codes[field.name]
             if field.kind == "molecule":
@@ -621,6 +622,11 @@ def hide_molecule_of_controls(fields, codes, keep, molecules, rng, share=.5):
             other = torch.randint(len(molecules[field.name]), (n,), generator=rng)
             codes[field.name] = torch.where(swap, other.to(control.device), codes[field.name])
     return codes
+
+
+def treatment_group(fields):
+    """The group that says what was done to the cells: that of the first dose or molecule."""
+    return next((f.group for f in fields if f.kind in ("log", "molecule")), None)
 
 
 def blank_unseen(fields, columns):

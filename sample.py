@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 import data
 import diffusion
-from conditioning import Conditioner, Field, FieldError, blank_unseen, parse_number
+from conditioning import (Conditioner, Field, FieldError, blank_unseen, parse_number,
+                          treatment_group)
 from train_vae import UserError, build_vae, device, load_checkpoint, run, views
 from unet import ControlNet, UNet, UNetConfig
 
@@ -497,7 +498,8 @@ def read_control(model, place, given):
         image = data.bin_pixels(array, settings.binning).astype(np.float32)
     if len(image) == len(told["intensity"]["low"]):
         image = data.scale_intensity(image, told["intensity"])
-    columns = {f.name: [given.get(f.name, "")] for f in model.fields if f.group != model.groups[0]}
+    columns = {f.name: [given.get(f.name, "")] for f in model.fields
+               if f.group != treatment_group(model.fields)}
     control = torch.from_numpy(np.ascontiguousarray(image))[None], blank_unseen(model.fields, columns)
     check_control(model, control, any_size=True)
     return control

@@ -25,7 +25,7 @@ import data
 import diffusion
 import train_vae
 from conditioning import (MOLECULE_ENCODERS, Field, blank_unseen, draw_keep,
-                          hide_molecule_of_controls, parse_fields)
+                          hide_molecule_of_controls, parse_fields, treatment_group)
 from sample import Denoiser, Model, control_pixels, to_device
 from train_vae import (UserError, autocast, device, learning_rate, load_checkpoint,
                        save_checkpoint, step_rng, views, write_log)
@@ -145,9 +145,9 @@ class Controls:
 
     def __init__(self, images, manifest, rows, conditioner, each, partners=None):
         self.images, self.each, self.partners = images, each, partners
-        hidden = conditioner.groups[:1]  # biology
-        columns = {f.name: manifest.rows(rows, f.name) if f.group not in hidden
-                   else [""] * len(rows) for f in conditioner.fields}
+        hidden = treatment_group(conditioner.fields)
+        columns = {f.name: manifest.rows(rows, f.name) for f in conditioner.fields
+                   if f.group != hidden}
         self.codes, self.known, _ = to_device(conditioner.encode(
             blank_unseen(conditioner.fields, columns), len(rows)))
 
@@ -381,7 +381,7 @@ def control_of(model, manifest, pixels, settings, chosen, candidates, seed=0, rn
     images = views(control_pixels(told["column"], manifest, pixels), rows, settings,
                    told["intensity"], rng)
     columns = {f.name: manifest.rows(rows, f.name) for f in model.fields
-               if f.group != model.groups[0]}
+               if f.group != treatment_group(model.fields)}
     return images, blank_unseen(model.fields, columns)
 
 

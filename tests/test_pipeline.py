@@ -166,6 +166,12 @@ def test_only_one_group_can_be_told(ldm_config, tmp_path):
     assert model.generate({"smiles": [SMILES]}, [0], steps=2, progress=False).shape[0] == 1
 
 
+def test_a_model_can_be_told_nothing(ldm_config, tmp_path):
+    path = train_ldm.train(replace(ldm_config, out=str(tmp_path), experiment=(), biology=(),
+                                   steps=1, eval_every=1))
+    assert sample.Model.load(path).generate({}, [0], steps=2, progress=False).shape[0] == 1
+
+
 def test_cached_latents_are_the_views_encoded(ldm_config):
     prepared = train_ldm.prepare(replace(ldm_config, views=2))
     latents = prepared.sides["training"]
