@@ -931,9 +931,9 @@ def picture(path, rows, channels, row_labels=(), column_labels=(), pixel_um=None
         if i < len(row_labels):
             axes[i, 0].set_ylabel(row_labels[i], fontsize=7, rotation=0, ha="right", va="center")
     if pixel_um:  # a bar of a round number of micrometres, about a third of the width
-        width = np.asarray(next(im for im in rows[0] if im is not None)).shape[-1]
+        height, width = np.asarray(next(im for im in rows[0] if im is not None)).shape[-2:]
         length = max(v for v in (1, 2, 5, 10, 20, 50, 100, 200) if v < .5 * width * pixel_um)
-        y = .94 * width
+        y = .94 * height
         axes[-1, 0].plot([3, 3 + length / pixel_um], [y, y], "w", lw=2)
         axes[-1, 0].text(3, y - 3, f"{length} µm", color="w", fontsize=6, va="bottom")
     if any(np.asarray(im).ndim == 3 for row in rows for im in row if im is not None):

@@ -1747,14 +1747,17 @@ def control_rows(opened, count, strong):
     if strong:
         effect = m.columns.get("true_effect")
         dose = next((f.name for f in opened.model.fields if f.kind == "log"), None)
-        keep = [i for i in held if (float(effect[i]) >= .5 if effect else
+        keep = [i for i in held if (float(effect[i] or 0) >= .5 if effect else
                                     dose is None or float(m.columns[dose][i] or 0) > 0)]
         held = np.array(keep, int)
-    if opened.settings.crop and len(held):
-        return np.resize(held, count), np.resize(held, 4 * count)
-    if len(held) < 8:
+    cut = bool(opened.settings.crop)
+    if len(held) < (1 if cut else 8):
         raise UserError(f"only {len(held)} held-out rows to draw: hold out more with --split")
-    return held[:min(count, len(held) // 2)], held[len(held) // 2:][:4 * count]
+    one, other = (held[:len(held) // 2], held[len(held) // 2:]) if len(held) > 1 else (held, held)
+    if len(held) == 1:
+        print("one held-out image only: the pieces that are drawn and those that they are compared "
+              "with come from it both")
+    return (np.resize(x, n) if cut else x[:n] for x, n in ((one, count), (other, 4 * count)))
 
 
 def seen_with_control(opened, rows, seed=0):
@@ -1769,12 +1772,14 @@ def seen_with_control(opened, rows, seed=0):
 def control(args):
     """The tables of `evaluate.py control`."""
     opened = open_model(args)
-    model, column = opened.model, (opened.model.control or {}).get("column")
+    model, column = opened.model, (opened.model.controlnet or {}).get("column")
     if not column:
         raise UserError(f"{args.checkpoint} has no ControlNet: train one with python train_ldm.py "
                         "--control_column NAME")
     if args.quick:
         args.images, args.samples = min(args.images, 32), min(args.samples, 2)
+    if column == "negcon":
+        cells_of(opened.manifest, [opened.model.controlnet["by"], *(args.by or [])])
     out = Path(args.out or Path(args.checkpoint).parent)
     out.mkdir(parents=True, exist_ok=True)
     report = {"checkpoint": args.checkpoint, "column": column, "steps": args.steps,
@@ -1784,7 +1789,7 @@ def control(args):
         report["plates"] = control_by_plate(opened, args, out)
     else:
         report["paired"] = control_paired(opened, args, out)
-        if "untreated" in column:
+        if opened.model.controlnet["channels"] == len(opened.model.channels):
             report["counterfactual"] = counterfactual(opened, args, out)
     (out / "control.json").write_text(json.dumps(report, indent=1))
     print(f"wrote {out}/control.json and control.png")
@@ -1803,22 +1808,24 @@ def ask(opened, rows, args, control, seeds=None):
 def control_paired(opened, args, out):
     """Every way of drawing held-out images from their control images, and some that do not look."""
     model, channels = opened.model, opened.model.channels
-    rows, others = control_rows(opened, args.images, "untreated" in model.control["column"])
+    same = model.controlnet["channels"] == len(channels)  # the cells before treatment
+    rows, others = control_rows(opened, args.images, same)
     n, (real, hint) = len(rows), seen_with_control(opened, rows)
     shown, standardise = hint[0], feature_scale(opened, args.nucleus_radius)
     reference = standardise(features(seen_with_control(opened, others, 1)[0], channels,
                                      radius=args.nucleus_radius))
     seconds = report_seconds(args.checkpoint) * (.1 if args.quick else 1.)
-    pixels = sample.control_pixels(model.control["column"], opened.manifest, opened.pixels)
+    pixels = sample.control_pixels(model.controlnet["column"], opened.manifest, opened.pixels)
 
     def draw(rng, count):  # the same cut of both
         chosen, seed = rng.choice(opened.train, count), int(rng.integers(2 ** 31))
         return [views(p, chosen, opened.settings, scale, np.random.default_rng(seed))
-                for p, scale in ((pixels, model.control["intensity"]),
+                for p, scale in ((pixels, model.controlnet["intensity"]),
                                  (opened.pixels, model.intensity))]
     network = train_regression(draw, seconds)
     regressed = torch.cat([network(x.to(device())).clamp(-1, 1).cpu() for x in shown.split(64)])
-    average = real_images(opened, opened.train[:512]).mean(0, keepdim=True)
+    some = np.random.default_rng(0).permutation(opened.train)[:512]
+    average = real_images(opened, some).mean(0, keepdim=True)
     many = {name: torch.stack([ask(opened, rows, args, control, range(k * n, (k + 1) * n))
                                for k in range(args.samples)])
             for name, control in (("ControlNet", hint), ("without control", None))}
@@ -1851,7 +1858,8 @@ def print_paired(table, channels):
           f"{'(bias)':>9s}{'distance':>10s}  Pearson: " + " ".join(f"{c:>5s}" for c in channels))
     for name, e in table.items():
         print(f"{name:28s}{np.mean(e['l1']):8.4f}{np.mean(e['psnr']):7.1f}{np.mean(e['ssim']):7.3f}"
-              f"{np.mean(e['spectrum']):+10.2f}{e['nuclei_error']:14.3f}{e['nuclei_bias']:+9.3f}"
+              f"{np.mean(e['spectrum_error']):10.2f}{e['nuclei_error']:14.3f}"
+              f"{e['nuclei_bias']:+9.3f}"
               f"{1000 * e['distance']:10.0f}           "
               + " ".join(f"{v:5.2f}" for v in e["pearson"]))
 
@@ -1861,7 +1869,10 @@ def report_seconds(checkpoint):
     log = Path(checkpoint).parent / "log.jsonl"
     if not log.exists():
         raise UserError(f"no {log}: the regression is trained for as long as the ControlNet was")
-    return max(json.loads(line).get("seconds", 0.) for line in open(log))
+    seconds = [json.loads(line).get("seconds", 0.) for line in open(log)]
+    # a resumed run counts from 0 again
+    ends = [a for a, b in zip(seconds, [*seconds[1:], 0.]) if b < a]
+    return max(1., sum(ends))
 
 
 def draw_learning(out, checkpoint):
@@ -1911,10 +1922,7 @@ def counterfactual(opened, args, out):
     model, m = opened.model, opened.manifest
     rows, others = control_rows(opened, args.images, True)
     n, (real, hint) = len(rows), seen_with_control(opened, rows)
-    low, high = (torch.tensor(model.control["intensity"][k])[:, None, None]
-                 for k in ("low", "high"))  # from the control's scaling to that of the images
-    before = torch.from_numpy(data.scale_intensity(
-        ((hint[0] + 1) / 2 * (high - low) + low).numpy(), model.intensity)).float()
+    before = hint[0]
     target = blank_unseen(model.fields, {f.name: m.rows(rows, f.name) for f in model.fields})
     controls = model.content["control"] or {}
     source = target | {name: [value] * n for name, value in controls.items()}
@@ -1953,32 +1961,37 @@ def counterfactual(opened, args, out):
 
 
 def control_by_plate(opened, args, out):
-    """Negative controls as a plate's style: mean intensity of each channel of held-out images, by
-    plate, real and generated with and without a control of that plate. Plates that training never
-    saw are told as unknown; there the control is all that the model knows of them."""
-    model, m, by = opened.model, opened.manifest, opened.model.control["by"]
-    where, table, trained_on = np.array(m.columns[by]), {}, set(m.rows(opened.train, by))
-    pictures, labels = [], []
-    for plate in sorted(set(where[opened.held])):
-        inside = np.random.default_rng(0).permutation(opened.held[where[opened.held] == plate])
+    """Negative controls as a plate's style: nuclei per image and mean intensity of each channel of
+    held-out images, by plate (and by the columns --by), real and generated with and without a
+    control of that plate. Plates that training never saw are told as unknown: there the control
+    is all that the model knows of them."""
+    model, m, by = opened.model, opened.manifest, opened.model.controlnet["by"]
+    cells, seen = cells_of(m, [by, *(args.by or [])]), set(m.rows(opened.train, by))
+    table, pictures, labels = {}, [], []
+    for cell in sorted(set(cells[opened.held])):
+        inside = np.random.default_rng(0).permutation(opened.held[cells[opened.held] == cell])
         rows = np.resize(inside, args.images)
         real, hint = seen_with_control(opened, rows)
         sets = {"real": real, "with control": ask(opened, rows, args, hint),
                 "without control": ask(opened, rows, args, None)}
-        table[plate] = {"in_training": plate in trained_on} | {
-            name: ((x + 1) / 2).mean((0, 2, 3)).tolist() for name, x in sets.items()}
+        table[cell] = {"in_training": m.columns[by][inside[0]] in seen, "images": len(inside)} | {
+            name: summarise(x, model.channels, args.nucleus_radius) for name, x in sets.items()}
         pictures += [list(x[:6].numpy()) for x in sets.values()]
-        labels += [f"{plate}\n{name}" for name in sets]
-    print(f"\n{'mean intensity':34s}" + "".join(f"{c:>9s}" for c in model.channels)
-          + "   mean error of the logarithm")
-    for plate, e in table.items():
+        labels += [f"{cell}\n{name}" for name in sets]
+    names = ["nuclei", *(f"{c}_mean" for c in model.channels)]
+    print(f"\n{'':50s}" + "".join(f"{k.replace('_mean', ''):>9s}" for k in names)
+          + "   mean error of log intensity")
+    for cell, e in table.items():
         for name in ("real", "with control", "without control"):
-            error = np.abs(np.log(np.array(e[name]) / e["real"])).mean()
-            e[f"error {name}"] = error
-            label = plate + ("" if e["in_training"] else " (unseen)")
-            print(f"{label if name == 'real' else '':18s}{name:16s}"
-                  + "".join(f"{v:9.4f}" for v in e[name]) + f"{error:12.3f}")
-    data.picture(out / "control.png", pictures[:15], model.channels, labels[:15],
+            ratio = [e[name][k] / e["real"][k] for k in names[1:]]
+            e[name]["log_error"] = float(np.abs(np.log(ratio)).mean())
+            label = cell + ("" if e["in_training"] else " (unseen)")
+            print(f"{label if name == 'real' else '':34s}{name:16s}" + "".join(
+                f"{e[name][k]:9.4f}" for k in names) + f"{e[name]['log_error']:12.3f}")
+    for name in ("with control", "without control"):
+        print(f"{name}: mean error of log intensity over plates "
+              f"{np.mean([e[name]['log_error'] for e in table.values()]):.3f}")
+    data.picture(out / "control.png", pictures[:18], model.channels, labels[:18],
                  pixel_um=model.pixel_um)
     return table
 
@@ -2060,6 +2073,8 @@ def main():
     for sub in (q, d, c, n):
         common_options(sub)
     real_plate_options(q, "+"), real_plate_options(d, 2)
+    n.add_argument("--by", nargs="+", default=None, help="negcon: tables by these columns as well "
+                   "as by plate, such as compound")
     n.add_argument("--out", default=None, help="folder for JSON and figures (the checkpoint's)")
     n.add_argument("--images", type=int, default=128, help="held-out images, or for each plate")
     n.add_argument("--samples", type=int, default=8, help="of which the mean is shown as well")

@@ -4,6 +4,7 @@
     python sample.py --grid dose=0,0.3,1,3,10 batch=B1,B2,B3 smiles="CC1CCC(B(O)O)CC1"
     python sample.py --edit runs/data/manifest.csv:2 batch=B3          # the same cells, elsewhere
     python sample.py --attribution runs/data/manifest.csv:500          # where biology acts
+    python sample.py --checkpoint runs/brightfield/model.pt --control field.tif batch=B3
 
 A field that is not given is unknown, not zero. The same seed gives the same cells, whatever else
 is asked for in the same run. Writes a picture, an ImageJ hyperstack and a record to repeat it.
@@ -51,9 +52,9 @@ class Denoiser(nn.Module):
         """control: (images (B, C, H, W), codes and known of their own metadata, shown (B,))."""
         condition, residuals = self.conditioner(codes, keep, molecules), None
         if control is not None:
-            images, codes, known, shown = control
-            told, _, _ = self.conditioner(codes, known, molecules)
-            residuals = self.controlnet(z, t, *condition, images, told)
+            images, *metadata, shown = control
+            vector, _, _ = self.conditioner(*metadata, molecules)
+            residuals = self.controlnet(z, t, *condition, images, vector)
             residuals = [r * shown[:, None, None, None] for r in residuals]
         return self.unet(z, t, *condition, residuals)
 
@@ -67,11 +68,11 @@ class Model:
         if missing:
             raise UserError(f"the checkpoint lacks {', '.join(sorted(missing))}: train it again")
         self.fields = [Field(**f) for f in content["fields"]]
-        self.control = content.get("controlnet")  # column, channels, intensity ... or None
+        self.controlnet = content.get("controlnet")  # column, channels, intensity ... or None
         self.denoiser = Denoiser(
             UNetConfig(**content["unet"]), self.fields, content["molecule_encoder"],
             content["molecule_settings"],
-            {k: self.control[k] for k in ("channels", "shrink")} if self.control else None)
+            {k: self.controlnet[k] for k in ("channels", "shrink")} if self.controlnet else None)
         self.denoiser.load_state_dict(content[weights])
         self.denoiser.to(device()).eval().requires_grad_(False)
         self.vae = build_vae(content["vae"]).to(device())
@@ -89,7 +90,7 @@ class Model:
         """{group: weight} in nested order: the experiment first, then the control image where one
         is given (`controlled`; 1 unless asked otherwise), then biology given both."""
         guidance = guidance or {}
-        dials = [*self.groups, "control"] if self.control else self.groups
+        dials = [*self.groups, "control"] if self.controlnet else self.groups
         unknown = [g for g in guidance if g not in dials]
         if unknown:
             raise FieldError(f"no group {', '.join(unknown)} to guide: this model has "
@@ -158,14 +159,14 @@ class Model:
                    for vector, tokens, mask in encoded]
         # (K B, E), (K B, L, D), (K B, L): branch by branch
         condition = [torch.cat(parts) for parts in zip(*encoded)]
-        rows = torch.tensor(controlled).repeat_interleave(n).to(device())  # branches it is told in
+        rows = torch.tensor(controlled).repeat_interleave(n).to(device())  # branches that see it
         if any(controlled):
-            images = control[0].to(device()).repeat(sum(controlled), 1, 1, 1)
-            told = self.encode(control[1], n)[0].repeat(sum(controlled), 1)
+            metadata = self.encode(control[1], n)[0].repeat(sum(controlled), 1)      # (K' B, E)
 
         def residuals(z, t):
+            images = control[0].to(device()).repeat(sum(controlled), 1, 1, 1)
             found = self.denoiser.controlnet(z[rows], t[rows], *(c[rows] for c in condition),
-                                             images, told)
+                                             images, metadata)
             return [torch.zeros(len(z), *r.shape[1:]).to(r).index_copy(0, rows.nonzero()[:, 0], r)
                     for r in found]
 
@@ -192,10 +193,11 @@ class Model:
         weights = self.weights(guidance, control is not None)
         composed = diffusion.compose(form, weights, self.references(form))
         guided = self.branches(columns, n, composed, control)
-        plain = self.plain(columns, n, control)
+        alone = rescale or tuple(interval) != (0., 1.)
+        plain = self.plain(columns, n, control) if alone else None
 
         def denoise(z, t):
-            if not interval[0] <= t[0].item() / self.schedule.T <= interval[1]:
+            if plain and not interval[0] <= t[0].item() / self.schedule.T <= interval[1]:
                 return plain(z, t)
             v = guided(z, t)
             return diffusion.rescale(v, plain(z, t), rescale) if rescale else v
@@ -229,63 +231,48 @@ class Model:
 
     @torch.no_grad()
     def generate_large(self, columns, seed, control, guidance=None, form="nested", steps=STEPS,
-                       overlap=.5, batch=32, **options):
+                       eta=0., sampler="ddim", overlap=.5, **options):
         """One field of view (1, C, H, W) of any size, after a control image (1, C', H, W).
 
         The U-Net knows one size only, so at every step it looks through windows of that size, and
         where windows overlap their predictions are averaged with weights that fade towards the
-        border (Bar-Tal et al. 2023, arXiv:2302.08113): one noise, no seams. Memory grows with the
-        latents alone, 80 times fewer numbers than pixels at most sizes. columns: {field: [value]}.
+        border (Bar-Tal et al. 2023, arXiv:2302.08113): one noise, no seams. A batch of windows is
+        on the device at a time. columns: {field: [value]}.
         """
         check_request(self, columns)
         check_control(self, control, any_size=True)
-        f, (_, h, w) = self.vae.config.downsampling, self.latent_shape
-        image, told = control
-        size = [n // f for n in image.shape[2:]]
-        places = [(y, x) for y in windows(size[0], h, overlap) for x in windows(size[1], w, overlap)]
-        parts = [places[i:i + batch] for i in range(0, len(places), batch)]
-        fade = fading(h)[:, None] * fading(w)[None]                      # (h, w)
-
-        def blend(shape, scale, look):
-            """Sum over windows of look(part) -> (windows, C, ...), faded and normalised."""
-            mask = nn.functional.interpolate(fade[None, None], scale_factor=scale, mode="bilinear")
-            total, weight = torch.zeros(shape), torch.zeros(1, 1, *shape[2:])
-            for part in parts:
-                for (y, x), patch in zip(part, look(part).cpu()):
-                    where = (..., slice(scale * y, scale * (y + h)), slice(scale * x, scale * (x + w)))
-                    total[where] += mask[0] * patch
-                    weight[where] += mask[0]
-            return total / weight
-
+        f, channels = self.vae.config.downsampling, self.latent_shape[0]
+        size = [n // f for n in control[0].shape[2:]]
+        tiles = Tiles(size, self.latent_shape[1:], overlap)
         denoisers = {}
-        for k, part in enumerate(parts):
-            crops = torch.cat([image[..., f * y:f * (y + h), f * x:f * (x + w)] for y, x in part])
-            many = [{name: values * len(part) for name, values in c.items()} for c in (columns, told)]
-            denoisers[part[0]] = self.guided(many[0], len(part), guidance, form,
-                                             control=(crops, many[1]), **options)
-
-        def cut(z, part):
-            return torch.cat([z[..., y:y + h, x:x + w] for y, x in part]).to(device())
+        for part in tiles.parts:
+            n = len(part)
+            request, metadata = ({name: values * n for name, values in c.items()}
+                                 for c in (columns, control[1]))
+            crops = tiles.cut(control[0], part, f)
+            denoisers[part[0]] = self.guided(request, n, guidance, form,
+                                             control=(crops, metadata), **options)
 
         def denoise(z, t):
-            return blend(z.shape, 1, lambda part: denoisers[part[0]](
-                cut(z, part), t.expand(len(part)).to(device())))
+            return tiles.blend(channels, 1, lambda part: denoisers[part[0]](
+                tiles.cut(z, part).to(device()), t.expand(len(part)).to(device())))
         with tqdm(total=steps, desc=f"generating {size[1] * f}x{size[0] * f} pixels",
                   leave=False) as bar:
-            z = diffusion.sample(denoise, self.schedule, [seed], (self.latent_shape[0], *size),
-                                 steps, each_step=bar.update)
-        return blend((1, len(self.channels), size[0] * f, size[1] * f), f,
-                     lambda part: self.vae.to_image(cut(z, part)))
+            z = diffusion.sample(denoise, self.schedule, [seed], (channels, *size), steps, eta,
+                                 sampler, each_step=bar.update)
+        return tiles.blend(len(self.channels), f, lambda part: self.vae.to_image(
+            tiles.cut(z, part).to(device())))
 
     @torch.no_grad()
     def edit(self, images, source, target, guidance=None, form="nested", steps=50, rounds=3,
-             interval=(0., 1.), rescale=0., strength=None, seed=0):
+             interval=(0., 1.), rescale=0., strength=None, seeds=None):
         """Real images (n, C, H, W) in [-1, 1] as they would look under other conditions: the same
         cells. Inverted under their own conditions `source`, all weights 1, then generated from
         there under `target` ({name: [n strings]} each), weights 1 unless `guidance` says more.
 
-        strength: 0 to 1, instead of inverting, add noise up to this share of the way and go on
-        from there (Meng et al. 2022, arXiv:2108.01073): simpler, but what noise hides is lost.
+        strength: 0 to 1, instead of inverting, add noise (one of `seeds` each) up to this share of
+        the way and go on from there (Meng et al. 2022, arXiv:2108.01073): simpler, but what noise
+        hides is lost.
         """
         check_request(self, target)
         n, weights = len(images), {g: 1. for g in self.groups} | (guidance or {})
@@ -301,7 +288,7 @@ class Model:
                 z = diffusion.invert(self.plain(source, n), self.schedule, z, steps, top, rounds,
                                      bar.update)
             else:
-                noise = diffusion.gaussian(diffusion.generators(range(seed, seed + n)),
+                noise = diffusion.gaussian(diffusion.generators(seeds or range(n)),
                                            self.latent_shape, device())
                 z = self.schedule.add_noise(z, noise, torch.full((n,), top))
             z = diffusion.sample(self.guided(target, n, weights, form, interval, rescale),
@@ -339,6 +326,36 @@ class Model:
         return {group: torch.stack(m) for group, m in maps.items()}
 
 
+class Tiles:
+    """Windows of latent pixels that cover a larger field, and how their contents are joined."""
+
+    def __init__(self, size, window, overlap=.5, batch=32):
+        self.size, self.window = size, window
+        places = [(y, x) for y in windows(size[0], window[0], overlap)
+                  for x in windows(size[1], window[1], overlap)]
+        self.parts = [places[i:i + batch] for i in range(0, len(places), batch)]
+        self.fade = fading(window[0])[:, None] * fading(window[1])[None]  # (h, w)
+
+    def slices(self, place, scale):
+        return (..., *(slice(scale * a, scale * (a + n)) for a, n in zip(place, self.window)))
+
+    def cut(self, x, part, scale=1):
+        """The windows `part` of x (1, C, H, W), `scale` pixels to a latent one: (n, C, h, w)."""
+        return torch.cat([x[self.slices(place, scale)] for place in part])
+
+    def blend(self, channels, scale, look):
+        """Join look(part), (n, channels, h, w) for every part, into (1, channels, H, W): averaged
+        where windows overlap, with weights that fade towards their borders."""
+        mask = self.fade.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+        total = torch.zeros(1, channels, *(scale * n for n in self.size))
+        weight = torch.zeros_like(total[:, :1])
+        for part in self.parts:
+            for place, patch in zip(part, look(part).cpu()):
+                total[self.slices(place, scale)] += mask * patch
+                weight[self.slices(place, scale)] += mask
+        return total / weight
+
+
 def windows(length, window, overlap):
     """Where windows of this length start so that they cover `length`, overlapping by a share of at
     least `overlap`, evenly spread."""
@@ -366,10 +383,10 @@ def repeat_control(control, n):
 
 def check_control(model, control, any_size=False):
     """Refuse a control image that the model cannot read."""
-    if not model.control:
+    if not model.controlnet:
         raise UserError("this model has no ControlNet: train one with python train_ldm.py "
                         "--control_column NAME")
-    images, wanted = control[0], model.control
+    images, wanted = control[0], model.controlnet
     if images.shape[1] != wanted["channels"]:
         raise UserError(f"the control image has {images.shape[1]} channels, the model was trained "
                         f"with {wanted['channels']} ({wanted['column']})")
@@ -450,17 +467,23 @@ def write_hyperstack(path, images, model):
                      resolution=resolution)
 
 
+def read_place(model, place):
+    """MANIFEST:ROW to the manifest and the row's number."""
+    path, _, row = place.rpartition(":")
+    manifest = data.read_manifest(path or place, model.channels)
+    if not row.isdigit() or not 2 <= int(row) <= len(manifest) + 1:
+        raise UserError(f"{place}: write MANIFEST:ROW with a row from 2 to {len(manifest) + 1}")
+    return manifest, int(row) - 2
+
+
 def read_row(model, place):
     """MANIFEST:ROW to (image (1, C, H, W) in [-1, 1], its own conditions, manifest, row number).
 
     Rows are counted as in a spreadsheet and in every message here: the header is row 1. Fields
     that the manifest lacks and categories that training never saw are unknown ("").
     """
-    path, _, row = place.rpartition(":")
-    manifest = data.read_manifest(path or place, model.channels)
-    if not row.isdigit() or not 2 <= int(row) <= len(manifest) + 1:
-        raise UserError(f"{place}: write MANIFEST:ROW with a row from 2 to {len(manifest) + 1}")
-    i, settings = int(row) - 2, SimpleNamespace(**model.content["vae"]["settings"])
+    manifest, i = read_place(model, place)
+    settings = SimpleNamespace(**model.content["vae"]["settings"])
     own = {f.name: [manifest.columns.get(f.name, [""] * len(manifest))[i]] for f in model.fields}
     own = blank_unseen(model.fields, own)
     print("this row: " + ", ".join(f"{name}={v[0] or 'unknown'}" for name, v in own.items()))
@@ -479,30 +502,39 @@ def read_control(model, place, given):
     column and metadata are taken. Else its metadata are the conditions `given`. Its biology is
     not told, as in training.
     """
-    settings, told = SimpleNamespace(**model.content["vae"]["settings"]), model.control
+    settings, wanted = SimpleNamespace(**model.content["vae"]["settings"]), model.controlnet
     path, _, number = place.rpartition(":")
-    named = path if path and number.isdigit() else place
-    if named.endswith(".csv"):
-        manifest = data.read_manifest(named, model.channels)
-        if not number.isdigit() or not 2 <= int(number) <= len(manifest) + 1:
-            raise UserError(f"{place}: write MANIFEST:ROW with a row from 2 to {len(manifest) + 1}")
-        i = int(number) - 2
-        pixels = control_pixels(told["column"], manifest, data.Pixels(manifest, settings.binning))
-        image = pixels[i]
+    path, number = (path, int(number)) if path and number.isdigit() else (place, None)
+    if path.endswith(".csv"):
+        manifest, i = read_place(model, place)
+        pixels = data.Pixels(manifest, settings.binning)
+        image = control_pixels(wanted["column"], manifest, pixels)[i]
         given = {f.name: manifest.columns.get(f.name, [""] * len(manifest))[i]
                  for f in model.fields}
     else:
-        array = data.read_file(named, int(number) if named != place else None)
-        axis = None if array.ndim == 2 else 0 if array.shape[0] <= array.shape[-1] else 2
-        array = array[None] if axis is None else np.moveaxis(array, axis, 0)
-        image = data.bin_pixels(array, settings.binning).astype(np.float32)
-    if len(image) == len(told["intensity"]["low"]):
-        image = data.scale_intensity(image, told["intensity"])
+        image = data.bin_pixels(read_image(path, number), settings.binning).astype(np.float32)
+    if len(image) == len(wanted["intensity"]["low"]):  # else it is refused below
+        image = data.scale_intensity(image, wanted["intensity"])
     columns = {f.name: [given.get(f.name, "")] for f in model.fields
                if f.group != treatment_group(model.fields)}
-    control = torch.from_numpy(np.ascontiguousarray(image))[None], blank_unseen(model.fields, columns)
+    control = torch.from_numpy(np.ascontiguousarray(image))[None], blank_unseen(model.fields,
+                                                                                columns)
     check_control(model, control, any_size=True)
     return control
+
+
+def read_image(path, index=None):
+    """One image file, or place `index` of a stack, as (C, H, W)."""
+    shape, dtype = data.read_header(path)
+    if dtype not in (np.uint8, np.uint16):
+        raise UserError(f"{path} holds {dtype}: uint8 and uint16 images can be read")
+    if len(shape) - (index is not None) not in (2, 3):
+        raise UserError(f"{path} has shape {tuple(shape)}: an image has two axes, or three with "
+                        "channels; name one of a stack as FILE:INDEX")
+    array = data.read_file(path, index)
+    if array.ndim == 2:
+        return array[None]
+    return array if array.shape[0] <= array.shape[2] else np.moveaxis(array, 2, 0)
 
 
 def control_pixels(column, manifest, pixels):
@@ -517,11 +549,13 @@ def control_pixels(column, manifest, pixels):
                         f"{', '.join(missing)}")
     found = data.read_manifest(manifest.path, names if len(names) > 1 else ("any",),
                                column="image" if len(names) > 1 else column)
-    if found.sizes.keys() != manifest.sizes.keys():
-        raise UserError(f"{manifest.path}, column {column}: images of "
-                        f"{', '.join(f'{w}x{h}' for h, w in found.sizes)} pixels beside ones of "
-                        f"{', '.join(f'{w}x{h}' for h, w in manifest.sizes)}")
     images = data.Pixels(found, pixels.binning)
+    alike = len(found.sizes) == 1 and found.sizes.keys() == manifest.sizes.keys()
+    for i in range(0 if alike else len(found)):
+        (h, w), (control_h, control_w) = pixels[i].shape[1:], images[i].shape[1:]
+        if (h, w) != (control_h, control_w):
+            raise UserError(f"{manifest.path}, row {i + 2}, column {column}: {control_w}x"
+                            f"{control_h} pixels beside an image of {w}x{h}")
     found.channels = tuple(f"{column} {k}" for k in range(len(images[0])))
     return images
 
@@ -566,13 +600,14 @@ def edit_row(model, args, fixed, swept, weights):
     source = {name: [value] * len(targets) for name, value in own.items()}
     images = model.edit(image.repeat(len(targets), 1, 1, 1), source, columns, weights, args.form,
                         args.steps, interval=args.interval, rescale=args.rescale,
-                        strength=args.strength, seed=args.seed)
+                        strength=args.strength, seeds=[args.seed] * len(targets))
     rebuilt = model.vae.to_image(model.vae.to_latent(image.to(device()))).cpu()
     labels = ["real", "through the autoencoder"] + ["\n".join(
         f"{k}={v}" for k, v in (fixed | place).items()) or "the same" for place in values]
     write_images(args.out, images, model, args, targets, (
         [[*image.numpy(), *rebuilt.numpy(), *images.numpy()]], [""], labels, model.pixel_um),
-        edit=args.edit, own=own, guidance=weights)
+        edit=args.edit, own=own, guidance=weights, seed=args.seed, strength=args.strength,
+        interval=list(args.interval), rescale=args.rescale)
 
 
 def attribute_row(model, args, fixed, levels=(.2, .35, .5, .65, .8)):
@@ -651,9 +686,12 @@ def main():
     if not 0 <= args.interval[0] <= args.interval[1] <= 1 or not 0 <= args.rescale <= 1:
         raise UserError("--interval takes two noise levels from 0 to 1, the smaller first, "
                         "--rescale a share from 0 to 1")
-    if args.strength is not None and not 0 < args.strength <= 1:
-        raise UserError(f"--strength {args.strength:g}: a share of the noise, above 0 and at most 1")
-    if args.control and not model.control:
+    if args.strength is not None and (not args.edit or not 0 < args.strength <= 1):
+        raise UserError(f"--strength {args.strength:g}: a share of the noise, above 0 and at most "
+                        "1, for --edit")
+    if "control" in weights and not args.control:
+        raise UserError("--guidance control needs an image to follow: --control FILE")
+    if args.control and not model.controlnet:
         raise UserError(f"{args.checkpoint} has no ControlNet: train one with python train_ldm.py "
                         "--control_column NAME, and name it with --checkpoint")
     with warnings.catch_warnings():
@@ -683,7 +721,8 @@ def generate_images(model, args, fixed, swept, weights):
         seeds, width = [args.seed + i // per_seed for i in range(len(places))], len(across[1])
     requests = [{k: v for k, v in (fixed | place).items() if k} for place in places]
     columns = {name: [r[name] for r in requests] for name in requests[0]}
-    options = dict(form=args.form, steps=args.steps, interval=args.interval, rescale=args.rescale)
+    options = dict(form=args.form, steps=args.steps, interval=args.interval, rescale=args.rescale,
+                   eta=args.eta, sampler=args.sampler)
     control = read_control(model, args.control, fixed) if args.control else None
     sides = [side * model.vae.config.downsampling for side in model.latent_shape[1:]]
     if control and list(control[0].shape[2:]) != sides:
@@ -691,8 +730,8 @@ def generate_images(model, args, fixed, swept, weights):
             {k: [v] for k, v in request.items()}, seed, control, weights, **options)
             for request, seed in zip(requests, seeds)])
     else:
-        images = model.generate(columns, seeds, weights, eta=args.eta, sampler=args.sampler,
-                                control=control and repeat_control(control, len(seeds)), **options)
+        images = model.generate(columns, seeds, weights, **options,
+                                control=control and repeat_control(control, len(seeds)))
     rows = [list(images[i:i + width].numpy()) for i in range(0, len(images), width)]
     labels = [f"{down[0]}={d}" for _ in range(n) for d in down[1]] if down[0] else [""] * len(rows)
     if control:
@@ -704,8 +743,8 @@ def generate_images(model, args, fixed, swept, weights):
         [f"{across[0]}={a}" for a in across[1]] if swept else
         [f"seed {s}" for s in seeds] if n == width else [], model.pixel_um,
         "  ".join(f"{k}={v}" for k, v in fixed.items())),
-        seeds=seeds, guidance=model.weights(weights), sampler=args.sampler, eta=args.eta,
-        interval=list(args.interval), rescale=args.rescale, control=args.control)
+        seeds=seeds, guidance=model.weights(weights, bool(control)), sampler=args.sampler,
+        eta=args.eta, interval=list(args.interval), rescale=args.rescale, control=args.control)
 
 
 if __name__ == "__main__":

@@ -24,12 +24,12 @@ from tqdm import tqdm
 import data
 import diffusion
 import train_vae
-from conditioning import (MOLECULE_ENCODERS, Field, blank_unseen, draw_keep,
-                          hide_molecule_of_controls, parse_fields, treatment_group)
+from conditioning import (MOLECULE_ENCODERS, blank_unseen, draw_keep, hide_molecule_of_controls,
+                          parse_fields, treatment_group)
 from sample import Denoiser, Model, control_pixels, to_device
 from train_vae import (UserError, autocast, device, learning_rate, load_checkpoint,
                        save_checkpoint, step_rng, views, write_log)
-from unet import SIZES, ControlNet, UNetConfig, unet_config
+from unet import SIZES, ControlNet, unet_config
 
 
 @dataclass
@@ -50,9 +50,9 @@ class Config:
     zero_snr: bool = True                 # end the schedule in pure noise
     min_snr: bool = False                 # weigh the loss by min(SNR, 5)
     # ControlNet: another image of the field, or of the plate, that the model is shown
-    control_column: str = ""              # image column (brightfield, untreated, a,b), or negcon
+    control_column: str = ""              # a column of images, columns a,b of one channel, negcon
     control_by: str = "plate"             # negcon: a control drawn from rows with the same value
-    control_dropout: float = 0.1          # share of samples without control (--unfreeze_decoder)
+    control_dropout: float = 0.1          # share of samples without control (unfrozen decoder only)
     base: str = "runs/ldm/model.pt"       # the model to which the ControlNet is added
     unfreeze_decoder: bool = False        # train the base's way up as well
     # training
@@ -87,28 +87,39 @@ def cache_latents(vae, pixels, rows, config, intensity, views_each, folder, name
     The file lies beside the autoencoder, where other runs find it too; its name holds what it
     depends on: number of views, autoencoder, manifest and rows.
     """
-    key = hashlib.sha1()
-    for tensor in vae.state_dict().values():
-        key.update(tensor.cpu().numpy().tobytes())
+    weights = b"".join(tensor.cpu().numpy().tobytes() for tensor in vae.state_dict().values())
+    key = cache_key(pixels, rows, config, intensity, weights)
+    path = Path(folder) / f"latents-{name}-{views_each}views-{key}.npy"
+
+    @torch.no_grad()
+    def posterior(x):
+        with autocast():
+            return torch.stack(vae.encode(x.to(device())), 1)
+    batches = cached_views(pixels, rows, config, intensity, views_each)
+    return cache(path, map(posterior, batches), len(rows) * views_each,
+                 f"latents of the {name} images")
+
+
+def cache_key(pixels, rows, config, intensity, more=b""):
+    """Twelve letters that change with anything that the views of these rows depend on."""
     file = pixels.manifest.path
-    key.update(f"{file.resolve()}{file.stat().st_size}{file.stat().st_mtime_ns}{list(rows)}"
-               f"{intensity}{config.crop}{config.flips}{config.binning}".encode())
-    path = Path(folder) / f"latents-{name}-{views_each}views-{key.hexdigest()[:12]}.npy"
-    if path.exists():
-        return np.load(path, mmap_mode="r")
-    part = path.with_suffix(f".{os.getpid()}.tmp")
-    stack, done, total = None, 0, len(rows) * views_each
-    for x in tqdm(cached_views(pixels, rows, config, intensity, views_each),
-                  desc=f"latents of the {name} images", total=-(-total // 64)):
-        with torch.no_grad(), autocast():
-            mean, logvar = vae.encode(x.to(device()))
-        if stack is None:
-            stack = np.lib.format.open_memmap(part, "w+", np.float16,
-                                              (total, 2, *mean.shape[1:]))
-        stack[done:done + len(x)] = torch.stack([mean, logvar], 1).cpu().numpy()
-        done += len(x)
-    stack.flush()
-    part.rename(path)
+    text = (f"{file.resolve()}{file.stat().st_size}{file.stat().st_mtime_ns}{list(rows)}"
+            f"{intensity}{config.crop}{config.flips}{config.binning}")
+    return hashlib.sha1(more + text.encode()).hexdigest()[:12]
+
+
+def cache(path, batches, total, what):
+    """Tensors (n, ...), `total` rows in all, as one memory-mapped float16 array (total, ...) in a
+    file, which is used as it stands if it is there."""
+    if not path.exists():
+        part, stack, done = path.with_suffix(f".{os.getpid()}.tmp"), None, 0
+        for x in tqdm(batches, desc=what, total=-(-total // 64)):
+            if stack is None:
+                stack = np.lib.format.open_memmap(part, "w+", np.float16, (total, *x.shape[1:]))
+            stack[done:done + len(x)] = x.cpu().numpy()
+            done += len(x)
+        stack.flush()
+        part.rename(path)
     return np.load(path, mmap_mode="r")
 
 
@@ -136,23 +147,28 @@ class Latents:
 
 
 class Controls:
-    """The control images of one side of the split, as a ControlNet is shown them.
+    """The control images of one side of the split, as a ControlNet is shown them: `images`
+    (rows * views, C, H, W).
 
     Either one for each view of each row, cut and turned like it (`partners` None), or negative
     controls of which `partners` lists, for each row, those of the same plate. Their metadata are
-    the row's own, or those of the control; its biology is not told, as it is always the same.
+    the row's own, or those of the control; what was done to the cells is not told: to a negative
+    control it is always the same.
     """
 
     def __init__(self, images, manifest, rows, conditioner, each, partners=None):
         self.images, self.each, self.partners = images, each, partners
+        self.fields = conditioner.fields
         hidden = treatment_group(conditioner.fields)
         columns = {f.name: manifest.rows(rows, f.name) for f in conditioner.fields
                    if f.group != hidden}
         self.codes, self.known, _ = to_device(conditioner.encode(
             blank_unseen(conditioner.fields, columns), len(rows)))
 
-    def draw(self, places, view, rng, shown=1.):
-        """What Denoiser.forward takes as `control`, for places among the rows of the side."""
+    def draw(self, places, view, rng, shown=1., noise_rng=None):
+        """What Denoiser.forward takes as `control`, for places among the rows of the side: images
+        (B, C, H, W), codes and known of their metadata, and which are shown (B,). noise_rng: hide
+        metadata by the dropout plan, as a user may know none."""
         if self.partners is not None:
             places = np.array([rng.choice(self.partners[p]) for p in places])
             view = rng.integers(self.each, size=len(places))
@@ -160,38 +176,50 @@ class Controls:
         codes = {name: code[places] for name, code in self.codes.items()}
         seen = torch.from_numpy((rng.random(len(places)) < shown).astype(np.float32))
         images, seen = to_device((images, seen))
-        return images, codes, self.known[places], seen
+        known = self.known[places]
+        if noise_rng is not None:
+            known = known & draw_keep(self.fields, len(places), noise_rng).to(known.device)
+        return images, codes, known, seen
 
 
 def negative_controls(manifest, fields, rows, candidates, by):
     """(the negative controls among `candidates`, for each of `rows` the places among them of those
-    with the same value of the column `by`). No image is its own control."""
-    dose = next((f.name for f in fields if f.kind == "log"), None)
-    if dose is None or by not in manifest.columns:
+    with the same value of the column `by`). An image is shown no control of its own well, if
+    another well of the plate has one, and never itself."""
+    columns, dose = manifest.columns, next((f.name for f in fields if f.kind == "log"), None)
+    if dose is None or by not in columns:
         lack = f"{manifest.path} has no column {by}" if dose else "the base is told no dose"
         raise UserError(f"--control_column negcon finds no negative controls: {lack}")
-    chosen = [i for i in candidates if manifest.columns[dose][i] != ""
-              and float(manifest.columns[dose][i]) == 0]
-    places = {}
+    blank = [i + 2 for i in rows if columns[by][i] == ""]
+    if blank:
+        raise UserError(f"{manifest.path}, row {blank[0]}, column {by}: blank, so it is not known "
+                        "which negative controls belong to it")
+    chosen = [i for i in candidates if columns[dose][i] != "" and float(columns[dose][i]) == 0]
+    places, well = {}, columns.get("well", range(len(manifest)))
     for k, i in enumerate(chosen):
-        places.setdefault(manifest.columns[by][i], []).append(k)
-    partners = [[k for k in places.get(manifest.columns[by][i], ()) if chosen[k] != i]
-                for i in rows]
-    alone = sorted({manifest.columns[by][i] for i, found in zip(rows, partners) if not found})
+        places.setdefault(columns[by][i], []).append(k)
+
+    def partners_of(i):
+        others = [k for k in places.get(columns[by][i], ()) if chosen[k] != i]
+        return [k for k in others if well[chosen[k]] != well[i]] or others
+    partners = [partners_of(i) for i in rows]
+    alone = sorted({columns[by][i] for i, found in zip(rows, partners) if not found})
     if alone:
-        raise UserError(f"--control_column negcon: {by} {', '.join(alone[:5])} has no negative "
-                        "control (dose 0) to show")
+        raise UserError(f"--control_column negcon: {by} {', '.join(alone[:5])} has no (other) "
+                        "negative control (dose 0) to show")
     return np.array(chosen), partners
 
 
-def open_controls(p, rows, candidates, each, by):
+def open_controls(p, rows, candidates, each, folder, name):
     """The Controls of one side, rows of the manifest; negcon chooses among `candidates`."""
-    told, partners, conditioner = p.constant["controlnet"], None, p.denoiser.conditioner
-    if told["column"] == "negcon":
-        rows, partners = negative_controls(p.manifest, conditioner.fields, rows, candidates, by)
-    parts = tqdm(cached_views(p.control_pixels, rows, p.settings, told["intensity"], each),
-                 desc="control images", total=-(-len(rows) * each // 64))
-    images = np.concatenate([x.numpy().astype(np.float16) for x in parts])
+    says, partners, conditioner = p.constant["controlnet"], None, p.denoiser.conditioner
+    if says["column"] == "negcon":
+        rows, partners = negative_controls(p.manifest, conditioner.fields, rows, candidates,
+                                           says["by"])
+    key = cache_key(p.control_pixels, rows, p.settings, says["intensity"], says["column"].encode())
+    batches = cached_views(p.control_pixels, rows, p.settings, says["intensity"], each)
+    images = cache(folder / f"controls-{name}-{each}views-{key}.npy", batches, len(rows) * each,
+                   f"control images, {name}")
     return Controls(images, p.manifest, rows, conditioner, each, partners)
 
 
@@ -237,15 +265,16 @@ def training_batch(latents, config, schedule, fields, step):
     z0 = latents.draw(places, view, noise_rng)
     # without control a frozen base is what it was: nothing to learn there
     shown = 1 - config.control_dropout if config.unfreeze_decoder else 1.
-    control = latents.controls and latents.controls.draw(places, view, rng, shown)
     eps = torch.randn(z0.shape, generator=noise_rng).to(z0)
     t = torch.randint(schedule.T, (len(z0),), generator=noise_rng).to(z0.device)
     codes, known = latents.conditions(places)
     keep = known & draw_keep(fields, len(z0), noise_rng).to(known.device)
     if config.overfit:
-        return z0, eps, t, codes, known, control
-    return z0, eps, t, hide_molecule_of_controls(fields, codes, keep, latents.molecules,
-                                                 noise_rng), keep, control
+        keep = known
+    else:
+        codes = hide_molecule_of_controls(fields, codes, keep, latents.molecules, noise_rng)
+    control = latents.controls and latents.controls.draw(places, view, rng, shown, noise_rng)
+    return z0, eps, t, codes, keep, control
 
 
 @torch.no_grad()
@@ -260,6 +289,8 @@ def heldout_predictions(denoiser, latents, schedule, count=512, shuffled=()):
     t = (torch.arange(count) * 7919 % count * schedule.T // count).to(z0.device)
     codes, known = latents.conditions(places)
     other = torch.randperm(count, generator=noise_rng).to(z0.device)
+    if "control image" in shuffled:
+        control = (control[0][other], *control[1:])
     for i, field in enumerate(denoiser.conditioner.fields):
         if field.name in shuffled:
             codes[field.name], known[:, i] = codes[field.name][other], known[other, i]
@@ -301,6 +332,7 @@ def field_gaps(denoiser, latents, schedule, count=96):
     (rise, its standard error)}. About zero: the model does not use it, or another field tells as
     much (a plate lies in one batch)."""
     sets, count = field_sets(denoiser.conditioner.fields), min(count, len(latents.rows))
+    sets |= {"control image": ["control image"]} if latents.controls else {}
 
     def losses(shuffled):
         prediction, target, _ = heldout_predictions(denoiser, latents, schedule, count, shuffled)
@@ -355,7 +387,8 @@ def draw_samples(path, model, p, count=8):
         order = sorted(order, key=lambda i: -float(manifest.columns[dose][i] or 0))
     first = {manifest.columns[molecule][i] if molecule else i: i for i in reversed(order)}
     chosen = sorted(order, key=lambda i: i not in first.values())[:count]
-    columns = {f.name: manifest.rows(chosen, f.name) for f in model.fields}
+    columns = blank_unseen(model.fields, {f.name: manifest.rows(chosen, f.name)
+                                          for f in model.fields})
     real = views(p.pixels, chosen, p.settings, model.intensity)
     control = control_of(model, manifest, p.pixels, p.settings, chosen,
                          np.concatenate([p.train_rows, rows]))
@@ -371,9 +404,9 @@ def draw_samples(path, model, p, count=8):
 def control_of(model, manifest, pixels, settings, chosen, candidates, seed=0, rng=None):
     """Control images and their metadata for rows of a manifest, as Model.generate takes them; None
     without a ControlNet. negcon: of the same plate, drawn from `candidates`. rng: as in `views`."""
-    if not model.control:
+    if not model.controlnet:
         return None
-    told, rows = model.control, np.asarray(chosen)
+    told, rows = model.controlnet, np.asarray(chosen)
     if told["column"] == "negcon":
         found, partners = negative_controls(manifest, model.fields, rows, candidates, told["by"])
         pick = np.random.default_rng(seed)
@@ -438,89 +471,107 @@ def open_vae(config):
 
 def on_top_of_base(config):
     """The config of a ControlNet: data, fields and model are those of its base."""
-    base = load_checkpoint(config.base, "ldm", "run python train_ldm.py first, or name it with "
-                           "--base")
+    base = Model.load(config.base).content
     if base.get("controlnet"):
         raise UserError(f"{config.base} has a ControlNet already: --base takes a plain model")
-    told = {k: v for k, v in base["settings"].items() if k in (
+    own = {k: tuple(v) if isinstance(v, list) else v for k, v in base["settings"].items() if k in (
         "vae", "biology", "experiment", "molecule_encoder", "fingerprint_bits", "size",
         "fingerprint_radius", "molecule_table", "schedule", "target", "zero_snr")}
-    told |= {"data": base["settings"]["data"]} if config.data == Config.data else {}
+    asked = [k for k, v in own.items() if getattr(config, k) not in (v, getattr(Config, k))]
+    if asked:
+        raise UserError(f"--{asked[0]} is that of the base, {own[asked[0]]}: a ControlNet cannot "
+                        "change it")
+    if config.data == Config.data:
+        own["data"] = base["settings"]["data"]
     if config.out == Config.out:
-        told["out"] = f"runs/{config.control_column.replace(',', '_')}"
-    return replace(config, **{k: tuple(v) if isinstance(v, list) else v for k, v in told.items()})
+        own["out"] = f"runs/{config.control_column.replace(',', '_')}"
+    return replace(config, **own)
 
 
-def add_controlnet(p, config):
-    """Turn the prepared base into a ControlNet on a frozen base; describe it in the checkpoint."""
-    base = load_checkpoint(config.base, "ldm", "run python train_ldm.py first")
-    p.control_pixels = control_pixels(config.control_column, p.manifest, p.pixels)
-    same = config.control_column == "negcon"
-    intensity = base["vae"]["intensity"] if same else data.fit_intensity(
-        "percentile", p.control_pixels, p.train_rows)
-    p.constant |= {k: base[k] for k in ("fields", "control", "examples", "molecule_settings")}
-    p.constant["controlnet"] = {
-        "column": config.control_column, "channels": len(p.control_pixels[0]), "by":
-        config.control_by, "shrink": p.settings.downsampling, "intensity": intensity}
-    p.fields = [Field(**f) for f in base["fields"]]
-    unet = UNetConfig(**base["unet"])
-    p.denoiser = Denoiser(unet, p.fields, base["molecule_encoder"], base["molecule_settings"])
-    p.denoiser.load_state_dict(base["ema"])
-    p.denoiser.requires_grad_(False)
-    torch.manual_seed(config.seed)
-    p.denoiser.controlnet = ControlNet(p.denoiser.unet, *(p.constant["controlnet"][k] for k in (
-        "channels", "shrink")))
-    for part in (p.denoiser.unet.up, p.denoiser.unet.out):
-        part.requires_grad_(config.unfreeze_decoder)
-    p.denoiser.to(device())
-
-
-def prepare(config):
-    """Everything up to the first step: data, autoencoder, fields, networks, latents."""
-    vae, vae_content = open_vae(config)
+def open_images(vae_content, config):
+    """The images as the autoencoder's settings read them: a namespace that `prepare` fills."""
     settings = SimpleNamespace(**vae_content["settings"] | {"data": config.data})
     manifest, pixels, train_rows, held_rows = train_vae.open_data(settings)
-    fields = open_fields(config, manifest, train_rows)
-    print("fields: " + (", ".join(f"{f.name} ({f.kind}, {f.group})" for f in fields) or "none"))
+    return SimpleNamespace(settings=settings, manifest=manifest, pixels=pixels, sides={},
+                           train_rows=train_rows, held_rows=held_rows)
 
+
+def new_model(config):
+    """A U-Net and its conditioner, to be trained from nothing."""
+    vae, vae_content = open_vae(config)
+    p = open_images(vae_content, config)
+    p.vae, p.fields = vae, open_fields(config, p.manifest, p.train_rows)
     torch.manual_seed(config.seed)
-    x = views(pixels, train_rows[:1], settings, vae_content["intensity"])
+    x = views(p.pixels, p.train_rows[:1], p.settings, vae_content["intensity"])
     z = vae.to_latent(x.to(device()))
     unet = unet_config(config.size, z.shape[1])
     step = unet.fold * 2 ** (len(unet.multipliers) - 1)
     if z.shape[2] % step or z.shape[3] % step:
         raise UserError(f"latents of {z.shape[2]}x{z.shape[3]} do not halve often enough for the "
                         f"U-Net {config.size}: train the autoencoder with a --crop that is a "
-                        f"multiple of {step * settings.downsampling}")
-    molecules = fit_molecules(config, fields, manifest, train_rows)
-    denoiser = Denoiser(unet, fields, config.molecule_encoder, molecules).to(device())
-    schedule = dict(name=config.schedule, target=config.target, zero_snr=config.zero_snr)
-    um = set(manifest.columns.get("pixel_um", [""]))
-    constant = dict(
-        unet=asdict(unet), molecule_encoder=config.molecule_encoder,
-        molecule_settings=molecules, schedule=schedule,
-        fields=[asdict(f) for f in fields], latent_shape=list(z.shape[1:]),
-        pixel_um=float(um.pop()) * settings.binning if len(um) == 1 and um != {""} else None,
-        control=negative_control(fields, manifest, train_rows),
-        examples=group_examples(fields, manifest, train_rows), settings=asdict(config),
+                        f"multiple of {step * p.settings.downsampling}")
+    molecules = fit_molecules(config, p.fields, p.manifest, p.train_rows)
+    p.denoiser = Denoiser(unet, p.fields, config.molecule_encoder, molecules).to(device())
+    um = set(p.manifest.columns.get("pixel_um", [""]))
+    p.constant = dict(
+        unet=asdict(unet), molecule_encoder=config.molecule_encoder, molecule_settings=molecules,
+        schedule=dict(name=config.schedule, target=config.target, zero_snr=config.zero_snr),
+        fields=[asdict(f) for f in p.fields], latent_shape=list(z.shape[1:]),
+        pixel_um=float(um.pop()) * p.settings.binning if len(um) == 1 and um != {""} else None,
+        control=negative_control(p.fields, p.manifest, p.train_rows),
+        examples=group_examples(p.fields, p.manifest, p.train_rows), settings=asdict(config),
         vae={k: vae_content[k] for k in ("config", "weights", "intensity", "settings")})
-    p = SimpleNamespace(manifest=manifest, pixels=pixels, train_rows=train_rows,
-                        held_rows=held_rows, fields=fields, settings=settings, denoiser=denoiser,
-                        constant=constant, sides={}, schedule=diffusion.Schedule(**schedule))
-    if config.control_column:
-        add_controlnet(p, config)
+    return p
+
+
+def controlled_model(config):
+    """A trained model, frozen, with a ControlNet on top that knows nothing yet."""
+    base = Model.load(config.base)
+    p = open_images(base.content["vae"], config)
+    p.vae, p.fields, p.denoiser = base.vae, base.fields, base.denoiser
+    sides = [side * p.settings.downsampling for side in base.latent_shape[1:]]
+    shape = views(p.pixels, p.train_rows[:1], p.settings, base.intensity).shape
+    if list(shape[2:]) != sides:
+        raise UserError(f"{config.data}: images of {shape[3]}x{shape[2]} pixels, the base draws "
+                        f"{sides[1]}x{sides[0]}")
+    p.control_pixels = control_pixels(config.control_column, p.manifest, p.pixels)
+    channels = len(p.control_pixels[0])
+    # one file with as many channels as there are stains: the stains themselves
+    stains = channels == len(base.channels) and "," not in config.control_column
+    intensity = base.intensity if stains else data.fit_intensity(
+        "percentile", p.control_pixels, p.train_rows)
+    kept = ("unet", "molecule_encoder", "molecule_settings", "schedule", "fields", "latent_shape",
+            "pixel_um", "control", "examples", "vae")
+    p.constant = {k: base.content[k] for k in kept} | {
+        "settings": asdict(config), "controlnet": {
+            "column": config.control_column, "channels": channels, "by": config.control_by,
+            "shrink": p.settings.downsampling, "intensity": intensity}}
+    torch.manual_seed(config.seed)
+    p.denoiser.controlnet = ControlNet(p.denoiser.unet, channels, p.settings.downsampling)
+    for part in (p.denoiser.unet.up, p.denoiser.unet.out):
+        part.requires_grad_(config.unfreeze_decoder)
+    p.denoiser.to(device())
+    return p
+
+
+def prepare(config):
+    """Everything up to the first step: data, autoencoder, fields, networks, latents."""
+    p = controlled_model(config) if config.control_column else new_model(config)
+    print("fields: " + (", ".join(f"{f.name} ({f.kind}, {f.group})" for f in p.fields) or "none"))
+    p.schedule = diffusion.Schedule(**p.constant["schedule"])
     if config.resume:
-        check_resume(config, constant)
+        check_resume(config, p.constant)
     Path(config.out).mkdir(parents=True, exist_ok=True)
+    folder = Path(config.vae).parent if Path(config.vae).exists() else Path(config.out)
     # where a plate is absent from training its negative controls are held-out rows
-    both = np.concatenate([train_rows, held_rows])
-    for name, rows, each, candidates in (("training", train_rows, config.views, train_rows),
-                                         ("held-out", held_rows, 1, both)):
-        cache = cache_latents(vae, pixels, rows, settings, vae_content["intensity"], each,
-                              Path(config.vae).parent, name)
-        controls = open_controls(p, rows, candidates, each, config.control_by) \
+    both = np.concatenate([p.train_rows, p.held_rows])
+    for name, rows, each, candidates in (("training", p.train_rows, config.views, p.train_rows),
+                                         ("held-out", p.held_rows, 1, both)):
+        latents = cache_latents(p.vae, p.pixels, rows, p.settings,
+                                p.constant["vae"]["intensity"], each, folder, name)
+        controls = open_controls(p, rows, candidates, each, folder, name) \
             if config.control_column else None
-        p.sides[name] = Latents(cache, vae, manifest, rows, p.denoiser.conditioner, each,
+        p.sides[name] = Latents(latents, p.vae, p.manifest, rows, p.denoiser.conditioner, each,
                                 config.balance, controls)
     return p
 
@@ -539,6 +590,8 @@ def check_resume(config, constant):
     changed = changed_settings(config, content)
     if content["fields"] != constant["fields"]:
         changed.append("the fields' ranges and categories have changed")
+    if content.get("controlnet") != constant.get("controlnet"):
+        changed.append("the control images have changed")
     if any(not torch.equal(w.cpu(), constant["vae"]["weights"][k].cpu())
            for k, w in content["vae"]["weights"].items()):
         changed.append("the autoencoder is another one")
@@ -606,7 +659,8 @@ def train(config=Config()):
     if config.resume:
         first = resume(config, denoiser, average, optimiser, p.constant)
     else:
-        # 1.00 by construction: the output starts at zero, target and latents are standardised
+        # 1.00 by construction: the output starts at zero, target and latents are standardised.
+        # With a ControlNet it is the loss of the base: the ControlNet starts silent as well
         mean, by_noise = heldout_loss(average, held, schedule)
         print(f"held-out loss at step 0: {mean:.2f}")
         if not config.overfit:
@@ -682,6 +736,12 @@ def check(config):
         diffusion.Schedule(config.schedule, config.target, zero_snr=config.zero_snr)
     except ValueError as fault:
         raise UserError(f"--target {config.target}: {fault}") from None
+    if not config.control_column:
+        for name in ("base", "control_by", "control_dropout", "unfreeze_decoder"):
+            if getattr(config, name) != getattr(Config, name):
+                raise UserError(f"--{name} is for a ControlNet: add --control_column")
+    if not 0 <= config.control_dropout <= 1:
+        raise UserError(f"--control_dropout {config.control_dropout}: a share from 0 to 1")
     both = {f.partition(":")[0] for f in config.biology} & {f.partition(":")[0]
                                                             for f in config.experiment}
     if both:

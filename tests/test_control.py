@@ -1,4 +1,4 @@
-"""The ControlNet: silent at first, then heard; its images are cut like their targets; tiles join."""
+"""The ControlNet: silent at first, then heard; images cut like their targets; tiles that join."""
 
 import json
 
@@ -84,31 +84,84 @@ def control_path(request, ldm_path, tmp_path_factory):
     return train_ldm.train(config_of(ldm_path, tmp_path_factory.mktemp("control"), request.param))
 
 
-def test_control_images_are_cut_and_turned_like_their_targets(ldm_path, screen, tmp_path):
-    """The control `image` is the target itself: every view must be the same."""
-    p = train_ldm.prepare(train_ldm.on_top_of_base(config_of(ldm_path, tmp_path, "untreated")))
-    latents, same = p.sides["training"], data.Pixels(p.manifest)
-    images = list(train_ldm.cached_views(same, latents.rows[:40], p.settings,
-                                         p.constant["vae"]["intensity"], 2))
-    again = list(train_ldm.cached_views(p.control_pixels, latents.rows[:40], p.settings,
-                                        p.constant["vae"]["intensity"], 2))
-    untreated = [i for i in range(80)
-                 if p.manifest.columns["dose"][latents.rows[i // 2]] in ("0", "0.0")]
-    assert untreated
-    for i in untreated:
-        assert_close(images[i // 64][i % 64], again[i // 64][i % 64])
+@pytest.fixture(scope="module")
+def prepared(ldm_path, tmp_path_factory):
+    """A ControlNet ready to train, for each kind of control."""
+    return {column: train_ldm.prepare(train_ldm.on_top_of_base(config_of(
+        ldm_path, tmp_path_factory.mktemp(column), column))) for column in ("untreated", "negcon")}
 
 
-def test_a_negative_control_comes_from_the_same_plate_and_is_not_the_image_itself(screen, ldm_path):
+def test_control_images_are_cut_and_turned_like_their_targets(prepared):
+    """Of a negative control the untreated cells are the image itself: every view must agree."""
+    p, rng = prepared["untreated"], np.random.default_rng(0)
+    side, dose = p.sides["training"], p.manifest.columns["dose"]
+    rows = np.array([k for k, i in enumerate(side.rows) if float(dose[i]) == 0][:20])
+    targets = list(train_ldm.cached_views(p.pixels, side.rows, p.settings,
+                                          p.constant["vae"]["intensity"], 2))
+    targets = torch.cat(targets)
+    for view in (0, 1):
+        shown, *_ = side.controls.draw(rows, np.full(len(rows), view), rng)
+        assert_close(shown, targets[rows * 2 + view], atol=2e-3, rtol=0)
+    assert (targets[rows * 2] - targets[rows * 2 + 1]).abs().max() > .1
+
+
+def test_a_negative_control_comes_from_another_well_of_the_plate(screen, ldm_path):
     manifest = data.read_manifest(screen)
     model = sample.Model.load(ldm_path)
     rows = np.arange(len(manifest))
     chosen, partners = train_ldm.negative_controls(manifest, model.fields, rows, rows, "plate")
+    plate, well = (manifest.columns[name] for name in ("plate", "well"))
     assert {float(manifest.columns["dose"][i]) for i in chosen} == {0.}
     for i in rows[::37]:
-        assert partners[i] and all(
-            manifest.columns["plate"][chosen[k]] == manifest.columns["plate"][i]
-            and chosen[k] != i for k in partners[i])
+        assert partners[i] and all(plate[chosen[k]] == plate[i] and well[chosen[k]] != well[i]
+                                   for k in partners[i])
+
+
+def test_negative_controls_are_drawn_with_their_own_metadata(prepared):
+    p, rng = prepared["negcon"], np.random.default_rng(0)
+    side = p.sides["training"]
+    places = np.arange(0, len(side.rows), 97)
+    images, codes, known, shown = side.controls.draw(places, np.zeros(len(places), int), rng)
+    told = {f.name: known[:, i].all().item() for i, f in enumerate(p.fields)}
+    assert told == {"smiles": False, "dose": False, "batch": True, "plate": True, "row": True,
+                    "column": True}  # what was done to a negative control is always the same
+    assert torch.equal(codes["plate"], side.codes["plate"][places])
+    assert not torch.equal(codes["row"], side.codes["row"][places])
+    every = torch.from_numpy(side.controls.images[:].astype(np.float32))
+    assert all((every == image).flatten(1).all(1).any() for image in images)
+    again, *_ = side.controls.draw(places, np.zeros(len(places), int), rng)
+    assert not torch.equal(images, again)
+
+
+def test_the_metadata_of_a_control_are_sometimes_hidden(prepared):
+    side, rng = prepared["negcon"].sides["training"], np.random.default_rng(0)
+    places = np.resize(np.arange(len(side.rows)), 400)
+    _, _, known, shown = side.controls.draw(places, 0 * places, rng, .75,
+                                            torch.Generator().manual_seed(0))
+    share = known[:, 2:].float().mean().item()
+    assert .6 < share < .95 and .65 < shown.mean() < .85
+
+
+def test_a_controlnet_resumes_exactly(ldm_path, tmp_path, monkeypatch):
+    options = dict(unfreeze_decoder=True)
+    whole = train_ldm.train(config_of(ldm_path, tmp_path / "whole", "brightfield", **options))
+    config = config_of(ldm_path, tmp_path / "parts", "brightfield", **options)
+
+    def stop(average, model, decay, step, real=train_ldm.ema_update):
+        if step == 2:
+            raise KeyboardInterrupt
+        real(average, model, decay, step)
+    config.eval_every = 2
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_ldm, "ema_update", stop)
+        train_ldm.train(config)
+    config.resume = True
+    parts = train_ldm.train(config)
+    one, other, base = (train_ldm.load_checkpoint(path, "ldm", "") for path in (whole, parts,
+                                                                               ldm_path))
+    assert all(torch.equal(v, other["weights"][k]) for k, v in one["weights"].items())
+    moved = {k for k, v in base["ema"].items() if not torch.equal(v, one["weights"][k])}
+    assert moved and all(k.startswith(("unet.up.", "unet.out.")) for k in moved)
 
 
 def test_the_base_stays_as_it_was(control_path, ldm_path):
@@ -118,8 +171,7 @@ def test_the_base_stays_as_it_was(control_path, ldm_path):
     assert any(p.abs().sum() > 0 for p in after.denoiser.controlnet.zeros.parameters())
 
 
-def test_training_hears_the_control(ldm_path, tmp_path):
-    """A hint that gives the answer away lowers the loss of one batch below that of the base."""
+def test_the_network_sees_the_control_unless_it_is_hidden(ldm_path, tmp_path):
     config = config_of(ldm_path, tmp_path, "brightfield")
     p = train_ldm.prepare(train_ldm.on_top_of_base(config))
     schedule, latents = p.schedule, p.sides["training"]
@@ -147,7 +199,7 @@ def model(control_path):
 def control_for(model, n=2):
     size = [side * model.vae.config.downsampling for side in model.latent_shape[1:]]
     torch.manual_seed(0)
-    return torch.rand(n, model.control["channels"], *size) * 2 - 1, {"batch": ["B1"] * n}
+    return torch.rand(n, model.controlnet["channels"], *size) * 2 - 1, {"batch": ["B1"] * n}
 
 
 def test_the_control_group_has_a_weight_of_its_own(model):
@@ -212,21 +264,65 @@ def test_windows_join_without_seams(model, monkeypatch):
     assert_close(tiled, model.vae.to_image(z), atol=1e-4, rtol=1e-4)
 
 
-def test_control_on_the_command_line(control_path, screen, cli, tmp_path):
-    out = tmp_path / "out"
-    status, said, error = cli(sample, "--checkpoint", control_path, "--control", f"{screen}:9",
+@pytest.fixture
+def loud_path(control_path, tmp_path):
+    """The checkpoint with random weights, so that whatever is heard is seen."""
+    content = train_ldm.load_checkpoint(control_path, "ldm", "")
+    model = sample.Model(content)
+    content["ema"] = randomise(model.denoiser, seed=2).state_dict()
+    train_ldm.save_checkpoint(tmp_path / "loud.pt", "ldm", content)
+    return tmp_path / "loud.pt"
+
+
+def test_blending_fades_between_windows_that_disagree():
+    tiles = sample.Tiles((8, 20), (8, 8), .5, batch=2)
+    values = {place: float(k) for k, place in enumerate(p for part in tiles.parts for p in part)}
+    joined = tiles.blend(1, 2, lambda part: torch.stack([
+        torch.full((1, 16, 16), values[place]) for place in part]))
+    assert joined.shape == (1, 1, 16, 40)
+    assert joined[0, 0, :, 0].unique().tolist() == [0.] and joined[0, 0, 3, -1] == max(
+        values.values())
+    assert joined.diff(dim=3).abs().max() < .5  # a seam would jump by 1
+
+
+def test_control_on_the_command_line(loud_path, screen, cli, tmp_path):
+    """A sweep beside a row's control; the same request after two files: two pictures, same noise,
+    told apart only if the file reaches the network."""
+    out, column = tmp_path / "out", sample.Model.load(loud_path).controlnet["column"]
+    status, said, error = cli(sample, "--checkpoint", loud_path, "--control", f"{screen}:9",
                               "--grid", "dose=0,3", "batch=B1,B2", "--steps", 2, "--out", out)
     assert status == 0, error
-    assert (out / "samples.png").exists() and (out / "samples.tif").exists()
-    column = sample.Model.load(control_path).control["column"]
-    file = screen.parent / ("image.npy" if column == "negcon" else f"{column}.npy")
-    status, said, error = cli(sample, "--checkpoint", control_path, "--control", f"{file}:7",
-                              "dose=1", "-n", 2, "--steps", 2, "--out", out)
-    assert status == 0, error
+    assert tifffile.imread(out / "samples.tif").shape[0] == 4
+    file, drawn = screen.parent / ("image.npy" if column == "negcon" else f"{column}.npy"), []
+    for index in (7, 107):
+        status, said, error = cli(sample, "--checkpoint", loud_path, "--control",
+                                  f"{file}:{index}", "dose=1", "-n", 1, "--steps", 2, "--out", out)
+        assert status == 0, error
+        drawn.append(tifffile.imread(out / "samples.tif").astype(float))
+    assert abs(drawn[0] - drawn[1]).max() > .05
+    record = json.loads((out / "samples.json").read_text())
+    assert record["control"].endswith(":107") and record["guidance"]["control"] == 1
+
+
+def test_strength_says_how_much_of_the_image_is_kept(ldm_path, screen, cli, refused, tmp_path):
+    drawn, edit = {}, ["--checkpoint", ldm_path, "--edit", f"{screen}:9", "--out", tmp_path]
+    for strength in (.01, .9):
+        status, _, error = cli(sample, *edit, "--strength", strength, "--steps", 4)
+        assert status == 0, error
+        drawn[strength] = tifffile.imread(tmp_path / "samples.tif").astype(float)
+    model = sample.Model.load(ldm_path)
+    image, *_ = sample.read_row(model, f"{screen}:9")
+    kept = model.vae.to_image(model.vae.to_latent(image))
+    low, high = (np.array(model.intensity[k])[:, None, None] for k in ("low", "high"))
+    kept = low + (kept[0].numpy() + 1) / 2 * (high - low)
+    error = {s: abs(x - kept).mean() for s, x in drawn.items()}
+    assert error[.01] < .3 * error[.9]
+    refused(sample, *edit, "--strength", 1.5, says=["--strength 1.5"])
+    refused(sample, "--checkpoint", ldm_path, "dose=1", "--strength", .5, says=["--edit"])
 
 
 def test_a_large_control_is_drawn_in_tiles(control_path, cli, tmp_path):
-    channels = sample.Model.load(control_path).control["channels"]
+    channels = sample.Model.load(control_path).controlnet["channels"]
     field = np.random.default_rng(0).integers(0, 255, (channels, 48, 72), np.uint8)
     np.save(tmp_path / "field.npy", field)
     status, said, error = cli(sample, "--checkpoint", control_path, "--control",
@@ -237,7 +333,7 @@ def test_a_large_control_is_drawn_in_tiles(control_path, cli, tmp_path):
 
 
 def test_refusals(control_path, ldm_path, screen, tmp_path, refused):
-    channels = sample.Model.load(control_path).control["channels"]
+    channels = sample.Model.load(control_path).controlnet["channels"]
     np.save(tmp_path / "two.npy", np.zeros((2, 32, 32), np.uint8))
     np.save(tmp_path / "small.npy", np.zeros((channels, 16, 16), np.uint8))
 
@@ -247,6 +343,11 @@ def test_refusals(control_path, ldm_path, screen, tmp_path, refused):
     no("--control", tmp_path / "two.npy", says=["2 channels", f"trained with {channels}"])
     no("--control", tmp_path / "small.npy", says=["16x16", "at least 32x32"])
     no("--control", tmp_path / "none.npy", says=["none.npy"])
+    np.save(tmp_path / "float.npy", np.zeros((channels, 32, 32)))
+    np.save(tmp_path / "stack.npy", np.zeros((4, channels, 32, 32), np.uint8))
+    no("--control", tmp_path / "float.npy", says=["holds float64"])
+    no("--control", tmp_path / "stack.npy", says=["FILE:INDEX"])
+    no("--guidance", "control=2", says=["--control FILE"])
     no("--control", f"{screen}:1", says=["MANIFEST:ROW"])
     no("--control", f"{screen}:9", checkpoint=ldm_path, says=["no ControlNet"])
     no("dose=1", "--guidance", "control=2", checkpoint=ldm_path, says=["no group control"])
@@ -259,12 +360,16 @@ def test_training_refusals(ldm_path, control_path, screen, tmp_path, refused):
     no("--base", ldm_path, "--control_column", "phase", says=["no column phase"])
     no("--base", tmp_path / "none.pt", "--control_column", "brightfield", says=["none.pt"])
     no("--base", control_path, "--control_column", "brightfield", says=["has a ControlNet already"])
+    no("--base", ldm_path, "--control_column", "brightfield", "--size", "base", says=["--size"])
+    no("--unfreeze_decoder", says=["--control_column"])
+    no("--base", ldm_path, "--control_column", "brightfield", "--control_dropout", 2,
+       says=["from 0 to 1"])
     rows = [dict(zip(("image", "index", "smiles", "dose", "batch", "plate", "row", "column",
                       "split"), (screen.parent / "image.npy", i, "CCO", 1 + i % 2, "B1", "P01", 1,
                                  1, "val" if i == 5 else "train"))) for i in range(12)]
     data.write_manifest(tmp_path / "m.csv", rows)
     no("--base", ldm_path, "--control_column", "negcon", "--data", tmp_path / "m.csv",
-       says=["P01 has no negative control"])
+       says=["P01 has no (other) negative control"])
     assert not (tmp_path / "out" / "model.pt").exists()
 
 
