@@ -205,16 +205,20 @@ def zero(module):
 
 
 class HintStem(nn.Module):
-    """An image (B, C, H, W) of any number of channels to (B, width, H/shrink, W/shrink): strided
-    convolutions, twice the channels at half the side, and a zero convolution at the end."""
+    """An image (B, C, H, W) of any number of channels to (B, width, H/shrink, W/shrink): two
+    convolutions at each size, twice the channels at half the side, a zero convolution at the end.
+    shrink is a power of two."""
 
     def __init__(self, channels, width, shrink):
         super().__init__()
-        layers, w = [nn.Conv2d(channels, 16, 3, padding=1), nn.SiLU()], 16
+        w = min(32, width)
+        layers = [nn.Conv2d(channels, w, 3, padding=1)]
         for _ in range(shrink.bit_length() - 1):
-            layers += [nn.Conv2d(w, min(2 * w, width), 3, stride=2, padding=1), nn.SiLU()]
-            w = min(2 * w, width)
-        self.layers = nn.Sequential(*layers, nn.Conv2d(w, w, 3, padding=1), nn.SiLU())
+            wide = min(2 * w, width)
+            layers += [norm(w), nn.SiLU(), nn.Conv2d(w, wide, 3, stride=2, padding=1),
+                       norm(wide), nn.SiLU(), nn.Conv2d(wide, wide, 3, padding=1)]
+            w = wide
+        self.layers = nn.Sequential(*layers, norm(w), nn.SiLU())
         self.out = zero(nn.Conv2d(w, width, 1))
 
     def forward(self, image):
