@@ -31,7 +31,7 @@ import train_ldm
 import train_vae
 from conditioning import MOLECULE_ENCODERS, blank_unseen, check_values, parse_number
 from diffusion import FORMS
-from sample import STEPS, Model
+from sample import INTERVAL, STEPS, Model
 from train_ldm import cached_views
 from train_vae import (UserError, autocast, device, learning_rate, load_checkpoint, open_data,
                        reconstruct, run, save_checkpoint, step_rng, views, write_log)
@@ -496,7 +496,7 @@ def quality(args):
     probe = screen_probe(manifest.path.parent, model)
     cells = cells_of(manifest, ["true_mechanism", "batch"])
     standardise = feature_scale(opened)
-    request = Request(model.weights(args.guidance), args.form, steps=args.steps)
+    request = Request(model.weights(args.guidance), args.form, args.interval, steps=args.steps)
     table, pictures = {}, {}
     for name, rows in sets.items():
         rows_a, rows_b = halves(manifest, rows, cells, limit)
@@ -513,7 +513,7 @@ def quality(args):
         raise UserError("nothing to compare: no condition cell has four wells")
     print_quality(table, probe is not None)
     report = {"checkpoint": args.checkpoint, "guidance": model.weights(args.guidance),
-              "form": args.form, "steps": args.steps, "table": table}
+              "form": args.form, "interval": args.interval, "steps": args.steps, "table": table}
     (out / "quality.json").write_text(json.dumps(report, indent=1))
     labels = [f"{name}\n{kind}" for name, kinds in pictures.items() for kind in kinds]
     rows = [list(images.numpy()) for kinds in pictures.values() for images in kinds.values()]
@@ -578,7 +578,8 @@ def beside(opened, args, cell, request, inside, n, real):
     `inside`) apart by the column --also."""
     model, rng = opened.model, np.random.default_rng(1)
     sets = {"generated": model.generate({name: [value] * n for name, value in request.items()},
-                                        range(n), args.guidance, args.form, args.steps)}
+                                        range(n), args.guidance, args.form, args.steps,
+                                        interval=args.interval)}
     label = np.array([opened.manifest.columns[args.also][i] if args.also else "" for i in inside])
     return sets | {f"real {value}".strip(): real_images(opened, rng.choice(
         inside[label == value], real), rng) for value in np.unique(label)}
@@ -822,7 +823,7 @@ class Request:
     """How images are asked for."""
     guidance: dict
     form: str = "nested"
-    interval: tuple = (0., 1.)
+    interval: tuple = INTERVAL
     rescale: float = 0.
     steps: int = 15
 
@@ -944,10 +945,10 @@ def disentangle_one(model, truth, request):
 
 # --- studies: many such lines, kept in results.jsonl so that a restart skips what is done ---------
 
-WEIGHTS_TRIED = [(1, 1), (1.5, 1), (1.5, 1.5), (2, 1), (2, 1.5), (2, 2), (3, 1.5), (3, 2), (4, 2)]
+WEIGHTS_TRIED = [(1, 1), (1.5, 1.5), (2, 1), (2, 2), (2.5, 2.5), (3, 2), (3, 3), (4, 2), (4, 4)]
 FORMS_TRIED = [dict(form=form) for form in FORMS] + [
-    dict(form=form, **change) for change in (dict(interval=(.2, .8)), dict(rescale=.7))
-    for form in ("nested", "contrast")]
+    dict(form=form, **change) for change in (dict(interval=(0., 1.)), dict(rescale=.7))
+    for form in ("nested", "independent")]
 TABLE = ("leak_e_to_b", "leak_b_to_e", "effect_biology", "effect_experiment", "probe_mechanism",
          "probe_batch", "distance_seen", "distance_heldout")
 
@@ -1044,8 +1045,8 @@ def study_checkpoint(opened, truth, results, args):
 ARMS = {"perturbations": dict(experiment=()), "experiment": dict(biology=()), "both": {},
         "balanced": dict(balance=1.)}
 RUNS = [(0., 0), (.5, 0), (.9, 0), (.9, 1), (.9, 2)]     # confounding and seed
-TRIED = {"both": [(1, 1), (1.5, 1), (1.5, 1.5), (2, 1.5), (2, 2)],
-         "balanced": [(1, 1), (1.5, 1), (1.5, 1.5), (2, 1.5), (2, 2)],
+TRIED = {"both": [(1, 1), (1.5, 1.5), (2, 2), (3, 2), (3, 3)],
+         "balanced": [(1, 1), (1.5, 1.5), (2, 2), (3, 2), (3, 3)],
          "perturbations": [(1, 0), (1.5, 0), (2, 0), (3, 0)],
          "experiment": [(0, 1), (0, 1.5), (0, 2), (0, 3)]}
 
@@ -1256,7 +1257,8 @@ def study_transfer(opened, truth, results, args, steps=50):
         def measured():
             columns = [{field.name: [str(rows[i].get(field.name, "")) for i in where]
                         for field in model.fields} for where in (start, goal)]
-            edited = model.edit(truth.images[start], *columns, args.guidance, args.form, steps)
+            edited = model.edit(truth.images[start], *columns, args.guidance, args.form, steps,
+                                interval=args.interval)
             before, true = (reconstruct(model.vae, truth.images[i])[0] for i in (start, goal))
             y = [truth.features(x) for x in (before, edited, true)]
             change, wanted = y[1] - y[0], y[2] - y[0]
@@ -1268,7 +1270,8 @@ def study_transfer(opened, truth, results, args, steps=50):
                     "drift": change[:, ~side].square().mean().sqrt().item(),
                     "true_drift": wanted[:, ~side].square().mean().sqrt().item()}
         line = results.get({"transfer": name, "checkpoint": finger(args.checkpoint), "steps": steps,
-                            "images": args.images, "guidance": args.guidance, "form": args.form},
+                            "images": args.images, "guidance": args.guidance, "form": args.form,
+                            "interval": args.interval},
                            measured)
         print(f"{name:16s}{line['l1_before']:26.4f}{line['l1_after']:8.4f}{line['moved']:8.2f}"
               f"{line['drift']:8.2f}{line['true_drift']:8.2f}")
@@ -1334,7 +1337,8 @@ def study_pairs(opened, args, results):
 
     for treatment, plate in pairs:
         line = results.get({"pair": f"{treatment} x {plate}", "vae": finger(vae), "images": n,
-                            "guidance": args.guidance, "form": args.form, "also": args.also},
+                            "guidance": args.guidance, "form": args.form, "also": args.also,
+                            "interval": args.interval},
                            lambda: measured(treatment, plate))
         print(f"\nleft out: {line['left_out']}")
         for name, values in list(line.items())[2:]:
@@ -1584,7 +1588,8 @@ def compare_encoders(args):
         args.train_steps, args.seeds, args.molecules = 300, args.seeds[:1], 8
     out, lines = Path(args.out or "runs/encoders"), []
     results = Results(out / "encoders.jsonl")
-    size = {k: getattr(args, k) for k in ("molecules", "series", "steps", "guidance", "form")}
+    size = {k: getattr(args, k) for k in ("molecules", "series", "steps", "guidance", "form",
+                                          "interval")}
     for encoder, seed in itertools.product(args.names, args.seeds):
         def measured():
             start = train_ldm.Config(
@@ -1618,7 +1623,8 @@ def score_encoder(opened, args, limit=None):
         if limit is None:
             columns = {f.name: [str(r.get(f.name, "")) for r in rows] for f in model.fields}
             images = generate(model, columns, [r["cells"] for r in rows],
-                              Request(model.weights(args.guidance), args.form, steps=args.steps))
+                              Request(model.weights(args.guidance), args.form, args.interval,
+                                      steps=args.steps))
         else:
             images = series.truth(20_000)
         if limit == "molecules permuted":
@@ -1802,7 +1808,8 @@ def ask(opened, rows, args, control, seeds=None):
                                           for f in model.fields})
     with autocast():
         return model.generate(columns, range(len(rows)) if seeds is None else seeds,
-                              args.guidance, args.form, args.steps, control=control)
+                              args.guidance, args.form, args.steps, control=control,
+                              interval=args.interval)
 
 
 def control_paired(opened, args, out):
@@ -1926,10 +1933,10 @@ def counterfactual(opened, args, out):
     target = blank_unseen(model.fields, {f.name: m.rows(rows, f.name) for f in model.fields})
     controls = model.content["control"] or {}
     source = target | {name: [value] * n for name, value in controls.items()}
+    weights = {k: v for k, v in args.guidance.items() if k != "control"}
     edited = torch.cat([model.edit(
         before[i:i + 64], {k: v[i:i + 64] for k, v in source.items()},
-        {k: v[i:i + 64] for k, v in target.items()}, {k: v for k, v in args.guidance.items()
-                                                      if k != "control"}, args.form)
+        {k: v[i:i + 64] for k, v in target.items()}, weights, args.form, interval=args.interval)
         for i in range(0, n, 64)])
     start, truth = (reconstruct(model.vae, x)[0] for x in (before, real))
     standardise = feature_scale(opened, args.nucleus_radius)
@@ -2011,6 +2018,8 @@ def common_options(parser):
     parser.add_argument("--data", default=None, help="another manifest than the model's own")
     parser.add_argument("--guidance", nargs="+", default=[], help="GROUP=WEIGHT for each group")
     parser.add_argument("--form", default="nested", choices=FORMS, help="of guidance")
+    parser.add_argument("--interval", type=float, nargs=2, default=INTERVAL,
+                        help="noise levels between which guidance acts")
     parser.add_argument("--quick", action="store_true", help="fewer images, shorter training")
 
 
@@ -2033,8 +2042,6 @@ def disentangle_options(parser):
     parser.add_argument("--out", default="runs/disentangle", help="results.jsonl and figures")
     parser.add_argument("--images", type=int, default=756, help="of the whole factorial")
     parser.add_argument("--steps", type=int, default=15, help="DDIM steps")
-    parser.add_argument("--interval", type=float, nargs=2, default=(0., 1.),
-                        help="noise levels between which guidance acts")
     parser.add_argument("--rescale", type=float, default=0., help="share of guidance's extra "
                         "spread taken back")
     parser.add_argument("--vae", default="runs/vae/model.pt", help="of the arms: one for all")

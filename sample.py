@@ -33,7 +33,8 @@ from train_vae import UserError, build_vae, device, load_checkpoint, run, views
 from unet import ControlNet, UNet, UNetConfig
 
 STEPS = 30       # DDIM steps
-GUIDANCE = 1.5   # weight of every group unless asked otherwise
+GUIDANCE = 2.5   # weight of every group unless asked otherwise
+INTERVAL = (.2, .8)  # noise levels t / T between which it acts
 
 
 class Denoiser(nn.Module):
@@ -182,30 +183,33 @@ class Model:
         groups = len(self.groups) + (control is not None)
         return self.branches(columns, n, {("given",) * groups: 1.}, control)
 
-    def guided(self, columns, n, guidance=None, form="nested", interval=(0., 1.), rescale=0.,
+    def guided(self, columns, n, guidance=None, form="nested", interval=INTERVAL, rescale=0.,
                control=None):
         """denoise(z, t) under a request, guided.
 
-        interval: between which noise levels t / T guidance acts; outside it the conditional model
-        runs alone, one branch (Kynkaanniemi et al. 2024, arXiv:2404.07724). rescale: 0 to 1, how
-        much of guidance's extra spread is taken back (diffusion.rescale).
+        interval: between which noise levels t / T guidance acts; outside it weights above 1 count
+        as 1, so that usually one branch runs (Kynkaanniemi et al. 2024, arXiv:2404.07724).
+        rescale: 0 to 1, how much of guidance's extra spread is taken back (diffusion.rescale).
         """
         weights = self.weights(guidance, control is not None)
         composed = diffusion.compose(form, weights, self.references(form))
         guided = self.branches(columns, n, composed, control)
-        alone = rescale or tuple(interval) != (0., 1.)
-        plain = self.plain(columns, n, control) if alone else None
+        plain = self.plain(columns, n, control) if rescale else None
+        outside = guided
+        if tuple(interval) != (0., 1.):
+            calm = diffusion.compose("nested", {g: min(w, 1.) for g, w in weights.items()})
+            outside = self.branches(columns, n, calm, control)
 
         def denoise(z, t):
-            if plain and not interval[0] <= t[0].item() / self.schedule.T <= interval[1]:
-                return plain(z, t)
+            if not interval[0] <= t[0].item() / self.schedule.T <= interval[1]:
+                return outside(z, t)
             v = guided(z, t)
             return diffusion.rescale(v, plain(z, t), rescale) if rescale else v
 
         return denoise
 
     def generate(self, columns, seeds, guidance=None, form="nested", steps=STEPS, eta=0.,
-                 sampler="ddim", batch=64, progress=True, interval=(0., 1.), rescale=0.,
+                 sampler="ddim", batch=64, progress=True, interval=INTERVAL, rescale=0.,
                  control=None):
         """Images (n, C, H, W) in [-1, 1] on the CPU, one per seed.
 
@@ -265,7 +269,7 @@ class Model:
 
     @torch.no_grad()
     def edit(self, images, source, target, guidance=None, form="nested", steps=50, rounds=3,
-             interval=(0., 1.), rescale=0., strength=None, seeds=None):
+             interval=INTERVAL, rescale=0., strength=None, seeds=None):
         """Real images (n, C, H, W) in [-1, 1] as they would look under other conditions: the same
         cells. Inverted under their own conditions `source`, all weights 1, then generated from
         there under `target` ({name: [n strings]} each), weights 1 unless `guidance` says more.
@@ -655,9 +659,10 @@ def main():
                              f"{GUIDANCE} for each; 1 with --edit)")
     parser.add_argument("--form", choices=diffusion.FORMS, default="nested",
                         help="how the guidance of groups is composed (default: %(default)s)")
-    parser.add_argument("--interval", type=float, nargs=2, default=(0., 1.),
+    parser.add_argument("--interval", type=float, nargs=2, default=INTERVAL,
                         metavar=("LOW", "HIGH"),
-                        help="noise levels, 0 to 1, between which guidance acts (default: all)")
+                        help="noise levels, 0 to 1, between which guidance acts: outside, weights "
+                        "above 1 count as 1 (default: %(default)s)")
     parser.add_argument("--rescale", type=float, default=0.,
                         help="share of guidance's extra spread taken back (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=STEPS, help="default: %(default)s")

@@ -44,6 +44,18 @@ def ldm_path(ldm_config):
     return train_ldm.train(ldm_config)
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "pictures: looks at the pictures that training draws")
+
+
+@pytest.fixture(autouse=True)
+def pictures(request, monkeypatch):
+    """Half the time of a three-step training are its pictures: drawn where a test looks at them."""
+    if not request.node.get_closest_marker("pictures"):
+        monkeypatch.setattr(train_ldm, "draw_samples", lambda *_, **__: None)
+        monkeypatch.setattr(train_ldm, "draw_curves", lambda *_: None)
+
+
 @pytest.fixture
 def cli(monkeypatch, capsys):
     """cli(module, *arguments) runs a script's command line: (exit status, stdout, stderr)."""

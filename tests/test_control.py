@@ -13,6 +13,7 @@ import diffusion
 import evaluate
 import sample
 import train_ldm
+import train_vae
 from conftest import randomise
 from test_unet import CONFIG, inputs
 from unet import ControlNet, UNet
@@ -140,6 +141,19 @@ def test_the_metadata_of_a_control_are_sometimes_hidden(prepared):
                                             torch.Generator().manual_seed(0))
     share = known[:, 2:].float().mean().item()
     assert .6 < share < .95 and .65 < shown.mean() < .85
+
+
+@pytest.mark.pictures
+def test_samples_of_a_plate_that_was_held_out(screen, tmp_path):
+    """The plate field has no value that the model knows; the picture must be drawn all the same."""
+    vae = train_vae.train(train_vae.Config(data=str(screen), split="plate=P03", steps=2, width=16,
+                                           blocks=1, out=str(tmp_path / "vae")))
+    options = dict(vae=str(vae), steps=1, batch=4, size="tiny", views=1)
+    base = train_ldm.train(train_ldm.Config(data=str(screen), out=str(tmp_path / "base"),
+                                            **options))
+    path = train_ldm.train(train_ldm.Config(control_column="negcon", base=str(base), steps=1,
+                                            batch=4, views=1, out=str(tmp_path / "control")))
+    assert (path.parent / "samples.png").exists()
 
 
 def test_a_controlnet_resumes_exactly(ldm_path, tmp_path, monkeypatch):

@@ -190,6 +190,8 @@ def test_studies_of_one_checkpoint(study, ldm_path, cli, tmp_path, monkeypatch):
         (tmp_path / "step-3.pt").write_bytes(ldm_path.read_bytes())
         (tmp_path / "model.pt").write_bytes(ldm_path.read_bytes())
         ldm_path = tmp_path / "model.pt"
+    monkeypatch.setattr(evaluate, "FORMS_TRIED", [dict(form="control"), dict(
+        form="nested", interval=(.2, .8), rescale=.7)])
     status, out, error = cli(evaluate, "disentangle", "--checkpoint", ldm_path, "--images", 216,
                              "--steps", 1, "--study", study, "--out",
                              tmp_path / "d")

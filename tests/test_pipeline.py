@@ -35,6 +35,7 @@ def test_autoencoder_trains_and_reports(vae_path):
         assert min(picture.size) > 200
 
 
+@pytest.mark.pictures
 def test_first_loss_is_one_and_training_lowers_it(ldm_config, tmp_path):
     train_ldm.train(replace(ldm_config, out=str(tmp_path), steps=40, eval_every=20, lr=3e-3))
     log = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
@@ -244,6 +245,24 @@ def test_guidance_forms_as_the_network_sees_them(model, form):
                 "control": full + (wb - 1) * (full - control) + (we - 1) * (full - average)}[form]
     out = model.guided(one, 1, {"biology": wb, "experiment": we}, form)(z, t)
     assert_close(out, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("form", ["nested", "independent"])
+def test_outside_the_interval_weights_above_one_count_as_one(model, form):
+    z, one = torch.randn(1, *model.latent_shape), {k: v[:1] for k, v in REQUEST.items()}
+
+    def v(t, columns=one, **options):
+        return model.guided(columns, 1, form=form, **options)(z, torch.tensor([t]))
+    strong, interval = dict(biology=3., experiment=3.), dict(interval=(.2, .8))
+    for t, inside in ((100, False), (500, True), (900, False)):
+        everywhere = v(t, guidance=strong, interval=(0., 1.))
+        plain = model.plain(one, 1)(z, torch.tensor([t]))
+        assert_close(v(t, guidance=strong, **interval), everywhere if inside else plain,
+                     atol=1e-4, rtol=1e-4)
+        ignored = v(t, guidance=dict(biology=0., experiment=3.), **interval)
+        changed = v(t, one | {"smiles": ["CCO"]}, guidance=dict(biology=0., experiment=3.),
+                    **interval)
+        assert_close(ignored, changed, atol=1e-5, rtol=1e-5)  # weight 0 ignores a group everywhere
 
 
 def test_command_line_writes_picture_hyperstack_and_record(ldm_path, tmp_path, cli):
