@@ -9,6 +9,7 @@ its ceiling, and is written as JSON and as a figure.
 """
 import argparse
 import copy
+import functools
 import hashlib
 import inspect
 import itertools
@@ -1045,8 +1046,8 @@ def study_checkpoint(opened, truth, results, args):
 ARMS = {"perturbations": dict(experiment=()), "experiment": dict(biology=()), "both": {},
         "balanced": dict(balance=1.)}
 RUNS = [(0., 0), (.5, 0), (.9, 0), (.9, 1), (.9, 2)]     # confounding and seed
-TRIED = {"both": [(1, 1), (1.5, 1.5), (2, 2), (3, 2), (3, 3)],
-         "balanced": [(1, 1), (1.5, 1.5), (2, 2), (3, 2), (3, 3)],
+TRIED = {"both": [(1, 1), (1.5, 1.5), (2, 2), (2.5, 2.5), (3, 2), (3, 3)],
+         "balanced": [(1, 1), (1.5, 1.5), (2, 2), (2.5, 2.5), (3, 2), (3, 3)],
          "perturbations": [(1, 0), (1.5, 0), (2, 0), (3, 0)],
          "experiment": [(0, 1), (0, 1.5), (0, 2), (0, 3)]}
 
@@ -1076,48 +1077,63 @@ def open_trained(args, path):
                                       guidance={}))
 
 
-def best_guidance(model, truth, args, arm):
-    """The weights whose images of the validation pairs lie nearest to the truth; among those within
-    a tenth of the least distance, the ones whose mechanism and batch the probe reads best. Returns
-    them, and all that was tried: [weight of biology, of experiment, distance, share read]."""
-    where, tried = truth.factorial.held("val"), []
-    places, n = where.nonzero().tolist(), truth.factorial.seeds
-    kept = where.flatten().repeat_interleave(n)
+def try_guidance(model, truth, args, b, e):
+    """Weights tried on the validation pairs: [weight of biology, of experiment, kernel distance to
+    the truth, share of mechanisms and batches that the probe reads]."""
+    where, n = truth.factorial.held("val"), truth.factorial.seeds
+    places, kept = where.nonzero().tolist(), where.flatten().repeat_interleave(n)
     rows = [r for r, k in zip(truth.factorial.rows(), kept) if k]
-    for b, e in TRIED[arm]:
-        request = request_of(args, model, guidance=dict(biology=b, experiment=e))
-        images = generate_places(model, truth.factorial, request, where)
-        y = truth.features(images).unflatten(0, (len(places), n))
-        distance = float(np.mean([kernel_distance(y[k], truth.b[i, j])
-                                  for k, (i, j) in enumerate(places)]))
-        read = named_right(truth.probe, images, rows) if truth.probe else {}
-        tried.append([b, e, distance, float(np.mean([hit.float().mean() for hit in read.values()]
-                                                    or [0.]))])
-    least = min(distance for _, _, distance, _ in tried)
-    near = [t for t in tried if t[2] <= 1.1 * least]
-    return tuple(max(near, key=lambda t: (t[3], -t[2]))[:2]), tried
+    request = request_of(args, model, guidance=dict(biology=b, experiment=e))
+    images = generate_places(model, truth.factorial, request, where)
+    y = truth.features(images).unflatten(0, (len(places), n))
+    distance = np.mean([kernel_distance(y[k], truth.b[i, j]) for k, (i, j) in enumerate(places)])
+    read = named_right(truth.probe, images, rows) if truth.probe else {}
+    return [b, e, float(distance), float(np.mean([hit.float().mean() for hit in read.values()]
+                                                 or [0.]))]
+
+
+def best_guidance(tried):
+    """One pair of weights for an arm, from what try_guidance found for each of its seeds: of those
+    whose mean distance is within a tenth of the least, the ones that the probe reads best."""
+    mean = np.mean(np.array(tried), 0)                                   # (weights tried, 4)
+    near = [t for t in mean.tolist() if t[2] <= 1.1 * mean[:, 2].min()]
+    return tuple(max(near, key=lambda t: (t[3], -t[2]))[:2])
 
 
 def study_arms(args, results):
-    """The arms, each at its own best guidance, at several confoundings."""
+    """The arms at several confoundings, each at its own best guidance."""
     lines, truth = [], None
     runs = RUNS if args.confounding is None else itertools.product(args.confounding, args.seeds)
-    for (confounding, seed), arm in itertools.product(runs, args.arms):
-        def measured():
-            nonlocal truth
-            opened = open_trained(args, train_arm(args, arm, confounding, seed))
-            # cells and intensities are the same at any confounding: one truth for all
-            truth = truth or simulated_truth(opened, args)
-            (b, e), tried = best_guidance(opened.model, truth, args, arm)
-            request = request_of(args, opened.model, guidance=dict(biology=b, experiment=e))
-            return {"label": f"{arm}, {confounding:g}, {seed} ({b:g}, {e:g})", "arm": arm,
-                    "confounding": confounding, "seed": seed, "tried": tried} | disentangle_one(
-                        opened.model, truth, request)
-        key = {"arm": arm, "confounding": confounding, "seed": seed, "vae": finger(args.vae)} | {
-            k: getattr(args, k) for k in ("train_steps", "images", "steps", "form", "interval",
-                                          "rescale")}
-        lines.append(results.get(key, measured))
-        print_lines(lines[-1:])
+    seeds = {}
+    for confounding, seed in runs:
+        seeds.setdefault(confounding, []).append(seed)
+    same = {"vae": finger(args.vae)} | {k: getattr(args, k) for k in (
+        "train_steps", "images", "steps", "form", "interval", "rescale")}
+
+    @functools.lru_cache(1)  # the weights of an arm are tried on one model after another
+    def opened(arm, confounding, seed):
+        nonlocal truth
+        found = open_trained(args, train_arm(args, arm, confounding, seed))
+        # cells and intensities are the same at any confounding: one truth for all
+        truth = truth or simulated_truth(found, args)
+        return found.model
+
+    for confounding, arm in itertools.product(seeds, args.arms):
+        keys = [{"arm": arm, "confounding": confounding, "seed": seed} | same
+                for seed in seeds[confounding]]
+        tried = [[results.get(key | {"tried": [b, e]}, lambda: {"tried": try_guidance(
+            opened(arm, confounding, key["seed"]), truth, args, b, e)})["tried"]
+            for b, e in TRIED[arm]] for key in keys]
+        b, e = best_guidance(tried)
+        for key in keys:
+            def measured():
+                model = opened(arm, confounding, key["seed"])
+                request = request_of(args, model, guidance=dict(biology=b, experiment=e))
+                label = f"{arm}, {confounding:g}, {key['seed']} ({b:g}, {e:g})"
+                return {"label": label, "arm": arm, "confounding": confounding,
+                        "seed": key["seed"]} | disentangle_one(model, truth, request)
+            lines.append(results.get(key | {"w_biology": b, "w_experiment": e}, measured))
+            print_lines(lines[-1:])
     return lines
 
 

@@ -229,6 +229,9 @@ def test_arms_differ_in_what_they_are_told(screen, vae_path, cli, tmp_path, monk
                              216, "--steps", 1, "--out", tmp_path / "d")
     assert status == 0, error
     lines = [json.loads(line) for line in (tmp_path / "d" / "results.jsonl").open()]
+    assert [line["key"]["arm"] for line in lines[::2]] == list(evaluate.ARMS)
+    assert all("tried" in line for line in lines[::2])  # first the choice of weights
+    lines = lines[1::2]
     assert [line["arm"] for line in lines] == list(evaluate.ARMS)
     # told nothing of the batch, the same noise gives the same image in every batch
     assert_close(np.array(lines[0]["omega"]["experiment"]), np.zeros(55), atol=.03, rtol=0)
@@ -303,6 +306,14 @@ def test_pairs_are_left_out_in_turn(screen, vae_path, cli, tmp_path, monkeypatch
                                                    m.columns["split"]) if s != "test"}
     assert len(trained["split-vae"]) == 4 and len(trained["split-P1"]) == 5
     assert ("x", "P1") not in trained["split-P1"] and ("y", "P2") in trained["split-P1"]
+
+
+def test_an_arm_has_one_guidance_for_all_its_seeds():
+    """Near the least mean distance the best read; what one seed alone likes does not count."""
+    one = [[1, 1, 4.0, .5], [2, 2, 4.1, .7], [3, 3, 4.2, .8]]
+    other = [[1, 1, 4.0, .5], [2, 2, 4.2, .7], [3, 3, 5.8, .9]]
+    assert evaluate.best_guidance([one]) == (3, 3)
+    assert evaluate.best_guidance([one, other]) == (2, 2)
 
 
 def test_each_arm_is_asked_what_it_was_told(opened):
