@@ -2111,6 +2111,9 @@ def main():
     disentangle_options(d), conditions_options(c)
     parser.epilog = "".join(sub.format_help() for sub in (q, d, c, n))
     args = parser.parse_args()
+    for name in ("images", "steps", "samples", "molecules", "series", "train_steps"):
+        if getattr(args, name, 1) < 1:
+            parser.error(f"--{name} must be at least 1")
     args.guidance = parse_guidance(args.guidance)
     low, high = getattr(args, "interval", (0, 1))
     if not 0 <= low <= high <= 1 or not 0 <= getattr(args, "rescale", 0) <= 1:

@@ -688,6 +688,8 @@ def main():
     fixed, swept, weights = parse_request(model, args.conditions, args.grid, args.guidance)
     if not 1 <= args.steps <= model.schedule.T:
         raise UserError(f"--steps {args.steps}: between 1 and {model.schedule.T}")
+    if not 0 <= args.eta <= 1:
+        raise UserError(f"--eta {args.eta:g}: between 0 (DDIM) and 1 (as DDPM)")
     if not 0 <= args.interval[0] <= args.interval[1] <= 1 or not 0 <= args.rescale <= 1:
         raise UserError("--interval takes two noise levels from 0 to 1, the smaller first, "
                         "--rescale a share from 0 to 1")

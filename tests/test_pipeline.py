@@ -434,7 +434,8 @@ def test_setting_refusals(tmp_path, refused, ldm_config, screen):
 def test_evaluate_refusals(tmp_path, refused, ldm_path):
     def no(*words, says):
         assert len(refused(evaluate, "quality", "--checkpoint", ldm_path, *words, says=says)) == 1
-    no("--steps", 0, says=["--steps 0"])
+    no("--steps", 0, says=["--steps must be at least 1"])
+    no("--images", 0, says=["--images must be at least 1"])
     no("--guidance", "chemistry=2", says=["no group chemistry"])
     no("--guidance", "biology=much", says=["not a number"])
     no("--by", "colour", says=["no column colour"])
@@ -456,6 +457,7 @@ def test_request_refusals(ldm_path, tmp_path, refused):
     no("batch=B1", "--guidance", "chemistry=2", says=["no group chemistry", "biology, experiment"])
     no("--grid", "dose=0,1", "batch=B1,B2", "row=1,2", says=["at most two"])
     no("-n", 0, says=["at least one"])
+    no("--eta", 3, says=["--eta 3"])
     refused(sample, "--temperature", 3, says=["unrecognized"])
     refused(sample, "--form", "sideways", says=["invalid choice"])
     assert not (tmp_path / "o").exists()
