@@ -717,12 +717,16 @@ def farewell(out):
     """Say what can be done now; returns the checkpoint's path."""
     content = load_checkpoint(out / "model.pt", "ldm", "train again")
     control = content.get("controlnet")
-    asked = f"--control {content['settings']['data']}:2 " if control else ""
+    manifest = Path(content["settings"]["data"])
+    asked, fields = f"--control {manifest}:2 " if control else "", content["fields"]
+    by = "" if control or (manifest.parent / "simulation.json").exists() else " --by " + " ".join(
+        list({f["group"]: f["name"] for f in reversed(fields)}.values())[::-1])
     example = " ".join(f"'{f['name']}={content['examples'][f['group']][0][f['name']]}'"
                        for f in content["fields"][:3])
     print(f"{out} has model.pt, samples.png (real above generated) and curves.png. Now try\n"
           f"  python sample.py --checkpoint {out}/model.pt {asked}{example} -n 8\n"
-          f"  python evaluate.py {'control' if control else 'quality'} --checkpoint {out}/model.pt")
+          f"  python evaluate.py {'control' if control else 'quality'} --checkpoint {out}/model.pt"
+          + by)
     return out / "model.pt"
 
 
