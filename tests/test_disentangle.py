@@ -167,7 +167,7 @@ def test_generated_places_share_their_noise_and_follow_the_request(opened):
 def test_disentangle_writes_its_keys_and_skips_what_is_done(ldm_path, cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "screen_probe", lambda *_: None)
-    arguments = ["disentangle", "--checkpoint", ldm_path, "--images", 216, "--steps", 1,
+    arguments = ["disentangle", "--checkpoint", ldm_path, "--images", 108, "--steps", 1,
                  "--study", "weights", "--out", tmp_path / "d"]
     monkeypatch.setattr(evaluate, "WEIGHTS_TRIED", [(1, 1), (2, 1)])
     status, out, error = cli(evaluate, *arguments)
@@ -192,7 +192,7 @@ def test_studies_of_one_checkpoint(study, ldm_path, cli, tmp_path, monkeypatch):
         ldm_path = tmp_path / "model.pt"
     monkeypatch.setattr(evaluate, "FORMS_TRIED", [dict(form="control"), dict(
         form="nested", interval=(.2, .8), rescale=.7)])
-    status, out, error = cli(evaluate, "disentangle", "--checkpoint", ldm_path, "--images", 216,
+    status, out, error = cli(evaluate, "disentangle", "--checkpoint", ldm_path, "--images", 108,
                              "--steps", 1, "--study", study, "--out",
                              tmp_path / "d")
     assert status == 0, error
@@ -226,7 +226,7 @@ def test_arms_differ_in_what_they_are_told(screen, vae_path, cli, tmp_path, monk
                                                             bases=(train_ldm.Config,)))
     status, out, error = cli(evaluate, "disentangle", "--study", "arms", "--vae", vae_path,
                              "--confounding", "0.9", "--seeds", 0, "--train_steps", 2, "--images",
-                             216, "--steps", 1, "--out", tmp_path / "d")
+                             108, "--steps", 1, "--out", tmp_path / "d")
     assert status == 0, error
     lines = [json.loads(line) for line in (tmp_path / "d" / "results.jsonl").open()]
     assert [line["key"]["arm"] for line in lines[::2]] == list(evaluate.ARMS)
