@@ -10,6 +10,7 @@ is mixed by an MLP and normalised, and the combinations that guidance needs are 
     python conditioning.py      # which fields were dropped, and the size of each group's part
 """
 import argparse
+import functools
 import itertools
 import math
 import os
@@ -192,12 +193,18 @@ def parse_smiles(text):
 
 
 def each_molecule(function, smiles):
-    """[function(molecule) for each SMILES], with a progress bar; many are shared by all cores."""
+    """[function(molecule) for each SMILES], each read once; many are shared by all cores, with a
+    progress bar."""
     if len(smiles) < 2000:
-        return [function(parse_smiles(s)) for s in smiles]
+        return [read_once(function, s) for s in smiles]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         return list(tqdm(pool.map(function, map(parse_smiles, smiles), chunksize=64),
                          desc="reading molecules", total=len(smiles)))
+
+
+@functools.lru_cache(20_000)
+def read_once(function, smiles):
+    return function(parse_smiles(smiles))
 
 
 def mlp(cin, hidden, cout):

@@ -125,7 +125,7 @@ def test_encoders_command_compares_and_resumes(screen, vae_path, cli, tmp_path, 
     real = evaluate.screen_probe
     monkeypatch.setattr(evaluate, "screen_probe", lambda folder, model: real(folder, model, 2))
     arguments = ["conditions", "--encoders", "--names", "graph", "identity", "--seeds", 0,
-                 "--train_steps", 2, "--molecules", 3, "--series", 2, "--steps", 1, "--out",
+                 "--train_steps", 2, "--molecules", 3, "--series", 1, "--steps", 1, "--out",
                  tmp_path / "e"]
     status, out, error = cli(evaluate, *arguments)
     assert status == 0, error

@@ -164,7 +164,21 @@ def test_generated_places_share_their_noise_and_follow_the_request(opened):
     assert_close(some, images.view(9, 3, 4, *images.shape[1:])[4, 1], atol=2e-2, rtol=0)
 
 
-def test_disentangle_writes_its_keys_and_skips_what_is_done(ldm_path, cli, tmp_path, monkeypatch):
+@pytest.fixture
+def shared_truth(monkeypatch):
+    """One truth for the studies of one checkpoint, drawn by the first of them."""
+    def truth(opened, args, real=evaluate.simulated_truth):
+        if args.images not in TRUTHS:
+            TRUTHS[args.images] = real(opened, args)
+        return TRUTHS[args.images]
+    monkeypatch.setattr(evaluate, "simulated_truth", truth)
+
+
+TRUTHS = {}
+
+
+def test_disentangle_writes_its_keys_and_skips_what_is_done(ldm_path, cli, tmp_path, monkeypatch,
+                                                            shared_truth):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "screen_probe", lambda *_: None)
     arguments = ["disentangle", "--checkpoint", ldm_path, "--images", 108, "--steps", 1,
@@ -183,7 +197,7 @@ def test_disentangle_writes_its_keys_and_skips_what_is_done(ldm_path, cli, tmp_p
 
 
 @pytest.mark.parametrize("study", ["model", "forms", "training", "transfer"])
-def test_studies_of_one_checkpoint(study, ldm_path, cli, tmp_path, monkeypatch):
+def test_studies_of_one_checkpoint(study, ldm_path, cli, tmp_path, monkeypatch, shared_truth):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "screen_probe", lambda *_: None)
     if study == "training":
@@ -226,13 +240,13 @@ def test_arms_differ_in_what_they_are_told(screen, vae_path, cli, tmp_path, monk
                                                             bases=(train_ldm.Config,)))
     status, out, error = cli(evaluate, "disentangle", "--study", "arms", "--vae", vae_path,
                              "--confounding", "0.9", "--seeds", 0, "--train_steps", 2, "--images",
-                             108, "--steps", 1, "--out", tmp_path / "d")
+                             216, "--steps", 1, "--arms", "perturbations", "experiment", "--out",
+                             tmp_path / "d")
     assert status == 0, error
     lines = [json.loads(line) for line in (tmp_path / "d" / "results.jsonl").open()]
-    assert [line["key"]["arm"] for line in lines[::2]] == list(evaluate.ARMS)
     assert all("tried" in line for line in lines[::2])  # first the choice of weights
     lines = lines[1::2]
-    assert [line["arm"] for line in lines] == list(evaluate.ARMS)
+    assert [line["arm"] for line in lines] == ["perturbations", "experiment"]
     # told nothing of the batch, the same noise gives the same image in every batch
     assert_close(np.array(lines[0]["omega"]["experiment"]), np.zeros(55), atol=.03, rtol=0)
     assert_close(np.array(lines[1]["omega"]["biology"]), np.zeros(55), atol=.03, rtol=0)
