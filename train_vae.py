@@ -102,7 +102,7 @@ def settings(config, argv=None):
     add_settings(parser, config)
     values = vars(parser.parse_args(argv))
     for setting in dataclasses.fields(config):
-        least = min(1, setting.default) if setting.type is int else -math.inf
+        least = min(1, setting.default) if setting.type is int else 0
         if setting.type in (int, float) and values[setting.name] < least:
             parser.error(f"--{setting.name} must be at least {least}")
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
