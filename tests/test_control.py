@@ -443,7 +443,7 @@ def test_the_regression_learns_what_the_control_shows():
     def draw(rng, n):
         x = torch.rand(n, 1, 1, 1).expand(n, 1, 16, 16) * 2 - 1
         return x, torch.cat([x, -x], 1)
-    network = evaluate.train_regression(draw, 4)
+    network = evaluate.train_regression(draw, 2.5)
     x, y = draw(None, 64)
     assert (network(x) - y).abs().mean() < .5 * y.abs().mean()
 

@@ -1,6 +1,7 @@
 """The disentanglement figures against factorials whose answer is known."""
 import json
 from dataclasses import make_dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -204,6 +205,7 @@ def test_studies_of_one_checkpoint(study, ldm_path, cli, tmp_path, monkeypatch, 
         (tmp_path / "step-3.pt").write_bytes(ldm_path.read_bytes())
         (tmp_path / "model.pt").write_bytes(ldm_path.read_bytes())
         ldm_path = tmp_path / "model.pt"
+    monkeypatch.setattr(evaluate, "study_transfer", partial(evaluate.study_transfer, steps=4))
     monkeypatch.setattr(evaluate, "FORMS_TRIED", [dict(form="control"), dict(
         form="nested", interval=(.2, .8), rescale=.7)])
     status, out, error = cli(evaluate, "disentangle", "--checkpoint", ldm_path, "--images", 108,
