@@ -953,6 +953,14 @@ def picture(path, rows, channels, row_labels=(), column_labels=(), pixel_um=None
 # 7. Commands
 # ------------------------------------------------------------------------------------------------
 
+def by_value(text):
+    """The key that sorts numbers by size, before other words."""
+    try:
+        return 0, float(text), ""
+    except ValueError:
+        return 1, 0., text
+
+
 def show(manifest_path, channels=CHANNELS, out=None):
     """Check every file and value, print a summary of each column and draw a contact sheet.
 
@@ -962,8 +970,9 @@ def show(manifest_path, channels=CHANNELS, out=None):
     print(f"{manifest.path}: {len(manifest)} images, channels {', '.join(channels)}")
     for name, values in manifest.columns.items():
         count = Counter(v for v in values if v != "")
-        text = ", ".join(f"{v} ({count[v]})" for v in sorted(count)) if len(count) <= 8 else \
-            f"{len(count)} distinct, {min(count)[:30]} to {max(count)[:30]}"
+        ordered = sorted(count, key=by_value)
+        text = ", ".join(f"{v} ({count[v]})" for v in ordered) if len(count) <= 8 else \
+            f"{len(count)} distinct, {ordered[0][:30]} to {ordered[-1][:30]}"
         print(f"  {name:26s} {len(values) - count.total():6d} blank   {text}")
     faults = [f"{manifest.path}, row {i + 2}, column smiles: {v} is no valid SMILES"
               for i, v in enumerate(manifest.columns.get("smiles", [])) if v and not canonical(v)]

@@ -1388,12 +1388,15 @@ def draw_rows(path, labels, panels):
     for axis, (title, series, mark) in zip(axes, panels):
         for k, (name, values) in enumerate(series.items()):
             y = np.arange(len(labels))[::-1] + .12 * (1 - k)
-            axis.plot([v for v, _ in values], y, "so^"[k % 3], ms=5, color=f"C{k}", label=name)
+            axis.plot([v for v, _ in values], y, "so^"[k % 3], ms=5, color=f"C{k}",
+                      label=name.replace("_", " "))
             for (_, interval), place in zip(values, y):
                 axis.plot(interval or [], [place] * len(interval or []), color=f"C{k}", lw=1)
         if mark is not None:
             axis.axvline(mark, color="k", lw=.6)
-        axis.set_title(title, fontsize=9), axis.grid(alpha=.3), axis.legend(fontsize=7)
+        axis.set_title(title, fontsize=9), axis.grid(alpha=.3)
+        axis.legend(fontsize=7, ncols=2, loc="upper center", frameon=False,
+                    bbox_to_anchor=(.5, -.45 / (1.6 + .28 * len(labels))))     # below the axis
     axes[0].set_yticks(range(len(labels)), labels[::-1], fontsize=8)
     fig.tight_layout()
     fig.savefig(path, dpi=110)
@@ -1614,8 +1617,10 @@ def compare_encoders(args):
             opened = open_trained(args, trained(start))
             encoders = [e for e, f in zip(opened.model.denoiser.conditioner.encoders,
                                           opened.model.fields) if f.kind == "molecule"]
+            last = json.loads((Path(start.out) / "log.jsonl").read_text().splitlines()[-1])
             entry = {"label": encoder, "seed": seed, "parameters": sum(
-                p.numel() for e in encoders for p in e.parameters())}
+                p.numel() for e in encoders for p in e.parameters()),
+                "seconds_per_step": last["seconds"] / last["step"]}
             return entry | score_encoder(opened, args)
         lines.append(results.get({"encoder": encoder, "seed": seed, "train_steps": args.train_steps,
                                   "table": args.molecule_table} | size, measured))
@@ -1659,8 +1664,9 @@ def print_encoders(lines, out):
         ours = [line for line in lines if line["label"] == label]
         print(f"{label:22s}" + "".join(f"{np.mean([e[kind][name] for e in ours]):11.2f}"
                                        for kind in kinds for name in names)
-              + (f"   {ours[0]['parameters'] / 1e6:.2f} M parameters" if "parameters" in ours[0]
-                 else ""))
+              + (f"   {ours[0]['parameters'] / 1e6:.2f} M parameters, "
+                 f"{np.mean([e['seconds_per_step'] for e in ours]):.2f} s a training step"
+                 if "parameters" in ours[0] else ""))
     draw_rows(out / "encoders.png", [f"{line['label']}, {line['seed']}" for line in lines], [
         (name.replace("_", " "), {kind: [(line[kind][name], None) for line in lines]
                                   for kind in kinds}, None) for name in names])
@@ -2077,7 +2083,7 @@ def conditions_options(parser):
                         default=["fingerprint", "descriptors", "graph", "smiles", "identity"])
     parser.add_argument("--molecule_table", default="", help="of the encoder table")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the training runs")
-    parser.add_argument("--train_steps", type=int, default=1000, help="of each encoder's model")
+    parser.add_argument("--train_steps", type=int, default=2000, help="of each encoder's model")
     parser.add_argument("--molecules", type=int, default=24, help="of each kind")
     parser.add_argument("--series", type=int, default=6, help="images for each molecule and dose")
 

@@ -413,8 +413,7 @@ def to_device(tensors):
 
 
 def check_request(model, columns):
-    """Refuse unknown fields; warn of numbers that training never saw. Categories and molecules
-    are checked where they are encoded."""
+    """Refuse unknown fields, categories and molecules; warn of numbers that training never saw."""
     fields = {f.name: f for f in model.fields}
     for name, values in columns.items():
         if name not in fields:
@@ -429,6 +428,8 @@ def check_request(model, columns):
                 if not low <= number <= field.high:
                     warnings.warn(f"{name}={value} is outside the training range {low:g} to "
                                   f"{field.high:g}: taken as the nearest value inside")
+    if columns:
+        model.denoiser.conditioner.encode(columns, len(next(iter(columns.values()))))
 
 
 # --- command line -------------------------------------------------------------------------------
@@ -445,6 +446,8 @@ def parse_request(model, pairs, grid, guidance):
         name, equals, value = word.partition("=")
         if not equals or not name:
             raise FieldError(f"{word}: write NAME=VALUE")
+        if name in weights or name in swept or name in fixed:
+            raise FieldError(f"{word}: {name} is given twice")
         if source == "guidance" and (name in model.groups or
                                      name not in [f.name for f in model.fields]):
             weights[name] = parse_number(name, value)
@@ -701,6 +704,8 @@ def main():
     if args.control and not model.controlnet:
         raise UserError(f"{args.checkpoint} has no ControlNet: train one with python train_ldm.py "
                         "--control_column NAME, and name it with --checkpoint")
+    if any(place.is_file() for place in (Path(args.out), *Path(args.out).parents)):
+        raise UserError(f"--out {args.out}: a file stands in the way of that folder")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = lambda m, *_: tqdm.write(f"warning: {m}")

@@ -157,7 +157,8 @@ def load_checkpoint(path, kind, hint):
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError,
             IndexError, AttributeError, zipfile.BadZipFile) as fault:
-        reason = "it holds code, which is never run" if "nsupported" in str(fault) else "damaged"
+        reason = ("not a file of torch.save, or damaged" if not zipfile.is_zipfile(path) else
+                  "it holds code, which is never run" if "nsupported" in str(fault) else "damaged")
         raise UserError(f"{path} is no nanopaint checkpoint ({reason})") from None
     if not isinstance(content, dict) or content.get("kind") != kind:
         found = content.get("kind") if isinstance(content, dict) else None

@@ -458,9 +458,23 @@ def test_request_refusals(ldm_path, tmp_path, refused):
     no("--grid", "dose=0,1", "batch=B1,B2", "row=1,2", says=["at most two"])
     no("-n", 0, says=["at least one"])
     no("--eta", 3, says=["--eta 3"])
+    no("batch=B1", "dose=1", "batch=B2", says=["batch=B2: batch is given twice"])
+    no("batch=B1", "--grid", "batch=B1,B2", says=["batch is given twice"])
     refused(sample, "--temperature", 3, says=["unrecognized"])
     refused(sample, "--form", "sideways", says=["invalid choice"])
     assert not (tmp_path / "o").exists()
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "inside"):
+        refused(sample, "--checkpoint", ldm_path, "--out", out, says=["stands in the way"])
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_bad_request_is_refused_before_any_work(ldm_path, monkeypatch):
+    model = sample.Model.load(ldm_path)
+    monkeypatch.setattr(sample.Model, "guided", lambda *_: pytest.fail("sampling was begun"))
+    for request in (dict(smiles=["no molecule"]), dict(batch=["B9"]), dict(dose=["-1"])):
+        with pytest.raises(sample.FieldError):
+            model.generate(request, [0])
 
 
 @pytest.mark.parametrize("module", [data, train_vae, train_ldm, sample, evaluate])
