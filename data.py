@@ -6,18 +6,22 @@ as a real plate; because it is simulated, what biology and experiment did to eac
 
     python data.py simulate --out runs/data      # draw the default screen
     python data.py show runs/data/manifest.csv   # check every file, summarise, draw a contact sheet
+    python data.py mol2image IMAGES train.csv test.csv    # Mol2Image's data set, as a manifest
+    python data.py load_data load_data.csv       # CellProfiler's tables (JUMP, LINCS), as a manifest
     python data.py                               # the same cells under each mechanism, as a picture
 """
 import argparse
 import csv
+import gzip
 import hashlib
 import json
 import os
+import re
 import struct
 import sys
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -898,7 +902,179 @@ def molecule_key(smiles):
 
 
 # ------------------------------------------------------------------------------------------------
-# 6. Pictures
+# 6. Published data sets, as manifests
+# ------------------------------------------------------------------------------------------------
+
+def read_table(path, needed=()):
+    """A published table (.csv, or .txt with tabs; .gz of either) as a list of {column: text}."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"no table at {path}")
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", newline="", encoding="utf-8-sig") as file:
+            tabs = ".txt" in path.suffixes or ".tsv" in path.suffixes
+            reader = csv.DictReader(file, delimiter="\t" if tabs else ",")
+            rows = [{k: (v or "").strip() for k, v in row.items() if k} for row in reader]
+    except (UnicodeDecodeError, csv.Error, OSError, EOFError, zlib.error) as fault:
+        raise DataError(f"{path} is no table: {one_line(fault)}") from None
+    missing = [name for name in needed if name not in (reader.fieldnames or [])]
+    if missing or not rows:
+        raise DataError(f"{path} has no " + (f"column {', '.join(missing)}" if missing else "rows"))
+    return rows
+
+
+def write_manifest(out, rows):
+    """Rows {column: text} as a manifest; a file that is there is not written over."""
+    out = Path(out)
+    if out.exists():
+        raise DataError(f"{out} exists: choose another --out or remove it")
+    if not rows:
+        raise DataError(f"no image of these tables was found: {out} is not written")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out, "w", newline="") as file:
+        writer = csv.DictWriter(file, names, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def place(well):
+    """{row, column} of a well, counted from 1: C05 is row 3, column 5."""
+    found = re.fullmatch(r"([A-P]|A[A-F])(\d\d?)", well.upper())
+    if not found:
+        return {"row": "", "column": ""}
+    row = 26 * (len(found[1]) - 1) + ord(found[1][-1]) - ord("A") + 1
+    return {"row": str(row), "column": str(int(found[2]))}
+
+
+def plate_maps(folder):
+    """Bray's plate maps, {(plate, well): {dose, role}}: mmoles_per_liter of the *stock*, and
+    DMSO wells (no compound) as controls at dose 0."""
+    folder = Path(folder)
+    barcodes = read_table(folder / "barcode_platemap.csv", ["Plate_Map_Name", "Assay_Plate_Barcode"])
+    found, maps = {}, {}
+    for entry in barcodes:
+        name = entry["Plate_Map_Name"]
+        if name not in maps:
+            maps[name] = read_table(folder / "platemap" / f"{name}.txt", [
+                "well_position", "broad_sample", "mmoles_per_liter"])
+        for well in maps[name]:
+            control = well["broad_sample"] in ("", "DMSO")
+            found[entry["Assay_Plate_Barcode"], well["well_position"].upper()] = {
+                "dose": "0" if control else well["mmoles_per_liter"],
+                "role": "control" if control else "treated"}
+    return found
+
+
+MOL2IMAGE = ("SAMPLE_KEY", "BROAD_ID", "PLATE_ID", "WELL_POSITION", "SITE", "SMILES", "INCHIKEY")
+
+
+def mol2image(images, splits, out, platemaps=None, val=.02):
+    """The download of Hofmarcher et al. 2019 under Mol2Image's split tables, as a manifest.
+
+    images: its folder, searched for {PLATE}-{WELL}-{SITE}.npz; listed files that are missing are
+    counted and left out. The column `split` is each table's name (train, test_easy, test_hard ...);
+    a share `val` of the training images is named val. Cell counts, an outcome, are not taken over.
+    """
+    files = {path.stem.upper(): path for path in Path(images).rglob("*.npz")}
+    wells = plate_maps(platemaps) if platemaps else {}
+    rows, missing, parts, seen = [], [], defaultdict(set), set()
+    for table in splits:
+        split = Path(table).name.partition(".")[0].removeprefix("datasplit_gen_")
+        for entry in read_table(table, MOL2IMAGE):
+            key = entry["SAMPLE_KEY"].upper()
+            parts[split].add(entry["INCHIKEY"])
+            if key not in files:
+                missing.append(entry["SAMPLE_KEY"])
+                continue
+            share = int(hashlib.sha1(key.encode()).hexdigest()[:8], 16) / 16 ** 8
+            name = "val" if split == "train" and share < val else split
+            if (key, name) in seen:
+                continue
+            seen.add((key, name))
+            rows.append({
+                "image": os.path.relpath(files[key], Path(out).parent),
+                "compound": entry["BROAD_ID"], "smiles": entry["SMILES"],
+                "inchikey": entry["INCHIKEY"], "plate": entry["PLATE_ID"],
+                "well": entry["WELL_POSITION"], "site": entry["SITE"],
+                **place(entry["WELL_POSITION"]), "split": name,
+                **wells.get((entry["PLATE_ID"], entry["WELL_POSITION"].upper()), {})})
+    write_manifest(out, rows)
+    print(f"wrote {out}: {len(rows)} images, " + ", ".join(
+        f"{name} {count}" for name, count in Counter(r["split"] for r in rows).items()))
+    if missing:
+        print(f"{len(missing)} listed images are not in {images}: {', '.join(missing[:5])}"
+              + (" ..." if len(missing) > 5 else ""))
+    for hard in [name for name in parts if "hard" in name]:
+        both = parts[hard] & parts.get("train", set())
+        if both:
+            print(f"warning: {len(both)} molecules of {hard} are in train as well (by InChIKey), "
+                  f"such as {min(both)}")
+    print("its channels, for every command: --channels Mito,ER,RNA,AGP,DNA")
+
+
+def plain_name(column):
+    return column.removeprefix("Metadata_").lower()
+
+
+def load_data(tables, out, joins=(), root=None):
+    """CellProfiler's LoadData tables (the form of JUMP, LINCS and Bray) as a manifest.
+
+    FileName_OrigX and PathName_OrigX become channel X; Metadata_Y becomes y. joins: "TABLE:a,b",
+    tables of wells, plates or compounds joined on the named columns; what does not match stays
+    blank. root: "PUBLISHED=MINE", the start of the published paths and what it is here.
+    """
+    rows, (published, _, mine) = [], (root or "=").partition("=")
+    for table in tables:
+        entries = read_table(table)
+        stains = {c: re.sub("^FileName_(Orig)?", "", c) for c in entries[0]
+                  if c.startswith("FileName_") and "Illum" not in c}
+        if not stains:
+            raise DataError(f"{table} has no column FileName_...: is it a LoadData table?")
+        for entry in entries:
+            row = {}
+            for column, stain in stains.items():
+                folder = entry.get(column.replace("FileName_", "PathName_"), "")
+                if published and folder.startswith(published):
+                    folder = mine + folder[len(published):]
+                folder = Path(table).parent / folder  # an absolute path stays as it is
+                row[stain] = os.path.relpath(folder / entry[column], Path(out).parent)
+            row |= {plain_name(k): v for k, v in entry.items() if k.startswith("Metadata_")}
+            rows.append(row | (place(row["well"]) if "well" in row else {}))
+    for join in joins:
+        path, _, names = join.rpartition(":")
+        if not path:
+            raise DataError(f"--join {join}: write TABLE:COLUMN or TABLE:COLUMN,COLUMN")
+        on, wanted = names.lower().split(","), read_table(path)
+        absent = [n for n in on if n not in rows[0] or n not in map(plain_name, wanted[0])]
+        if absent:
+            raise DataError(f"--join {join}: no column {', '.join(absent)} in both tables; there "
+                            f"are {', '.join(rows[0])} and {', '.join(map(plain_name, wanted[0]))}")
+        needed = {tuple(row[n] for n in on) for row in rows}
+        found = {}
+        for entry in wanted:
+            entry = {plain_name(k): v for k, v in entry.items()}
+            key = tuple(entry[n] for n in on)
+            if key in needed:
+                if found.setdefault(key, entry) != entry:
+                    raise DataError(f"{path} has two different rows for "
+                                    + ", ".join(f"{n} {v}" for n, v in zip(on, key)))
+        new = [n for n in map(plain_name, wanted[0]) if n not in on]
+        missed = 0
+        for row in rows:
+            entry = found.get(tuple(row[n] for n in on), {})
+            missed += not entry
+            row.update({n: entry.get(n, "") for n in new if not row.get(n)})
+        print(f"{path}: {len(rows) - missed} of {len(rows)} images matched on {', '.join(on)}")
+    write_manifest(out, rows)
+    stains = [c for c in rows[0] if c in stains.values()]
+    print(f"wrote {out}: {len(rows)} images, channels {', '.join(stains)}, columns "
+          + ", ".join(c for c in rows[0] if c not in stains))
+
+
+# ------------------------------------------------------------------------------------------------
+# 7. Pictures
 # ------------------------------------------------------------------------------------------------
 
 def composite(image, channels):
@@ -950,7 +1126,7 @@ def picture(path, rows, channels, row_labels=(), column_labels=(), pixel_um=None
 
 
 # ------------------------------------------------------------------------------------------------
-# 7. Commands
+# 8. Commands
 # ------------------------------------------------------------------------------------------------
 
 def by_value(text):
@@ -1028,7 +1204,23 @@ def main():
     sheet.add_argument("manifest", help="the CSV")
     sheet.add_argument("--channels", default=",".join(CHANNELS), help="stains, in file order")
     sheet.add_argument("--out", default=None, help="the picture")
-    parser.epilog += "\n\n" + "\n".join(p.format_help() for p in (draw, sheet))
+    bray = commands.add_parser("mol2image", help="the manifest of Mol2Image's data set and splits",
+                               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    bray.add_argument("images", help="folder with {PLATE}-{WELL}-{SITE}.npz, searched through")
+    bray.add_argument("splits", nargs="+", help="its tables, datasplit_gen_*.csv")
+    bray.add_argument("--platemaps", default=None, help="Bray's plate maps, for dose and role: a "
+                      "folder with barcode_platemap.csv and platemap/")
+    bray.add_argument("--val", type=float, default=.02, help="share of train that is named val")
+    tables = commands.add_parser("load_data", help="a manifest from CellProfiler's LoadData tables",
+                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    tables.add_argument("tables", nargs="+", help="load_data.csv of each plate")
+    tables.add_argument("--join", nargs="+", default=[], metavar="TABLE:COLUMNS", help="tables of "
+                        "wells, plates, compounds, such as well.csv.gz:plate,well")
+    tables.add_argument("--root", default=None, metavar="PUBLISHED=MINE", help="the start of the "
+                        "published paths, and what it is here")
+    for made in (bray, tables):
+        made.add_argument("--out", default="manifest.csv", help="the manifest")
+    parser.epilog += "\n\n" + "\n".join(p.format_help() for p in (draw, sheet, bray, tables))
     args = vars(parser.parse_args())
     command = args.pop("command")
     try:
@@ -1039,6 +1231,10 @@ def main():
             if (Path(out) / "manifest.csv").exists():
                 raise DataError(f"{out}/manifest.csv exists: choose another --out or remove it")
             print(simulate(out, Screen(**args)))
+        elif command == "mol2image":
+            mol2image(args["images"], args["splits"], args["out"], args["platemaps"], args["val"])
+        elif command == "load_data":
+            load_data(args["tables"], args["out"], args["join"], args["root"])
         else:
             show(args["manifest"], tuple(args["channels"].split(",")), args["out"])
     except DataError as fault:

@@ -6,9 +6,11 @@ its ceiling, and is written as JSON and as a figure.
     python evaluate.py disentangle               # how much is biology, how much experiment?
     python evaluate.py conditions                # is every field used?
     python evaluate.py control --checkpoint runs/brightfield/model.pt   # these very cells?
+    python evaluate.py vae                       # which latent space?
 """
 import argparse
 import copy
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -16,6 +18,7 @@ import itertools
 import json
 import math
 import time
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,13 +27,16 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from rdkit import DataStructs
+from rdkit.Chem import rdFingerprintGenerator
 from tqdm import tqdm
 
 import data
 import sample
 import train_ldm
 import train_vae
-from conditioning import MOLECULE_ENCODERS, blank_unseen, check_values, parse_number
+from conditioning import (MOLECULE_ENCODERS, blank_unseen, check_values, parse_number,
+                          parse_smiles)
 from diffusion import FORMS
 from sample import INTERVAL, STEPS, Model
 from train_ldm import cached_views
@@ -39,6 +45,7 @@ from train_vae import (UserError, autocast, device, learning_rate, load_checkpoi
 from unet import UNet, UNetConfig
 
 NUCLEUS_RADIUS = 4.5  # pixels; what the segmentation looks for
+HELD_OUT = ["val", "test_pair", "test_substituent", "test_scaffold"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -70,15 +77,15 @@ def otsu(x, bins=128):
     return (best * value).sum(1) / best.sum(1)
 
 
-def segment_nuclei(dna, radius=NUCLEUS_RADIUS, contrast=.06):
+def segment_nuclei(dna, radius=NUCLEUS_RADIUS, contrast=.06, threshold=otsu):
     """Nuclei of (B, H, W) in [0, 1]: labels (B, H, W), 0 for background, 1 .. n in each image.
 
-    Mask by Otsu (empty where the two classes differ by less than `contrast`), seeds at the local
+    Mask by `threshold` (empty where the two classes differ by less than `contrast`), seeds at the local
     maxima of the blurred stain, labels spread from the seeds by repeated 3x3 max-pooling, and
     whole objects smaller than a sixth of a nucleus removed.
     """
     smoothed = gaussian_blur(dna[:, None], 1.)[:, 0]
-    cut = otsu(smoothed)[:, None, None]
+    cut = threshold(smoothed)[:, None, None]
     mask = smoothed > cut
     high = (smoothed * mask).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
     low = (smoothed * ~mask).sum((1, 2)) / (~mask).sum((1, 2)).clamp(min=1)
@@ -488,12 +495,14 @@ def quality(args):
     model, manifest = opened.model, opened.manifest
     out = Path(args.out or Path(args.checkpoint).parent)
     out.mkdir(parents=True, exist_ok=True)
+    if args.mol2image:
+        return benchmark(opened, args, out)
     if args.by:
         return quality_by_cell(opened, args, out)
     if "true_mechanism" not in manifest.columns:
         raise data.DataError(f"{manifest.path} is not simulated: say with --by which columns make "
                              "a condition, such as --by compound plate")
-    limit, sets = 96 if args.quick else args.images, heldout_sets(opened, args.sets)
+    limit, sets = 96 if args.quick else args.images, heldout_sets(opened, args.sets or HELD_OUT)
     probe = screen_probe(manifest.path.parent, model)
     cells = cells_of(manifest, ["true_mechanism", "batch"])
     standardise = feature_scale(opened)
@@ -2024,6 +2033,715 @@ def control_by_plate(opened, args, out):
     return table
 
 
+# ------------------------------------------------------------------------------------------------
+# 8. vae: which latent space?
+# ------------------------------------------------------------------------------------------------
+
+# Each line changes the default autoencoder in one way; a setting's name and value as in train_vae.py
+LATENT_SPACES = ["", "latent_channels=2", "latent_channels=8", "downsampling=2 latent_channels=1",
+                 "downsampling=8 latent_channels=16", "kl_weight=1e-4", "kl_weight=1e-1", "width=16",
+                 "spectral_weight=0.3", "multiscale_weight=1"]
+
+
+def earth_movers_distance(x, y):
+    """1-D earth mover's distance between the intensities of two sets (N, C, H, W) on [0, 1], per
+    channel (C,): the mean distance between sorted values."""
+    x, y = (v.transpose(0, 1).flatten(1).sort(1).values for v in (x, y))
+    return (x - y).abs().mean(1)
+
+
+class PatchPCA:
+    """The linear autoencoder: each patch of f x f pixels and all channels to its first `numbers`
+    principal components, the best that any linear map can do at this compression."""
+
+    def __init__(self, images, f, numbers):
+        patches = F.pixel_unshuffle(images, f).movedim(1, 3).flatten(0, 2).double()
+        self.f, self.mean = f, patches.mean(0)
+        _, vectors = torch.linalg.eigh(torch.cov((patches - self.mean).T))
+        self.components = vectors[:, -numbers:]                          # (C f f, numbers)
+
+    def __call__(self, images):
+        patches = F.pixel_unshuffle(images, self.f).movedim(1, 3).double() - self.mean
+        back = patches @ self.components @ self.components.T + self.mean
+        return F.pixel_shuffle(back.movedim(3, 1), self.f).float().clamp(-1, 1)
+
+
+def feature_agreement(x, y, channels):
+    """How well features of reconstructions y agree with those of the originals x, by channel and
+    for the nuclei: {name: (correlation over images, bias in deviations)}, means over features."""
+    a, b = features(x, channels), features(y, channels)
+    kept = a.isfinite() & b.isfinite()
+    table = {}
+    for name in ["nuclei", *channels]:
+        found = []
+        for k, feature in enumerate(feature_names(channels)):
+            own = feature.startswith(f"{name}_") and not feature.endswith("_correlation")
+            if own or (name == "nuclei" and k < 5):
+                p, q = (v[:, k][kept[:, k]].double() for v in (a, b))
+                spread = p.std().clamp(min=1e-9)
+                found.append((torch.corrcoef(torch.stack([p, q]))[0, 1].nan_to_num(0.).item(),
+                              ((q.mean() - p.mean()).abs() / spread).item()))
+        table[name] = tuple(float(v) for v in np.mean(found, 0))
+    return table
+
+
+def score_reconstruction(x, x_hat, channels, probe, rows):
+    """All that compares reconstructions with the originals (N, C, H, W) in [-1, 1]."""
+    p, q = (x + 1) / 2, (x_hat + 1) / 2
+    found = train_vae.reconstruction_metrics(x, x_hat)
+    found |= {"ssim": structural_similarity(p, q).mean(0).tolist(),
+              "emd": earth_movers_distance(p, q).tolist(),
+              "spectrum": (power_spectrum(q) - power_spectrum(p)).mean(1).tolist(),
+              "features": feature_agreement(x, x_hat, channels)}
+    if probe:
+        hits = named_right(probe, x_hat, rows)
+        strong = torch.tensor([float(r["true_effect"]) >= .5 for r in rows])
+        found |= {"probe_mechanism": hits["mechanism"][strong].float().mean().item(),
+                  "probe_batch": hits["batch"].float().mean().item()}
+    return found
+
+
+def rates(vae, images):
+    """Images encoded and decoded per second."""
+    x = images[:64].to(device())
+    found = []
+    with torch.no_grad(), autocast():
+        z = vae.to_latent(x)
+        for work in (lambda: vae.to_latent(x), lambda: vae.to_image(z)):
+            work()
+            start = time.time()
+            for _ in range(3):
+                work()
+            if x.is_cuda:
+                torch.cuda.synchronize()
+            found.append(3 * len(x) / (time.time() - start))
+    return found
+
+
+def compare_latent_spaces(args):
+    """The tables of `evaluate.py vae`: autoencoders of several shapes, weights and losses, each
+    trained for the same number of steps, beside baselines of the same compression; and what each
+    is worth to a diffusion model of one budget."""
+    if args.quick:
+        args.train_steps, args.ldm_steps, args.images = 150, min(args.ldm_steps, 100), 96
+    out = Path(args.out)
+    results, lines, reconstructions = Results(out / "vae.jsonl"), [], {}
+    for change in args.configs or LATENT_SPACES:
+        settings = parse_settings(change)
+        name = change.replace(" ", ",") or "default"
+        config = replace(train_vae.Config(), **{
+            "data": args.data or train_vae.Config.data, "steps": args.train_steps,
+            "out": str(out / f"{name}-{args.train_steps}"), **settings})
+        path = Path(config.out) / "model.pt"
+        if not path.exists():
+            train_vae.train(config)
+        opened = open_autoencoder(path)
+        x, rows = held_out(opened, args.images)
+        x_hat, kl = reconstruct(opened.vae, x)
+        reconstructions[name] = x_hat
+
+        def measured():
+            probe = probe_of(opened)
+            encode, decode = rates(opened.vae, x)
+            entry = {"label": name, "numbers": opened.vae.to_latent(x[:1].to(device())).numel(),
+                     "kl": kl.mean().item(), "encoded_per_s": encode, "decoded_per_s": decode,
+                     "parameters": sum(p.numel() for p in opened.vae.parameters())}
+            entry |= score_reconstruction(x, x_hat, opened.channels, probe, rows)
+            entry["baselines"] = baselines(opened, x, entry["numbers"], probe, rows)
+            return entry
+        line = results.get({"vae": change, "train_steps": args.train_steps, "images": len(x)},
+                           measured)
+        if args.ldm_steps:
+            line = line | results.get(
+                {"ldm_on": change, "train_steps": args.train_steps, "ldm_steps": args.ldm_steps,
+                 "images": args.images, "guidance": args.guidance, "interval": args.interval},
+                lambda: {"label": name} | generation_on(args, path, out / f"ldm-{name}"))
+        lines.append(line)
+    lines[0]["originals"] = score_reconstruction(x, x, opened.channels, probe_of(opened), rows)
+    print_latent_spaces(lines, opened.channels)
+    draw_latent_spaces(out, lines, x, reconstructions, opened.channels)
+    (out / "vae.json").write_text(json.dumps(lines, indent=1))
+    print(f"wrote {out}/vae.json, vae.png and rate_distortion.png")
+
+
+def parse_settings(change):
+    """"latent_channels=8 kl_weight=1e-3" to settings of train_vae.Config."""
+    kinds, settings = {f.name: f.type for f in dataclasses.fields(train_vae.Config)}, {}
+    for word in change.split():
+        name, _, value = word.partition("=")
+        if name not in kinds or name in ("data", "out"):
+            raise UserError(f"--configs {word}: no setting of train_vae.py")
+        try:
+            settings[name] = kinds[name](value)
+        except ValueError:
+            raise UserError(f"--configs {word}: not a value for {name}") from None
+    return settings
+
+
+def open_autoencoder(path):
+    """An autoencoder, and the data it was trained on."""
+    vae, content = train_vae.load_vae(path)
+    settings = SimpleNamespace(**content["settings"])
+    manifest, pixels, train, held = open_data(settings, draw=False)
+    return SimpleNamespace(vae=vae, settings=settings, manifest=manifest, pixels=pixels,
+                           train=train, held=held, intensity=content["intensity"],
+                           channels=tuple(settings.channels.split(",")), content={"vae": content})
+
+
+def held_out(opened, count):
+    """(held-out images, their rows of the manifest), at random."""
+    some = np.random.default_rng(0).permutation(opened.held)[:count]
+    rng = np.random.default_rng(0) if opened.settings.crop else None
+    return views(opened.pixels, some, opened.settings, opened.intensity, rng), [
+        {name: values[i] for name, values in opened.manifest.columns.items()} for i in some]
+
+
+def probe_of(opened):
+    return screen_probe(opened.manifest.path.parent, opened)
+
+
+def baselines(opened, x, numbers, probe, rows):
+    """What needs no network, at the same compression: a small image (area downsampling, bicubic
+    upsampling) and patches in principal components."""
+    some = np.random.default_rng(1).permutation(opened.train)[:1000]
+    f = opened.settings.downsampling
+    training = views(opened.pixels, some, opened.settings, opened.intensity)
+    pca = PatchPCA(training, f, opened.settings.latent_channels)
+    return {"small image": score_reconstruction(
+        x, train_vae.through_small_image(x, numbers), opened.channels, probe, rows),
+        "patch PCA": score_reconstruction(x, pca(x), opened.channels, probe, rows)}
+
+
+def generation_on(args, vae, out):
+    """What an autoencoder is worth: probes and kernel distance of a diffusion model trained on its
+    latents for `--ldm_steps`, on held-out wells of seen conditions."""
+    path = trained(train_ldm.Config(data=args.data or train_ldm.Config.data, vae=str(vae),
+                                    out=str(out), steps=args.ldm_steps))
+    opened = open_trained(args, path)
+    m = opened.manifest
+    if "true_mechanism" not in m.columns:
+        return {}
+    cells = cells_of(m, ["true_mechanism", "batch"])
+    a, b = halves(m, heldout_sets(opened, ["val"])["val"], cells, args.images)
+    request = Request(opened.model.weights(args.guidance), args.form, args.interval,
+                      steps=args.steps)
+    entry, _ = quality_of(opened, a, b, cells, feature_scale(opened),
+                          screen_probe(m.path.parent, opened.model), request)
+    return {"generated": {k: entry["generated"][k] for k in (
+        "distance", "variance_ratio", "true_mechanism", "batch")},
+        "generated_floor": entry["real"]["distance"], "generated_ceiling": entry["real"]["ceiling"]}
+
+
+def print_latent_spaces(lines, channels):
+    """One line per autoencoder and baseline: reconstruction; then per channel; then generation."""
+    print(f"\n{'':36s}{'numbers':>8s}{'KL':>7s}{'L1':>8s}{'PSNR':>6s}{'SSIM':>7s}{'EMD':>8s}"
+          f"{'mechanism':>11s}{'batch':>7s}  feature correlation: nuclei " + " ".join(
+              f"{c:>5s}" for c in channels))
+
+    def row(label, e, numbers, kl):
+        print(f"{label:36s}{numbers:>8}{kl:>7s}{e['l1']:8.4f}{e['psnr']:6.1f}"
+              f"{np.mean(e['ssim']):7.3f}{np.mean(e['emd']):8.4f}"
+              f"{e.get('probe_mechanism', np.nan):11.2f}{e.get('probe_batch', np.nan):7.2f}"
+              f"{'':23s}{e['features']['nuclei'][0]:6.2f} " + " ".join(
+                  f"{e['features'][c][0]:5.2f}" for c in channels))
+    for e in lines:
+        row(e["label"], e, e["numbers"], f"{e['kl']:.0f}")
+        for name, b in e["baselines"].items():
+            row(f"    {name}", b, e["numbers"], "")
+    row("the originals", lines[0]["originals"], "", "")
+    print(f"\n{'L1 by channel':36s}" + " ".join(f"{c:>7s}" for c in channels)
+          + f"{'M parameters':>14s}{'encoded/s':>11s}{'decoded/s':>11s}")
+    for e in lines:
+        print(f"{e['label']:36s}" + " ".join(f"{v:7.4f}" for v in e["l1_per_channel"])
+              + f"{e['parameters'] / 1e6:14.2f}{e['encoded_per_s']:11.0f}"
+              f"{e['decoded_per_s']:11.0f}")
+    made = [e for e in lines if "generated" in e]
+    if made:
+        print(f"\n{'generated on held-out wells':36s}{'mechanism':>10s}{'batch':>8s}"
+              f"{'distance':>10s}{'(floor, ceiling)':>20s}{'variance':>10s}")
+    for e in made:
+        g, limits = e["generated"], (e["generated_floor"], e["generated_ceiling"])
+        print(f"{e['label']:36s}{g['true_mechanism']:10.2f}{g['batch']:8.2f}"
+              f"{1000 * g['distance']:10.0f}"
+              f"{'({:.0f}, {:.0f})'.format(*(1000 * v for v in limits)):>20s}"
+              f"{g['variance_ratio']:10.2f}")
+
+
+def draw_latent_spaces(out, lines, x, reconstructions, channels):
+    """By channel, the same image through each autoencoder; and distortion against rate."""
+    import matplotlib.pyplot as plt
+    data.picture(out / "vae.png", [[image[0].numpy(), *image[0].numpy()] for image in (
+        x, *reconstructions.values())], channels, ["original", *reconstructions],
+        ["all", *channels])
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for k, e in enumerate(lines):
+        for axis, rate in zip(axes, (e["numbers"], e["kl"])):
+            axis.plot(rate, e["l1"], "o", color=f"C{k % 10}", label=e["label"])
+    for name, mark in (("small image", "^"), ("patch PCA", "s")):
+        points = sorted({(e["numbers"], e["baselines"][name]["l1"]) for e in lines})
+        axes[0].plot(*zip(*points), mark, mfc="none", color="k", label=name)
+    axes[0].set(xscale="log", yscale="log", xlabel="numbers per image", ylabel="L1 on [0, 1]")
+    axes[1].set(xscale="log", xlabel="KL, nats per image")
+    axes[0].legend(fontsize=6), axes[0].grid(alpha=.3), axes[1].grid(alpha=.3)
+    fig.tight_layout()
+    fig.savefig(out / "rate_distortion.png", dpi=110)
+    plt.close(fig)
+
+
+# ------------------------------------------------------------------------------------------------
+# 9. Mol2Image's benchmark, reimplemented (Yang et al. 2021; its metric code was not released)
+# ------------------------------------------------------------------------------------------------
+
+BINOMIAL = torch.tensor([1., 4., 6., 4., 1.]) / 16
+
+
+def laplacian_pyramid(x, smallest=16):
+    """Bands of images (N, C, H, W), finest first, the last the low-pass rest at `smallest` pixels:
+    5x5 binomial kernel, mirrored borders (Burt & Adelson 1983)."""
+    c, bands = x.shape[1], []
+
+    def blur(v):
+        v = F.pad(v, (2, 2, 2, 2), mode="reflect")
+        taps = BINOMIAL.to(v)
+        v = F.conv2d(v, taps.view(1, 1, 5, 1).expand(c, 1, 5, 1), groups=c)
+        return F.conv2d(v, taps.view(1, 1, 1, 5).expand(c, 1, 1, 5), groups=c)
+    while min(x.shape[2:]) >= 2 * smallest:
+        small = blur(x)[:, :, ::2, ::2]
+        spread = torch.zeros_like(x)
+        spread[:, :, ::2, ::2] = small
+        bands.append(x - 4 * blur(spread))
+        x = small
+    return [*bands, x]
+
+
+def random_patches(bands, seeds, patches=128, side=7):
+    """From each image its own random patches: [(N, patches, C, side, side)] by level. The places
+    depend on the image's seed alone, so that any batch size gives the same."""
+    found = []
+    for level, band in enumerate(bands):
+        c, h, w = band.shape[1:]
+        windows = band.unfold(2, side, 1).unfold(3, side, 1)             # (N, C, h', w', side, side)
+        places = np.stack([np.random.default_rng((seed, level)).integers(
+            (h - side + 1) * (w - side + 1), size=patches) for seed in seeds])
+        y, x = (torch.from_numpy(v) for v in np.divmod(places, w - side + 1))
+        rows = torch.arange(len(band))[:, None]
+        found.append(windows[rows, :, y, x])
+    return found
+
+
+def wasserstein_along(a, b, directions=128, repeats=4, seed=0):
+    """Sliced Wasserstein distance of two sets of points (n, D), n alike: the mean distance between
+    sorted projections on random unit vectors. For Gaussians of one covariance s^2 I whose means
+    differ by d, |d . u| averaged over directions u."""
+    rng, total = torch.Generator().manual_seed(seed), 0.
+    for _ in range(repeats):
+        u = F.normalize(torch.randn(a.shape[1], directions, generator=rng), dim=0)
+        total += ((a @ u).sort(0).values - (b @ u).sort(0).values).abs().mean().item() / repeats
+    return total
+
+
+def sliced_wasserstein(a, b, batch=256):
+    """Sliced Wasserstein distance x 1000 of images (N, C, H, W) on [0, 1] by level, finest first
+    (Karras et al. 2018, arXiv:1710.10196, section 5): 128 patches of 7x7 pixels per image and
+    level, each set standardised per channel by itself, which makes it blind to brightness and
+    contrast. N alike. One level of both sets is in memory at a time: 125 KB an image and set."""
+    levels, distances = len(laplacian_pyramid(a[:1])), []
+    for level in range(levels):
+        sets = []
+        for images in (a, b):
+            parts = [random_patches(laplacian_pyramid(images[i:i + batch] * 255), range(
+                i, min(i + batch, len(images))))[level].flatten(0, 1)
+                for i in tqdm(range(0, len(images), batch), desc="patches", delay=3, leave=False)]
+            patches = torch.cat(parts)                                   # (128 N, C, 7, 7)
+            mean = patches.mean((0, 2, 3), keepdim=True)
+            std = patches.std((0, 2, 3), keepdim=True).clamp(min=1e-8)
+            sets.append(((patches - mean) / std).flatten(1))
+        distances.append(1000 * wasserstein_along(*sets))
+    return distances
+
+
+def minimum_cross_entropy(x, bins=128):
+    """Threshold (B,) of (B, H, W) on [0, 1] (Li & Lee 1993): the cut whose two class means tell
+    most, the largest m0 log(mean0) + m1 log(mean1) with m the summed intensities."""
+    place = (x.flatten(1).clamp(0, 1) * (bins - 1)).round().long()
+    count = torch.zeros(len(x), bins, device=x.device).scatter_add_(
+        1, place, torch.ones_like(place, dtype=torch.float))
+    value = (torch.arange(bins, device=x.device) + .5) / bins
+    n0, m0 = count.cumsum(1), (count * value).cumsum(1)
+    n1, m1 = n0[:, -1:] - n0, m0[:, -1:] - m0
+    told = (m0 * (m0 / n0.clamp(min=1)).clamp(min=1e-9).log()
+            + m1 * (m1 / n1.clamp(min=1)).clamp(min=1e-9).log())
+    return told[:, :-1].argmax(1) / (bins - 1)
+
+
+ZERNIKE = [(n, m) for n in range(10) for m in range(n + 1) if (n - m) % 2 == 0]   # 30 moments
+
+
+def zernike_moments(labels):
+    """Sizes of the Zernike moments of each object up to order 9, (B, L - 1, 30): sums of the
+    polynomials over the object, on the disc about its centre of mass that encloses it, over the
+    area of the disc; a disc is (1, 0, 0, ...), and turning an object changes nothing.
+    NaN where there is no object or the border cuts it."""
+    h, w = labels.shape[1:]
+    y, x = (v.expand_as(labels).float() for v in torch.meshgrid(
+        torch.arange(h, device=labels.device), torch.arange(w, device=labels.device), indexing="ij"))
+    area = per_object(labels, torch.ones_like(x))
+    my, mx = (per_object(labels, v) / area.clamp(min=1) for v in (y, x))
+    flat = labels.flatten(1)
+
+    def of_object(v):  # (B, L) to its pixels (B, H, W)
+        return v.gather(1, flat).view_as(labels)
+    dy, dx = y - of_object(my), x - of_object(mx)
+    r = (dy ** 2 + dx ** 2).sqrt()
+    radius = torch.zeros_like(area).scatter_reduce(1, flat, r.flatten(1), "amax") + .5
+    rho, theta = (r / of_object(radius)).clamp(max=1), torch.atan2(dy, dx)
+    moments = []
+    for n, m in ZERNIKE:
+        radial = sum((-1) ** k * math.factorial(n - k) / (
+            math.factorial(k) * math.factorial((n + m) // 2 - k) * math.factorial((n - m) // 2 - k))
+            * rho ** (n - 2 * k) for k in range((n - m) // 2 + 1))
+        real, imaginary = (per_object(labels, radial * f(m * theta)) for f in (torch.cos, torch.sin))
+        moments.append((real ** 2 + imaginary ** 2).sqrt() / (math.pi * radius ** 2))
+    there = (area > 0) & ~touches(labels, "top", "bottom", "left", "right")
+    return torch.where(there[..., None], torch.stack(moments, 2), torch.nan)[:, 1:]
+
+
+def lower_of_three(x, bins=64):
+    """The lower threshold (B,) of Otsu's method with three classes: background apart from the two
+    brighter ones, the largest sum of w mean^2 over classes."""
+    place = (x.flatten(1).clamp(0, 1) * (bins - 1)).round().long()
+    share = torch.zeros(len(x), bins, device=x.device).scatter_add_(
+        1, place, torch.ones_like(place, dtype=torch.float)) / place.shape[1]
+    w = share.cumsum(1)
+    m = (share * torch.arange(bins, device=x.device) / (bins - 1)).cumsum(1)
+    end_w, end_m = w[:, -1:, None], m[:, -1:, None]
+    between = sum(b ** 2 / a.clamp(min=1e-9) for a, b in (                # (B, lower, upper)
+        (w[:, :, None], m[:, :, None]), (w[:, None] - w[:, :, None], m[:, None] - m[:, :, None]),
+        (end_w - w[:, None], end_m - m[:, None])))
+    upper = torch.ones(bins, bins, dtype=torch.bool, device=x.device).triu(1)
+    best = between.masked_fill(~upper, -1.).flatten(1).argmax(1) // bins
+    return (best + .5) / (bins - 1)
+
+
+def grow_cells(labels, rna, steps):
+    """Cells: the nuclei's labels spread over the stained area of the RNA channel (B, H, W)."""
+    blurred = gaussian_blur(rna[:, None], 1.)[:, 0]
+    stained = blurred > lower_of_three(blurred)[:, None, None]
+    cells = labels.float()
+    for _ in range(steps):
+        spread = F.max_pool2d(cells[:, None], 3, 1, 1)[:, 0]
+        cells = torch.where((cells == 0) & stained, spread, cells)
+    return cells.long()
+
+
+FAMILIES = ("coverage", "count", "size", "Zernike shape", "intensity")
+
+
+def correspondence_features(images, channels, batch=64, radius=NUCLEUS_RADIUS):
+    """{family: (N, features)} of images (N, C, H, W) in [-1, 1], as CellProfiler's are grouped in
+    Mol2Image's benchmark: share of the field covered by nuclei and cells; nuclei; mean and median
+    area of nuclei and cells; 30 Zernike moments of nuclei and of cells; mean and median intensity
+    of each channel in cells."""
+    nucleus, rna = (channels.index(c) if c in channels else 0 for c in ("DNA", "RNA"))
+    found = []
+    for x in images.split(batch):
+        x = (x.to(device()).float() + 1) / 2
+        nuclei = segment_nuclei(x[:, nucleus], radius, threshold=minimum_cross_entropy)
+        cells = grow_cells(nuclei, x[:, rna], round(3 * radius))
+        sizes = [f(object_shapes(v)[0]) for v in (nuclei, cells)
+                 for f in (lambda a: a.nanmean(1), lambda a: a.nanmedian(1).values)]
+        inside = torch.where(cells[:, None] > 0, x, torch.nan).flatten(2)
+        found.append({
+            "coverage": torch.stack([(v > 0).float().mean((1, 2)) for v in (nuclei, cells)], 1),
+            "count": count_objects(nuclei)[:, None], "size": torch.stack(sizes, 1),
+            "Zernike shape": torch.cat([zernike_moments(v).nanmean(1) for v in (nuclei, cells)], 1),
+            "intensity": torch.cat([inside.nanmean(2), inside.nanmedian(2).values], 1)})
+    return {name: torch.cat([f[name] for f in found]).cpu() for name in FAMILIES}
+
+
+def ranks(x):
+    """Ranks along dimension 0, ties sharing their mean rank."""
+    x = x.double()
+    less, equal = (x[None] < x[:, None]).sum(1), (x[None] == x[:, None]).sum(1)
+    return less + (equal - 1) / 2
+
+
+def correlation_by_family(a, b, molecules):
+    """{family: (Pearson, Spearman)} over molecules: features of two sets of images {family: (N, F)},
+    each averaged per molecule, correlated, and averaged over the family's features (those that do
+    not vary are left out)."""
+    names, place = np.unique(molecules, return_inverse=True)
+    table = {}
+    for family in FAMILIES:
+        x, y = (torch.stack([v[family][place == k].nanmean(0) for k in range(len(names))])
+                for v in (a, b))                                          # (molecules, F)
+        found = []
+        for p, q in zip(x.T, y.T):
+            kept = p.isfinite() & q.isfinite()
+            if kept.sum() > 2 and p[kept].std() > 0 and q[kept].std() > 0:
+                pairs = [torch.corrcoef(torch.stack([f(p[kept]), f(q[kept])]))[0, 1].item()
+                         for f in (torch.Tensor.double, ranks)]
+                found.append(pairs)
+        table[family] = tuple(np.mean(found, 0)) if found else (np.nan, np.nan)
+    return table
+
+
+class Correspondence(nn.Module):
+    """Do this image and this molecule belong together? A residual network over the image, message
+    passing over the molecule, and one number from both."""
+
+    def __init__(self, channels, width=128):
+        super().__init__()
+        self.image = Probe(channels, {"code": range(width)})
+        self.molecule = MOLECULE_ENCODERS["graph"]({}, width, 16)
+        self.head = nn.Sequential(nn.Linear(3 * width, 256), nn.SiLU(), nn.Linear(256, 1))
+
+    def forward(self, images, graphs):                                   # (B, C, H, W), (B, A, 6 + A)
+        a, b = self.image(images)["code"], self.molecule(graphs)[0]
+        return self.score(a, b)
+
+    def score(self, a, b):
+        return self.head(torch.cat([a, b, a * b], -1))[..., 0]
+
+
+def train_correspondence(images, graphs, molecule, steps, seed=0, batch=64, lr=1e-3):
+    """Binary cross-entropy on half matched, half mismatched pairs. images (N, C, H, W), graphs
+    (M, A, 6 + A), molecule (N,) the place of each image's own."""
+    torch.manual_seed(seed)
+    network = Correspondence(images.shape[1]).to(device())
+    optimiser = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=.02)
+    for step in tqdm(range(steps), desc="training the correspondence", mininterval=1):
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(step, steps, lr)
+        rng, _ = step_rng(seed, step)
+        chosen, matched = rng.integers(len(images), size=batch), np.arange(batch) < batch // 2
+        other = (molecule[chosen] + rng.integers(1, len(graphs), size=batch)) % len(graphs)
+        x = torch.rot90(images[torch.from_numpy(chosen)], int(rng.integers(4)), (2, 3))
+        with autocast():
+            out = network(x.to(device()), graphs[np.where(matched, molecule[chosen], other)].to(
+                device())).float()
+        loss = F.binary_cross_entropy_with_logits(out, torch.from_numpy(matched).to(out))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return network.eval()
+
+
+@torch.no_grad()
+def correspondence_scores(network, images, graphs, molecule, candidates=100, seed=0):
+    """Accuracy on one matched and one mismatched pair per image (zero is the cut), and how often
+    the true molecule is among the first 1, 5 and 10 of `candidates`."""
+    a = torch.cat([network.image(x.to(device()))["code"] for x in images.split(256)])
+    b = torch.cat([network.molecule(g.to(device()))[0] for g in graphs.split(256)])
+    rng, right, places = np.random.default_rng(seed), [], []
+    for code, own in zip(a, molecule):
+        others = rng.permutation(np.delete(np.arange(len(b)), own))[:candidates - 1]
+        scores = network.score(code.expand(1 + len(others), -1), b[[own, *others]]).float()
+        right += [scores[0] > 0, scores[1] <= 0]
+        places.append((scores[1:] > scores[0]).sum().item()
+                      + .5 * (scores[1:] == scores[0]).sum().item())
+    found = {"accuracy": torch.stack(right).float().mean().item(), "candidates": 1 + len(others)}
+    return found | {f"top_{k}": float(np.mean(np.array(places) < k)) for k in (1, 5, 10)}
+
+
+def benchmark_sets(manifest, wanted):
+    """{"easy": rows, "hard": rows}: unseen wells of training molecules, and unseen molecules."""
+    label = np.array(manifest.columns.get("split", [""] * len(manifest)))
+    names = sorted(set(label) - {"train", ""})
+    sets = {"easy": [n for n in names if "easy" in n] or [n for n in names if n == "val"],
+            "hard": [n for n in names if "hard" in n]
+            or [n for n in names if n in ("test_substituent", "test_scaffold")]}
+    sets = sets if wanted is None else {name: [name] for name in wanted}
+    for name, parts in sets.items():
+        if not parts or not set(parts) <= set(names):
+            raise data.DataError(f"{manifest.path}, column split: no {name} rows; there are "
+                                 + ", ".join(names))
+    return {name: np.flatnonzero(np.isin(label, parts)) for name, parts in sets.items()}
+
+
+def twins(manifest, rows, treatment, per_molecule, limit, seed=0):
+    """Two sets of rows of the same molecules and doses from different wells: (a from `rows`, b from
+    anywhere in the manifest), `per_molecule` each at most. Treatments with one well only fall out."""
+    rng, wells = np.random.default_rng(seed), wells_of(manifest)
+    everywhere = defaultdict(list)
+    for i, name in enumerate(treatment):
+        everywhere[name].append(i)
+    a, b = [], []
+    for name in rng.permutation(np.unique(treatment[rows])):
+        mine = rng.permutation(rows[treatment[rows] == name])
+        mine = mine[wells[mine] == wells[mine[0]]][:per_molecule]
+        others = np.array(everywhere[name])
+        others = rng.permutation(others[wells[others] != wells[mine[0]]])[:len(mine)]
+        a += list(mine[:len(others)])
+        b += list(others)
+        if len(a) >= limit:
+            break
+    return np.array(a, int), np.array(b, int)
+
+
+def nearest_molecules(smiles, training, chosen=1):
+    """For each SMILES the training molecules in order of Tanimoto similarity, nearest first
+    (Morgan fingerprints, radius 2)."""
+    generator = rdFingerprintGenerator.GetMorganGenerator(radius=2, fpSize=2048,
+                                                          includeChirality=True)
+    known = [generator.GetFingerprint(parse_smiles(s)) for s in training]
+    found = {}
+    for s in set(smiles):
+        similarity = DataStructs.BulkTanimotoSimilarity(
+            generator.GetFingerprint(parse_smiles(s)), known)
+        found[s] = [training[k] for k in np.argsort(similarity, kind="stable")[::-1][:chosen]]
+    return found
+
+
+def nearest_images(opened, rows, molecule_column, dose_column):
+    """For each row a real training row of the nearest training molecule, at the same dose and, where
+    there is one, in the same batch."""
+    m, rng = opened.manifest, np.random.default_rng(2)
+    smiles, dose = m.columns[molecule_column], m.columns.get(dose_column, [""] * len(m))
+    batch = m.columns.get("batch", m.columns.get("plate", [""] * len(m)))
+    by_treatment = defaultdict(list)
+    for i in opened.train:
+        by_treatment[smiles[i], dose[i]].append(i)
+    known = sorted({s for s, _ in by_treatment if s})
+    nearest, found = nearest_molecules([smiles[i] for i in rows], known, len(known)), []
+    for i in rows:
+        candidates = next(by_treatment[s, dose[i]] for s in nearest[smiles[i]]
+                          if (s, dose[i]) in by_treatment)
+        same = [j for j in candidates if batch[j] == batch[i]] or candidates
+        found.append(int(rng.choice(same)))
+    return np.array(found)
+
+
+def other_system(opened, path, rows):
+    """Images that another system made for these rows: a manifest with the same columns plate, well
+    and site (or compound, where those are not given), read and scaled as the real ones are."""
+    made = data.read_manifest(path, opened.model.channels)
+    by = [n for n in ("plate", "well", "site") if n in made.columns] or ["compound"]
+    names = cells_of(made, by)
+    place = {name: i for i, name in enumerate(names)}
+    wanted = cells_of(opened.manifest, by)[rows]
+    missing = sorted(set(wanted) - set(place))
+    if missing:
+        raise data.DataError(f"{path} has no image for {len(missing)} of the rows to compare, such "
+                             f"as {' x '.join(by)} = {missing[0]}")
+    return views(data.Pixels(made, opened.settings.binning), [place[n] for n in wanted],
+                 opened.settings, opened.model.intensity)
+
+
+def halved(images, size):
+    """Images averaged over 2x2 pixels until they are `size` pixels wide."""
+    while images.shape[-1] >= 2 * size:
+        images = F.avg_pool2d(images, 2)
+    return images
+
+
+def benchmark(opened, args, out):
+    """The tables of `evaluate.py quality --mol2image`."""
+    model, m = opened.model, opened.manifest
+    if args.quick:
+        args.images, args.train_steps = min(args.images, 96), 200
+    molecule = next((f.name for f in model.fields if f.kind == "molecule"), None)
+    dose = next((f.name for f in model.fields if f.kind == "log"), None)
+    if not molecule:
+        raise UserError(f"{args.checkpoint} was told no molecule")
+    doses = m.columns.get(dose, [""] * len(m))
+    strong = {d for d in set(doses) if d and float(d) > 0}
+    strong = {d for d in strong if float(d) * 4 >= max(map(float, strong))} or {""}
+    usable = np.array([d in strong and s != "" for d, s in zip(doses, m.columns[molecule])])
+    treatment = cells_of(m, [molecule, *([dose] if dose else [])])
+    print("molecule and image: training on real images")
+    seen = opened.train[usable[opened.train]]
+    smiles = sorted(set(m.rows(range(len(m)), molecule)) - {""})
+    graphs = MOLECULE_ENCODERS["graph"]({}, 8, 8).featurise(smiles)
+    place = {s: k for k, s in enumerate(smiles)}
+
+    def molecules_of(rows):
+        return np.array([place[m.columns[molecule][i]] for i in rows])
+    known = np.unique(molecules_of(seen))
+    network = train_correspondence(real_images(opened, seen), graphs[known],
+                                   np.searchsorted(known, molecules_of(seen)), args.train_steps)
+    request = Request(model.weights(args.guidance), args.form, args.interval, steps=args.steps)
+    table, pictures = {}, {}
+    for name, rows in benchmark_sets(m, args.sets).items():
+        a, b = twins(m, rows[usable[rows]], treatment, args.per_molecule, args.images)
+        if len(np.unique(molecules_of(a))) < 3:
+            print(f"{name}: fewer than three molecules have two wells, left out")
+            continue
+        columns = blank_unseen(model.fields, {f.name: m.rows(a, f.name) for f in model.fields})
+        near = nearest_images(opened, a, molecule, dose)
+        own = molecules_of(a)
+        mixed = np.random.default_rng(3).permutation(len(b))
+        sets = {"real, another well": real_images(opened, b),
+                "real, molecules permuted": real_images(opened, b[mixed]),
+                "generated": generate(model, columns, range(len(a)), request),
+                "nearest training molecule": real_images(opened, near),
+                "mean of training images": mean_of_batch(opened, a)}
+        if args.generated:
+            sets["the other system"] = other_system(opened, args.generated, a)
+        real, inside = real_images(opened, a), np.unique(own)
+        table[name] = {"images": len(a), "molecules": len(inside)} | {
+            kind: score_benchmark(images, real, model.channels, own, network, graphs[inside],
+                                  np.searchsorted(inside, own))
+            for kind, images in sets.items()}
+        pictures[name] = {"real": real} | sets
+    if not table:
+        raise UserError("nothing to compare")
+    print_benchmark(table, model.channels)
+    (out / "mol2image.json").write_text(json.dumps({
+        "checkpoint": args.checkpoint, "guidance": request.guidance, "steps": args.steps,
+        "table": table}, indent=1))
+    data.picture(out / "mol2image.png", [list(v[:8].numpy()) for kinds in pictures.values()
+                                         for v in kinds.values()], model.channels,
+                 [f"{name}\n{kind}" for name, kinds in pictures.items() for kind in kinds],
+                 pixel_um=model.pixel_um)
+    print(f"wrote {out}/mol2image.json and mol2image.png")
+
+
+def mean_of_batch(opened, rows):
+    """For each row the mean of (at most 200) training images of its batch, or plate, or of all."""
+    m = opened.manifest
+    batch = np.array(m.columns.get("batch", m.columns.get("plate", [""] * len(m))))
+    means = {}
+    for name in np.unique(batch[rows]):
+        inside = opened.train[batch[opened.train] == name]
+        inside = np.random.default_rng(0).permutation(inside if len(inside) else opened.train)[:200]
+        means[name] = real_images(opened, inside).mean(0)
+    return torch.stack([means[batch[i]] for i in rows])
+
+
+def score_benchmark(images, real, channels, molecules, network, graphs, place):
+    """The benchmark's figures of images (N, C, H, W) beside real ones of the same conditions: at 64
+    pixels, and sliced Wasserstein distance at their own size where they are larger."""
+    x, y = (halved(v, 64) for v in (images, real))
+    found = {"swd": sliced_wasserstein((x + 1) / 2, (y + 1) / 2),
+             "intensity_w1": earth_movers_distance((x + 1) / 2, (y + 1) / 2).tolist(),
+             "correlation": correlation_by_family(*(correspondence_features(v, channels)
+                                                    for v in (x, y)), molecules)}
+    if images.shape[-1] > x.shape[-1]:
+        found["swd_native"] = sliced_wasserstein((images + 1) / 2, (real + 1) / 2)
+    return found | correspondence_scores(network, images, graphs, place)
+
+
+def print_benchmark(table, channels):
+    for name, entry in table.items():
+        print(f"\n{name}: {entry['images']} images of {entry['molecules']} molecules")
+        kinds = {k: v for k, v in entry.items() if isinstance(v, dict)}
+        levels = len(next(iter(kinds.values()))["swd"])
+        print(f"{'':28s}{'sliced Wasserstein x 1000':>{8 * levels + 8}s}   "
+              + f"{'intensity W1 x 1000':>{6 * len(channels) + 2}s}   "
+              + " ".join(f"{f:>13s}" for f in FAMILIES) + "   pairs  top-1 5 10 of "
+              + f"{next(iter(kinds.values()))['candidates']}")
+        for kind, e in kinds.items():
+            print(f"{kind:28s}" + "".join(f"{v:8.0f}" for v in (*e["swd"], np.mean(e["swd"])))
+                  + "     " + "".join(f"{1000 * v:6.0f}" for v in e["intensity_w1"]) + "   "
+                  + " ".join(f"{p:6.2f} {s:6.2f}" for p, s in (e["correlation"][f]
+                                                              for f in FAMILIES))
+                  + f"{e['accuracy']:8.2f}" + "".join(f"{e[f'top_{k}']:6.2f}" for k in (1, 5, 10)))
+    print("(correlations over molecules: Pearson, Spearman)")
+
+
+# --- command line ---------------------------------------------------------------------------------
+
 def parse_guidance(words):
     return {name: parse_number(name, value) for name, _, value in (w.partition("=") for w in words)}
 
@@ -2088,6 +2806,17 @@ def conditions_options(parser):
     parser.add_argument("--series", type=int, default=6, help="images for each molecule and dose")
 
 
+def vae_options(parser):
+    parser.add_argument("--configs", nargs="+", default=None, help='changes to the default '
+                        'autoencoder, such as "latent_channels=8 kl_weight=1e-3" (ten by default)')
+    parser.add_argument("--train_steps", type=int, default=1500, help="of each autoencoder")
+    parser.add_argument("--ldm_steps", type=int, default=1000, help="of the diffusion model on each "
+                        "(0: none)")
+    parser.add_argument("--images", type=int, default=384, help="held-out images")
+    parser.add_argument("--steps", type=int, default=15, help="DDIM steps")
+    parser.add_argument("--out", default="runs/latent_spaces", help="folder for all of it")
+
+
 def main():
     parser = data.Parser(description=__doc__,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -2098,7 +2827,9 @@ def main():
     c = command(commands, "conditions", "is every field used? with --encoders: which molecule "
                 "encoder generalises? (trains them)")
     n = command(commands, "control", "does a ControlNet draw these very cells?")
-    for sub in (q, d, c, n):
+    v = command(commands, "vae", "which latent space? trains autoencoders of several shapes, "
+                "weights and losses, and a diffusion model on each")
+    for sub in (q, d, c, n, v):
         common_options(sub)
     real_plate_options(q, "+"), real_plate_options(d, 2)
     n.add_argument("--by", nargs="+", default=None, help="negcon: tables by these columns as well "
@@ -2110,11 +2841,17 @@ def main():
     n.add_argument("--nucleus_radius", type=float, default=NUCLEUS_RADIUS, help="pixels")
     q.add_argument("--out", default=None, help="folder for JSON and figure (the checkpoint's)")
     q.add_argument("--images", type=int, default=192, help="generated for each held-out set")
-    q.add_argument("--sets", nargs="+", help="values of the column split",
-                   default=["val", "test_pair", "test_substituent", "test_scaffold"])
+    q.add_argument("--sets", nargs="+", default=None, help="values of the column split (val, "
+                   "test_pair, test_substituent, test_scaffold; with --mol2image easy and hard)")
+    q.add_argument("--mol2image", action="store_true", help="Mol2Image's benchmark")
+    q.add_argument("--generated", default=None, help="with --mol2image: a manifest of images that "
+                   "another system made for the same plates, wells and sites")
+    q.add_argument("--per_molecule", type=int, default=4, help="with --mol2image: images, at most")
+    q.add_argument("--train_steps", type=int, default=1500, help="with --mol2image: of the network "
+                   "that tells whether molecule and image match")
     q.add_argument("--steps", type=int, default=STEPS, help="DDIM steps")
-    disentangle_options(d), conditions_options(c)
-    parser.epilog = "".join(sub.format_help() for sub in (q, d, c, n))
+    disentangle_options(d), conditions_options(c), vae_options(v)
+    parser.epilog = "".join(sub.format_help() for sub in (q, d, c, n, v))
     args = parser.parse_args()
     for name in ("images", "steps", "samples", "molecules", "series", "train_steps"):
         if getattr(args, name, 1) < 1:
@@ -2125,7 +2862,7 @@ def main():
         raise UserError("--interval takes two noise levels from 0 to 1, the smaller first, "
                         "--rescale a share from 0 to 1")
     {"quality": quality, "disentangle": disentangle, "conditions": conditions,
-     "control": control}[args.command](args)
+     "control": control, "vae": compare_latent_spaces}[args.command](args)
 
 
 if __name__ == "__main__":

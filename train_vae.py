@@ -29,8 +29,14 @@ import data
 from vae import VAE, VAEConfig, kl_divergence, vae_loss
 
 
+# the poster's size: pieces of 512x512 pixels, to 64x64x8 or 128x128x1 numbers
+PRESETS = {"64x64x8": dict(crop=512, downsampling=8, latent_channels=8, width=64, batch=4),
+           "128x128x1": dict(crop=512, downsampling=4, latent_channels=1, width=64, batch=4)}
+
+
 @dataclass
 class Config:
+    preset: str = ""                      # 64x64x8 or 128x128x1: settings for 512-pixel crops
     # data: what counts as an image. train_ldm.py reads these from the autoencoder's checkpoint
     data: str = "runs/data/manifest.csv"  # the manifest; the default one is drawn if it is missing
     channels: str = "DNA,ER,RNA,AGP,Mito"  # stains: the manifest's columns, or the order in a file
@@ -47,6 +53,8 @@ class Config:
     width: int = 32                       # channels at the finest level
     blocks: int = 2                       # residual blocks per level
     kl_weight: float = 1e-2               # weight of the KL, both terms per pixel value
+    spectral_weight: float = 0.           # of the difference of Fourier amplitudes
+    multiscale_weight: float = 0.         # of the L1 between bands of a Laplacian pyramid
     # training
     out: str = "runs/vae"                 # model.pt, reconstruction.png and log.jsonl go here
     steps: int = 4200                     # optimiser steps
@@ -101,6 +109,11 @@ def settings(config, argv=None):
     parser = data.Parser(description=module, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_settings(parser, config)
     values = vars(parser.parse_args(argv))
+    if values.get("preset"):  # other defaults; what is stated beside it wins
+        if values["preset"] not in PRESETS:
+            parser.error(f"--preset {values['preset']}: one of {', '.join(PRESETS)}")
+        parser.set_defaults(**PRESETS[values["preset"]])
+        values = vars(parser.parse_args(argv))
     for setting in dataclasses.fields(config):
         least = min(1, setting.default) if setting.type is int else 0
         if setting.type in (int, float) and values[setting.name] < least:
@@ -258,7 +271,7 @@ def reconstruction_metrics(x, x_hat):
     difference = (x - x_hat) / 2
     return {"l1": difference.abs().mean().item(),
             "l1_per_channel": difference.abs().mean((0, 2, 3)).tolist(),
-            "psnr": -10 * math.log10(difference.square().mean().item())}
+            "psnr": -10 * math.log10(max(1e-9, difference.square().mean().item()))}
 
 
 def evaluate(vae, images, channels):
@@ -296,10 +309,12 @@ def train(config=Config()):
     manifest, pixels, train_rows, held_rows = open_data(config)
     intensity = data.fit_intensity(config.intensity, pixels, train_rows)
     held_rows = np.random.default_rng(0).permutation(held_rows)  # from all plates
-    held = views(pixels, held_rows[:256], config, intensity)
-    if len(held) < 64:  # few images: several random pieces of each
+    side = views(pixels, held_rows[:1], config, intensity).shape[-1]
+    looks = max(16, min(256, 2 ** 20 // side ** 2))  # a million pixels of large images
+    held = views(pixels, held_rows[:looks], config, intensity)
+    if len(held) < min(looks, 64):  # few images: several random pieces of each
         held = torch.cat([views(pixels, held_rows, config, intensity, np.random.default_rng(k))
-                          for k in range(math.ceil(64 / len(held_rows)))])
+                          for k in range(math.ceil(min(looks, 64) / len(held_rows)))])
 
     torch.manual_seed(config.seed)
     vae = VAE(shape).to(device())
@@ -323,7 +338,8 @@ def train(config=Config()):
         noise = torch.randn(len(x), config.latent_channels, h, w, generator=noise_rng).to(device())
         with autocast():
             x_hat, mean, logvar = vae(x, noise)
-        loss, l1, kl = vae_loss(x, x_hat, mean, logvar, config.kl_weight)
+        loss, l1, kl = vae_loss(x, x_hat, mean, logvar, config.kl_weight,
+                                config.spectral_weight, config.multiscale_weight)
         if not torch.isfinite(loss):
             raise UserError(f"the loss is {loss.item()} at step {step}: training stopped, nothing "
                             "saved; try a smaller --lr")
@@ -342,7 +358,7 @@ def train(config=Config()):
 
     vae.eval().requires_grad_(False)
     rng = np.random.default_rng(config.seed)
-    measure_latents(vae, [views(pixels, rng.choice(train_rows, 64), config, intensity, rng)
+    measure_latents(vae, [views(pixels, rng.choice(train_rows, looks // 4), config, intensity, rng)
                           for _ in range(8)])
     found, line, x_hat = evaluate(vae, held, manifest.channels)
     baseline = reconstruction_metrics(held, through_small_image(held, numbers))

@@ -143,14 +143,40 @@ def kl_divergence(mean, logvar):
     return 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).flatten(1).sum(1)
 
 
-def vae_loss(x, x_hat, mean, logvar, kl_weight):
-    """L1 plus the weighted KL, both per pixel value, so that a weight means the same at any size.
+def spectral_distance(x, x_hat):
+    """Mean difference of the *sizes* of the Fourier coefficients of (B, C, H, W), orthonormal: asks
+    for as much texture at each frequency as there is, wherever it lies."""
+    return (torch.fft.rfft2(x, norm="ortho").abs()
+            - torch.fft.rfft2(x_hat, norm="ortho").abs()).abs().mean()
+
+
+def multiscale_distance(x, x_hat):
+    """L1 between the bands of a Laplacian pyramid: details of 1, 2 and 4 pixels, each averaged over
+    its own pixels, so that the finest has no more votes than the coarser ones."""
+    total = 0.
+    for _ in range(3):
+        small, small_hat = (F.avg_pool2d(v, 2) for v in (x, x_hat))
+        band, band_hat = (v - F.interpolate(s, scale_factor=2) for v, s in (
+            (x, small), (x_hat, small_hat)))
+        total = total + (band - band_hat).abs().mean() / 3
+        x, x_hat = small, small_hat
+    return total
+
+
+def vae_loss(x, x_hat, mean, logvar, kl_weight, spectral_weight=0., multiscale_weight=0.):
+    """L1 plus the weighted KL, both per pixel value, so that a weight means the same at any size,
+    plus what is asked for of the two terms for fine structure.
 
     Returns (loss, l1 on [-1, 1], kl in nats per image), scalars.
     """
     l1 = (x - x_hat).abs().mean()
     kl = kl_divergence(mean, logvar).mean()
-    return l1 + kl_weight * kl / x[0].numel(), l1, kl
+    loss = l1 + kl_weight * kl / x[0].numel()
+    if spectral_weight:
+        loss = loss + spectral_weight * spectral_distance(x, x_hat)
+    if multiscale_weight:
+        loss = loss + multiscale_weight * multiscale_distance(x, x_hat)
+    return loss, l1, kl
 
 
 if __name__ == "__main__":

@@ -1,0 +1,416 @@
+"""Mol2Image's benchmark, the study of latent spaces and the readers of published tables: figures
+against known answers, commands run end to end."""
+import csv
+import gzip
+import json
+import math
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from torch.testing import assert_close
+
+import data
+import evaluate
+import train_vae
+import vae
+from conftest import SHARED
+from evaluate import (correlation_by_family, correspondence_features, earth_movers_distance,
+                      minimum_cross_entropy, ranks, sliced_wasserstein, wasserstein_along,
+                      zernike_moments)
+
+
+def images(n=12, side=64, seed=0):
+    """Blobs on [0, 1], five channels."""
+    x = torch.rand(n, 5, side, side, generator=torch.Generator().manual_seed(seed))
+    return evaluate.gaussian_blur(x, 2.).sub(.4).mul(2.).clamp(.05, .8)
+
+
+# --- sliced Wasserstein and earth mover's distance ------------------------------------------------
+
+def test_distance_of_a_set_with_itself_is_zero_and_of_another_is_not():
+    a = images()
+    assert sliced_wasserstein(a, a.clone()) == [0., 0., 0.]  # 64, 32 and 16 pixels
+    assert all(d > 20 for d in sliced_wasserstein(a, torch.rand(a.shape)))
+
+
+def test_distance_between_gaussians_is_known():
+    """Points N(0, I) and N(d, I): |d . u| averaged over the sphere,
+    |d| Gamma(D / 2) / (sqrt(pi) Gamma((D + 1) / 2))."""
+    rng, dimension = torch.Generator().manual_seed(0), 20
+    a = torch.randn(4000, dimension, generator=rng)
+    shift = torch.full((dimension,), .7)
+    wanted = shift.norm().item() * math.gamma(dimension / 2) / (
+        math.pi ** .5 * math.gamma((dimension + 1) / 2))
+    assert_close(wasserstein_along(a, a + shift), wanted, rtol=.05, atol=0.)
+    wide = math.sqrt(2 / math.pi)  # the same mean, twice as wide: E|N(0, 1)|
+    assert_close(wasserstein_along(a, 2 * torch.randn(a.shape, generator=rng)), wide, rtol=.05,
+                 atol=0.)
+
+
+def test_distance_is_blind_to_brightness_and_says_so_beside_it():
+    a = images()
+    darker = a * .5 + .1
+    assert max(sliced_wasserstein(a, darker)) < 1
+    assert_close(earth_movers_distance(a, darker), (a - darker).abs().mean((0, 2, 3)), atol=1e-3,
+                 rtol=0.)
+
+
+def test_distance_does_not_depend_on_the_batch():
+    a, b = images(10), images(10, seed=1)
+    assert_close(sliced_wasserstein(a, b, batch=3), sliced_wasserstein(a, b, batch=10))
+
+
+def test_earth_movers_distance_in_closed_form():
+    x = torch.full((2, 1, 4, 4), .2)
+    y = torch.full((2, 1, 4, 4), .5)
+    assert_close(earth_movers_distance(x, y), torch.tensor([.3]))
+    half = torch.cat([x[:1], y[:1]])  # half of the mass moves by .3
+    assert_close(earth_movers_distance(x, half), torch.tensor([.15]))
+
+
+def test_pyramid_adds_up_to_the_image():
+    a = images(2)
+    bands = evaluate.laplacian_pyramid(a)
+    assert [b.shape[-1] for b in bands] == [64, 32, 16]
+    flat = evaluate.laplacian_pyramid(torch.full((1, 5, 64, 64), .3))
+    assert all(band.abs().max() < 1e-6 for band in flat[:-1]) and (flat[-1] - .3).abs().max() < 1e-6
+
+
+# --- morphology -----------------------------------------------------------------------------------
+
+def shape(side, inside, angle=0.):
+    """A mask (1, side, side) of the points (x, y) about the middle, turned, that are inside."""
+    y, x = torch.meshgrid(*(torch.arange(side) - side / 2 + .5,) * 2, indexing="ij")
+    c, s = math.cos(angle), math.sin(angle)
+    return inside(c * x + s * y, c * y - s * x).long()[None]
+
+
+def test_zernike_moments_of_a_disc_and_of_a_turned_shape():
+    disc = zernike_moments(shape(64, lambda x, y: x ** 2 + y ** 2 < 25 ** 2))[0, 0]
+    # only the constant polynomial is left; half a pixel of 25 makes 4 %
+    assert abs(disc[0] - 1) < .05 and disc[1:].max() < .05
+
+    def drop(x, y):  # neither round nor symmetric
+        return ((x / 20) ** 2 + (y / 9) ** 2 < 1) & (x > -12)
+    one, turned = (zernike_moments(shape(64, drop, angle))[0, 0] for angle in (0., .9))
+    assert one[1:].max() > .1
+    assert (one - turned).abs().max() < .03
+    cut = shape(32, lambda x, y: x ** 2 + (y - 14) ** 2 < 36)
+    assert zernike_moments(cut).isnan().all()  # the border cuts it
+
+
+def test_thresholds_part_levels():
+    x = torch.full((1, 20, 20), .1)
+    x[:, 5:15, 5:15] = .8
+    assert .1 < minimum_cross_entropy(x) < .8
+    x[:, :, 15:] = .4
+    assert .1 < evaluate.lower_of_three(x) < .4 < evaluate.otsu(x)
+
+
+def test_counts_with_cross_entropy_agree_with_the_simulator():
+    """The default density, 40 fields: error of the total under 5 %."""
+    screen = data.Screen()
+    optics = data.microscope(screen)
+    row = dict(row=8, column=12, site=1, batch="B1", plate="P01", true_mechanism="none",
+               true_effect=0.)
+    drawn = [data.draw_field(row, screen, optics, [11, i], counterpart=False) for i in range(40)]
+    x = torch.from_numpy(np.stack([d["image"] for d in drawn])).float() / 127.5 - 1
+    counted = correspondence_features(x, list(data.CHANNELS))["count"].sum().item()
+    assert abs(counted / sum(d["truth"]["true_nuclei"] for d in drawn) - 1) < .05
+
+
+def test_correlation_over_molecules_knows_its_limits():
+    rng = torch.Generator().manual_seed(0)
+    molecules = np.repeat(np.arange(30), 3)
+    own = {f: torch.randn(30, 4, generator=rng)[molecules] for f in evaluate.FAMILIES}
+    table = correlation_by_family(own, own, molecules)
+    assert_close(table["size"], (1., 1.), atol=1e-9, rtol=0.)
+    stretched = {f: v.exp() for f, v in own.items()}  # the order stays
+    pearson, spearman = correlation_by_family(own, stretched, molecules)["count"]
+    assert pearson < .97 and spearman > 1 - 1e-9
+    other = {f: torch.randn(30, 4, generator=rng)[molecules] for f in evaluate.FAMILIES}
+    assert abs(correlation_by_family(own, other, molecules)["count"][0]) < .4
+    assert ranks(torch.tensor([3., 1., 3., 0.])).tolist() == [2.5, 1., 2.5, 0.]
+
+
+def test_features_do_not_depend_on_the_batch():
+    x = images(6) * 2 - 1
+    one, six = (correspondence_features(x, list(data.CHANNELS), batch=b) for b in (1, 6))
+    for family in evaluate.FAMILIES:
+        assert_close(one[family], six[family], equal_nan=True)
+
+
+def test_correspondence_learns_what_belongs_together():
+    """Four molecules, each with its own brightness: matched pairs are told apart, and retrieved."""
+    graphs = evaluate.MOLECULE_ENCODERS["graph"]({}, 8, 8).featurise(["C", "CCO", "c1ccccc1", "N#N"])
+    molecule = np.arange(64) % 4
+    x = torch.from_numpy(molecule)[:, None, None, None] / 2 - .75 + .1 * torch.randn(
+        64, 5, 16, 16, generator=torch.Generator().manual_seed(0))
+    network = evaluate.train_correspondence(x, graphs, molecule, 120, lr=3e-3)
+    found = evaluate.correspondence_scores(network, x, graphs, molecule)
+    assert found["accuracy"] > .9 and found["top_1"] > .85 and found["candidates"] == 4
+    wrong = evaluate.correspondence_scores(network, x, graphs, (molecule + 1) % 4)
+    assert wrong["accuracy"] < .6 and wrong["top_1"] < .2
+
+
+# --- latent spaces --------------------------------------------------------------------------------
+
+def test_patch_pca_is_exact_with_all_components_and_best_with_few():
+    x = images(8, 16) * 2 - 1
+    assert_close(evaluate.PatchPCA(x, 4, 80)(x), x, atol=1e-4, rtol=0.)
+    errors = [(evaluate.PatchPCA(x, 4, k)(x) - x).square().mean().item() for k in (2, 8, 40)]
+    assert errors[0] > errors[1] > errors[2]
+    patches = torch.nn.functional.pixel_unshuffle(x, 4).movedim(1, 3).flatten(0, 2)
+    spread = torch.linalg.svdvals(patches - patches.mean(0)) ** 2  # Eckart and Young
+    assert_close(errors[1], (spread[8:].sum() / x.numel()).item(), rtol=1e-3, atol=0.)
+
+
+def test_feature_agreement_of_an_image_with_itself_and_with_noise():
+    x = images(24) * 2 - 1
+    same = evaluate.feature_agreement(x, x, list(data.CHANNELS))
+    assert all(abs(r - 1) < 1e-6 and bias == 0 for r, bias in same.values())
+    darker = evaluate.feature_agreement(x, x * .9 - .1, list(data.CHANNELS))
+    assert darker["ER"][1] > .3
+
+
+def test_losses_for_fine_structure():
+    x = images(2, 32) * 2 - 1
+    blurred = evaluate.gaussian_blur(x, 1.)
+    assert vae.spectral_distance(x, x) == 0 and vae.multiscale_distance(x, x) == 0
+    moved = torch.roll(x, 3, 3)  # texture elsewhere: the amplitudes are the same, the bands not
+    assert vae.spectral_distance(x, moved) < 1e-4 < vae.spectral_distance(x, blurred)
+    assert vae.multiscale_distance(x, moved) > vae.multiscale_distance(x, blurred) > 1e-3
+    mean = torch.zeros(2, 4, 8, 8)
+    plain = vae.vae_loss(x, blurred, mean, mean, 0.)[0]
+    both = vae.vae_loss(x, blurred, mean, mean, 0., .5, 2.)[0]
+    assert_close(both - plain, .5 * vae.spectral_distance(x, blurred)
+                 + 2 * vae.multiscale_distance(x, blurred))
+
+
+def test_latent_spaces_command(screen, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "screen_probe", lambda *_: None)
+    monkeypatch.setattr(evaluate, "generation_on", lambda *_: {})
+    words = ("vae", "--data", screen, "--configs", "width=8 blocks=1", "width=8 latent_channels=2",
+             "--train_steps", 4, "--images", 24, "--out", tmp_path / "o")
+    status, out, error = cli(evaluate, *words)
+    assert status == 0, error
+    first, second = json.loads((tmp_path / "o" / "vae.json").read_text())
+    assert first["numbers"] == 2 * second["numbers"] == 256
+    assert first["originals"]["l1"] == 0 and first["baselines"]["patch PCA"]["l1"] > 0
+    assert "small image" in out and (tmp_path / "o" / "rate_distortion.png").exists()
+    before = (tmp_path / "o" / "vae.jsonl").read_text()
+    assert cli(evaluate, *words)[0] == 0
+    assert (tmp_path / "o" / "vae.jsonl").read_text() == before  # nothing was measured again
+
+
+def test_latent_spaces_refuse_unknown_settings(refused, screen, tmp_path):
+    for word, says in (("depth=3", "no setting"), ("width=wide", "not a value"),
+                       ("out=here", "no setting")):
+        lines = refused(evaluate, "vae", "--data", screen, "--configs", word, "--out",
+                        tmp_path / "o", says=[word, says])
+        assert len(lines) == 1
+
+
+# --- the benchmark's command ----------------------------------------------------------------------
+
+def test_benchmark_command_and_another_system(ldm_path, screen, cli, refused, tmp_path,
+                                              monkeypatch):
+    # this small screen has one well of each treatment: its sites stand in for wells
+    monkeypatch.setattr(evaluate, "wells_of", lambda m: np.arange(len(m)).astype(str))
+    words = ("quality", "--mol2image", "--checkpoint", ldm_path, "--steps", 1,
+             "--images", 12, "--train_steps", 2, "--sets", "test_substituent", "--out", tmp_path)
+    status, out, error = cli(evaluate, *words, "--generated", screen)  # the real images, as its own
+    assert status == 0, error
+    table = json.loads((tmp_path / "mol2image.json").read_text())["table"]["test_substituent"]
+    other, real = table["the other system"], table["real, another well"]
+    assert other["swd"] == [0., 0.] and max(other["intensity_w1"]) == 0  # it is the real set itself
+    assert_close(other["correlation"]["size"], [1., 1.])
+    assert min(real["swd"]) > 0 and real["correlation"]["size"][0] < 1
+    assert "top-1" in out and (tmp_path / "mol2image.png").exists()
+    short = tmp_path / "short.csv"
+    lines = screen.read_text().splitlines()
+    short.write_text("\n".join(lines[:5]) + "\n")
+    (tmp_path / "image.npy").symlink_to(screen.parent / "image.npy")
+    refused(evaluate, *words, "--generated", short, says=["has no image for"])
+
+
+def test_twins_come_from_other_wells():
+    columns = {"plate": list("ppppqqqq"), "well": list("aabbccdd")}
+    manifest = type("M", (), {"columns": columns, "__len__": lambda self: 8})()
+    treatment = np.array(list("xxxxyyzz"))  # y and z have one well each
+    a, b = evaluate.twins(manifest, np.arange(8), treatment, 4, 100)
+    assert set(treatment[a]) == {"x"} and list(treatment[a]) == list(treatment[b])
+    wells = evaluate.wells_of(manifest)
+    assert not set(wells[a]) & set(wells[b])
+
+
+def test_nearest_molecule_is_the_most_similar_one():
+    training = ["CCO", "c1ccccc1C", "CCCCCCCC"]
+    found = evaluate.nearest_molecules(["c1ccccc1CC", "CCCO"], training, 3)
+    assert found["c1ccccc1CC"][0] == "c1ccccc1C" and found["CCCO"][0] == "CCO"
+    assert sorted(found["CCCO"]) == sorted(training)
+
+
+# --- published tables -----------------------------------------------------------------------------
+
+def archive(path, seed=0, **more):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    x = np.random.default_rng(seed).integers(0, 255, (520, 696, 5), np.uint8)
+    np.savez(path, sample=x, **more)
+    return x
+
+
+def split_table(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, [*data.MOL2IMAGE, "IMG_CNT_CELLS"])
+        writer.writeheader()
+        for key, smiles, inchikey in rows:
+            plate, well, site = key.split("-")
+            writer.writerow(dict(SAMPLE_KEY=key, BROAD_ID="B" + inchikey, PLATE_ID=plate,
+                                 WELL_POSITION=well, SITE=site, SMILES=smiles, INCHIKEY=inchikey,
+                                 IMG_CNT_CELLS=7))
+    return path
+
+
+def test_mol2image_download_becomes_a_manifest(tmp_path, cli):
+    x = archive(tmp_path / "tar1" / "24277-A03-1.npz", label=np.array([{"a": 1}], object))
+    archive(tmp_path / "tar2" / "deep" / "24277-B07-2.npz", 1)
+    train = split_table(tmp_path / "datasplit_gen_train.csv", [
+        ("24277-A03-1", "CCO", "K1"), ("24277-A05-1", "CCN", "K2")])
+    hard = split_table(tmp_path / "datasplit_gen_test_hard.csv", [("24277-B07-2", "OCC", "K1")])
+    maps = tmp_path / "maps"
+    (maps / "platemap").mkdir(parents=True)
+    (maps / "barcode_platemap.csv").write_text("Plate_Map_Name,Assay_Plate_Barcode\nM1,24277\n")
+    (maps / "platemap" / "M1.txt").write_text(
+        "well_position\tbroad_sample\tmmoles_per_liter\tsolvent\nA03\tBRD\t5.0\tDMSO\n"
+        "B07\t\t\tDMSO\n")
+    out = tmp_path / "made" / "manifest.csv"
+    status, said, error = cli(data, "mol2image", tmp_path, train, hard, "--platemaps", maps, "--val",
+                              0, "--out", out)
+    assert status == 0, error
+    assert "1 listed images are not in" in said and "24277-A05-1" in said
+    assert "1 molecules of test_hard are in train as well" in said  # one InChIKey, two SMILES
+    order = "Mito,ER,RNA,AGP,DNA"
+    assert order in said
+    manifest = data.read_manifest(out, tuple(order.split(",")))
+    assert manifest.columns["split"] == ["train", "test_hard"]
+    assert manifest.columns["dose"] == ["5.0", "0"]
+    assert manifest.columns["role"] == ["treated", "control"]
+    assert (manifest.columns["row"], manifest.columns["column"]) == (["1", "2"], ["3", "7"])
+    assert not any("CELLS" in name for name in manifest.columns)
+    assert_close(data.Pixels(manifest)[0][3], x[:, :, 3].astype(np.float32))  # pickles untouched
+    status, _, error = cli(data, "mol2image", tmp_path, train, "--out", out)
+    assert status == 2 and "exists" in error
+
+
+def test_wells_have_places():
+    assert data.place("C05") == {"row": "3", "column": "5"}
+    assert data.place("AF48") == {"row": "32", "column": "48"}
+    assert data.place("somewhere") == {"row": "", "column": ""}
+
+
+def load_data_table(path, plates):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["FileName_OrigDNA", "PathName_OrigDNA", "FileName_OrigER",
+                         "PathName_OrigER", "FileName_IllumDNA", "Metadata_Plate", "Metadata_Well",
+                         "Metadata_Site"])
+        for plate, well in plates:
+            name = f"{plate}_{well}"
+            writer.writerow([f"{name}_d.tif", "/cloud/images", f"{name}_e.tif", "/cloud/images",
+                             "illum.npy", plate, well, 1])
+    return path
+
+
+def test_load_data_tables_become_a_manifest(tmp_path, cli, refused):
+    table = load_data_table(tmp_path / "csv" / "load_data.csv", [("P1", "A01"), ("P1", "B02")])
+    (tmp_path / "images").mkdir()
+    for well in ("A01", "B02"):
+        for stain in "de":
+            tifffile.imwrite(tmp_path / "images" / f"P1_{well}_{stain}.tif",
+                             np.full((8, 8), ord(stain), np.uint16))
+    wells, compounds = tmp_path / "well.csv.gz", tmp_path / "compound.csv"
+    with gzip.open(wells, "wt") as file:
+        file.write("Metadata_Plate,Metadata_Well,Metadata_JCP2022\nP1,A01,J1\nP1,B02,J2\n")
+    compounds.write_text("Metadata_JCP2022,Metadata_SMILES\nJ1,CCO\n")
+    out = tmp_path / "manifest.csv"
+    words = ("load_data", table, "--root", f"/cloud={tmp_path}", "--join", f"{wells}:plate,well",
+             f"{compounds}:jcp2022", "--out", out)
+    status, said, error = cli(data, *words)
+    assert status == 0, error
+    assert "2 of 2 images matched on plate, well" in said and "1 of 2" in said
+    manifest = data.read_manifest(out, ("DNA", "ER"))
+    assert manifest.columns["smiles"] == ["CCO", ""] and manifest.columns["row"] == ["1", "2"]
+    assert data.Pixels(manifest)[1][:, 0, 0].tolist() == [ord("d"), ord("e")]
+    out.unlink()
+    refused(data, *words[:-3], f"{compounds}:plate", "--out", out, says=["no column plate"])
+    compounds.write_text("Metadata_JCP2022,Metadata_SMILES\nJ1,CCO\nJ1,CCN\n")
+    refused(data, *words, says=["two different rows for jcp2022 J1"])
+    refused(data, "load_data", compounds, "--out", out, says=["no column FileName_"])
+    assert not out.exists()
+
+
+real = pytest.mark.skipif(not SHARED.exists(), reason="no real plates beside this checkout")
+
+
+@real
+def test_the_real_split_tables_and_plate_maps_are_read(tmp_path, cli):
+    """A raw field of Bray et al. in the form of the download: 8 bits per image and channel by its
+    tenth-largest pixel, channels last."""
+    field = [tifffile.imread(SHARED / "bray2017" / f"{n}.tif").astype(float) for n in (
+        "Mito", "ERSyto", "ERSytoBleed", "Ph_golgi", "Hoechst")]
+    top = [np.sort(x.ravel())[-10] for x in field]
+    sample = np.stack([np.minimum(x * 256 / t, 255).astype(np.uint8)
+                       for x, t in zip(field, top)], 2)
+    easy = SHARED / "mol2image" / "datasplit_gen_test_easy.csv"
+    keys = [row["SAMPLE_KEY"] for row in data.read_table(easy)]
+    for key in keys[:3]:
+        np.savez(tmp_path / f"{key}.npz", sample=sample)
+    out = tmp_path / "manifest.csv"
+    status, said, error = cli(data, "mol2image", tmp_path, easy, "--platemaps",
+                              SHARED / "bray2017" / "platemaps" / "CDRP", "--out", out)
+    assert status == 0, error
+    assert f"{len(keys) - 3} listed images" in said
+    manifest = data.read_manifest(out, ("Mito", "ER", "RNA", "AGP", "DNA"))
+    assert set(manifest.columns["split"]) == {"test_easy"} and "" not in manifest.columns["dose"]
+    assert data.Pixels(manifest)[0].shape == (5, 520, 696)
+
+
+@real
+def test_jump_tables_join_a_load_data_table(tmp_path, cli):
+    jump = SHARED / "jump"
+    first = data.read_table(jump / "well_2022-12-22_commit81fd6c6.csv.gz")[0]
+    table = load_data_table(tmp_path / "load_data.csv", [
+        (first["Metadata_Plate"], first["Metadata_Well"])])
+    status, said, error = cli(
+        data, "load_data", table, "--out", tmp_path / "m.csv", "--join",
+        f"{jump}/well_2022-12-22_commit81fd6c6.csv.gz:plate,well",
+        f"{jump}/compound_smiles_115795.csv.gz:jcp2022",
+        f"{jump}/perturbation_control.csv:jcp2022")
+    assert status == 0, error
+    row = data.read_table(tmp_path / "m.csv")[0]
+    assert row["source"] == first["Metadata_Source"] and row["smiles"]
+
+
+def test_presets_of_the_posters_size(tmp_path, cli, refused):
+    """512x512 pixels of five channels to 64x64x8 and to 128x128x1 numbers, through the real script:
+    one step."""
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "image.npy", rng.integers(0, 255, (4, 5, 520, 520), np.uint8))
+    (tmp_path / "manifest.csv").write_text("image,index,compound\n" + "".join(
+        f"image.npy,{i},{'ab'[i % 2]}\n" for i in range(4)))
+    words = ("--data", tmp_path / "manifest.csv", "--width", 8, "--blocks", 1, "--steps", 1,
+             "--batch", 1, "--split", "image", "--holdout", .25)
+    for preset in ("64x64x8", "128x128x1"):
+        status, _, error = cli(train_vae, "--preset", preset, "--out", tmp_path / preset, *words)
+        assert status == 0, error
+        found, content = train_vae.load_vae(tmp_path / preset / "model.pt")
+        z = found.to_latent(torch.zeros(1, 5, 512, 512))
+        assert "x".join(str(z.shape[k]) for k in (2, 3, 1)) == preset
+        assert found.to_image(z).shape[1:] == (5, 512, 512)
+        assert content["settings"]["crop"] == 512 and found.config.width == 8  # stated: it wins
+    refused(train_vae, "--preset", "32x32x32", says=["64x64x8, 128x128x1"])
