@@ -2434,6 +2434,11 @@ def grow_cells(labels, rna, steps):
     return cells.long()
 
 
+def middle(x):
+    """Median of (B, L) over L without NaN; NaN where there is nothing."""
+    return F.pad(x, (0, 1), value=torch.nan).nanmedian(1).values
+
+
 FAMILIES = ("coverage", "count", "size", "Zernike shape", "intensity")
 
 
@@ -2449,7 +2454,7 @@ def correspondence_features(images, channels, batch=64, radius=NUCLEUS_RADIUS):
         nuclei = segment_nuclei(x[:, nucleus], radius, threshold=minimum_cross_entropy)
         cells = grow_cells(nuclei, x[:, rna], round(3 * radius))
         sizes = [f(object_shapes(v)[0]) for v in (nuclei, cells)
-                 for f in (lambda a: a.nanmean(1), lambda a: a.nanmedian(1).values)]
+                 for f in (lambda a: a.nanmean(1), middle)]
         inside = torch.where(cells[:, None] > 0, x, torch.nan).flatten(2)
         found.append({
             "coverage": torch.stack([(v > 0).float().mean((1, 2)) for v in (nuclei, cells)], 1),
