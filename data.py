@@ -7,7 +7,7 @@ as a real plate; because it is simulated, what biology and experiment did to eac
     python data.py simulate --out runs/data      # draw the default screen
     python data.py show runs/data/manifest.csv   # check every file, summarise, draw a contact sheet
     python data.py mol2image IMAGES train.csv test.csv    # Mol2Image's data set, as a manifest
-    python data.py load_data load_data.csv       # CellProfiler's tables (JUMP, LINCS), as a manifest
+    python data.py load_data load_data.csv       # CellProfiler's tables (JUMP, LINCS), likewise
     python data.py                               # the same cells under each mechanism, as a picture
 """
 import argparse
@@ -952,7 +952,8 @@ def plate_maps(folder):
     """Bray's plate maps, {(plate, well): {dose, role}}: mmoles_per_liter of the *stock*, and
     DMSO wells (no compound) as controls at dose 0."""
     folder = Path(folder)
-    barcodes = read_table(folder / "barcode_platemap.csv", ["Plate_Map_Name", "Assay_Plate_Barcode"])
+    barcodes = read_table(folder / "barcode_platemap.csv",
+                          ["Plate_Map_Name", "Assay_Plate_Barcode"])
     found, maps = {}, {}
     for entry in barcodes:
         name = entry["Plate_Map_Name"]

@@ -80,8 +80,8 @@ def otsu(x, bins=128):
 def segment_nuclei(dna, radius=NUCLEUS_RADIUS, contrast=.06, threshold=otsu):
     """Nuclei of (B, H, W) in [0, 1]: labels (B, H, W), 0 for background, 1 .. n in each image.
 
-    Mask by `threshold` (empty where the two classes differ by less than `contrast`), seeds at the local
-    maxima of the blurred stain, labels spread from the seeds by repeated 3x3 max-pooling, and
+    Mask by `threshold` (empty where the two classes differ by less than `contrast`), seeds at the
+    local maxima of the blurred stain, labels spread from the seeds by repeated 3x3 max-pooling, and
     whole objects smaller than a sixth of a nucleus removed.
     """
     smoothed = gaussian_blur(dna[:, None], 1.)[:, 0]
@@ -2037,10 +2037,10 @@ def control_by_plate(opened, args, out):
 # 8. vae: which latent space?
 # ------------------------------------------------------------------------------------------------
 
-# Each line changes the default autoencoder in one way; a setting's name and value as in train_vae.py
+# Each changes the default autoencoder in one way: a setting of train_vae.py and its value
 LATENT_SPACES = ["", "latent_channels=2", "latent_channels=8", "downsampling=2 latent_channels=1",
-                 "downsampling=8 latent_channels=16", "kl_weight=1e-4", "kl_weight=1e-1", "width=16",
-                 "spectral_weight=0.3", "multiscale_weight=1"]
+                 "downsampling=8 latent_channels=16", "kl_weight=1e-4", "kl_weight=1e-1",
+                 "width=16", "spectral_weight=0.3", "multiscale_weight=1"]
 
 
 def earth_movers_distance(x, y):
@@ -2320,7 +2320,7 @@ def random_patches(bands, seeds, patches=128, side=7):
     found = []
     for level, band in enumerate(bands):
         c, h, w = band.shape[1:]
-        windows = band.unfold(2, side, 1).unfold(3, side, 1)             # (N, C, h', w', side, side)
+        windows = band.unfold(2, side, 1).unfold(3, side, 1)         # (N, C, h', w', side, side)
         places = np.stack([np.random.default_rng((seed, level)).integers(
             (h - side + 1) * (w - side + 1), size=patches) for seed in seeds])
         y, x = (torch.from_numpy(v) for v in np.divmod(places, w - side + 1))
@@ -2384,7 +2384,8 @@ def zernike_moments(labels):
     NaN where there is no object or the border cuts it."""
     h, w = labels.shape[1:]
     y, x = (v.expand_as(labels).float() for v in torch.meshgrid(
-        torch.arange(h, device=labels.device), torch.arange(w, device=labels.device), indexing="ij"))
+        torch.arange(h, device=labels.device), torch.arange(w, device=labels.device),
+        indexing="ij"))
     area = per_object(labels, torch.ones_like(x))
     my, mx = (per_object(labels, v) / area.clamp(min=1) for v in (y, x))
     flat = labels.flatten(1)
@@ -2400,7 +2401,8 @@ def zernike_moments(labels):
         radial = sum((-1) ** k * math.factorial(n - k) / (
             math.factorial(k) * math.factorial((n + m) // 2 - k) * math.factorial((n - m) // 2 - k))
             * rho ** (n - 2 * k) for k in range((n - m) // 2 + 1))
-        real, imaginary = (per_object(labels, radial * f(m * theta)) for f in (torch.cos, torch.sin))
+        real, imaginary = (per_object(labels, radial * f(m * theta))
+                           for f in (torch.cos, torch.sin))
         moments.append((real ** 2 + imaginary ** 2).sqrt() / (math.pi * radius ** 2))
     there = (area > 0) & ~touches(labels, "top", "bottom", "left", "right")
     return torch.where(there[..., None], torch.stack(moments, 2), torch.nan)[:, 1:]
@@ -2472,8 +2474,8 @@ def ranks(x):
 
 
 def correlation_by_family(a, b, molecules):
-    """{family: (Pearson, Spearman)} over molecules: features of two sets of images {family: (N, F)},
-    each averaged per molecule, correlated, and averaged over the family's features (those that do
+    """{family: (Pearson, Spearman)} over molecules: features of two sets of images, {family: (N,
+    F)}, each averaged per molecule, correlated, and averaged over the family's features (those that do
     not vary are left out)."""
     names, place = np.unique(molecules, return_inverse=True)
     table = {}
@@ -2501,7 +2503,7 @@ class Correspondence(nn.Module):
         self.molecule = MOLECULE_ENCODERS["graph"]({}, width, 16)
         self.head = nn.Sequential(nn.Linear(3 * width, 256), nn.SiLU(), nn.Linear(256, 1))
 
-    def forward(self, images, graphs):                                   # (B, C, H, W), (B, A, 6 + A)
+    def forward(self, images, graphs):                           # (B, C, H, W), (B, A, 6 + A)
         a, b = self.image(images)["code"], self.molecule(graphs)[0]
         return self.score(a, b)
 
@@ -2566,7 +2568,8 @@ def benchmark_sets(manifest, wanted):
 
 def twins(manifest, rows, treatment, per_molecule, limit, seed=0):
     """Two sets of rows of the same molecules and doses from different wells: (a from `rows`, b from
-    anywhere in the manifest), `per_molecule` each at most. Treatments with one well only fall out."""
+    anywhere in the manifest), `per_molecule` each at most. Treatments in one well only fall
+    out."""
     rng, wells = np.random.default_rng(seed), wells_of(manifest)
     everywhere = defaultdict(list)
     for i, name in enumerate(treatment):
@@ -2599,8 +2602,8 @@ def nearest_molecules(smiles, training, chosen=1):
 
 
 def nearest_images(opened, rows, molecule_column, dose_column):
-    """For each row a real training row of the nearest training molecule, at the same dose and, where
-    there is one, in the same batch."""
+    """For each row a real training row of the nearest training molecule, at the same dose and,
+    where there is one, in the same batch."""
     m, rng = opened.manifest, np.random.default_rng(2)
     smiles, dose = m.columns[molecule_column], m.columns.get(dose_column, [""] * len(m))
     batch = m.columns.get("batch", m.columns.get("plate", [""] * len(m)))
@@ -2815,8 +2818,8 @@ def vae_options(parser):
     parser.add_argument("--configs", nargs="+", default=None, help='changes to the default '
                         'autoencoder, such as "latent_channels=8 kl_weight=1e-3" (ten by default)')
     parser.add_argument("--train_steps", type=int, default=1500, help="of each autoencoder")
-    parser.add_argument("--ldm_steps", type=int, default=1000, help="of the diffusion model on each "
-                        "(0: none)")
+    parser.add_argument("--ldm_steps", type=int, default=1000, help="of the diffusion model on "
+                        "each (0: none)")
     parser.add_argument("--images", type=int, default=384, help="held-out images")
     parser.add_argument("--steps", type=int, default=15, help="DDIM steps")
     parser.add_argument("--out", default="runs/latent_spaces", help="folder for all of it")

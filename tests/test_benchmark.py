@@ -144,7 +144,8 @@ def test_features_do_not_depend_on_the_batch():
 
 def test_correspondence_learns_what_belongs_together():
     """Four molecules, each with its own brightness: matched pairs are told apart, and retrieved."""
-    graphs = evaluate.MOLECULE_ENCODERS["graph"]({}, 8, 8).featurise(["C", "CCO", "c1ccccc1", "N#N"])
+    graphs = evaluate.MOLECULE_ENCODERS["graph"]({}, 8, 8).featurise(
+        ["C", "CCO", "c1ccccc1", "N#N"])
     molecule = np.arange(64) % 4
     x = torch.from_numpy(molecule)[:, None, None, None] / 2 - .75 + .1 * torch.randn(
         64, 5, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -288,8 +289,8 @@ def test_mol2image_download_becomes_a_manifest(tmp_path, cli):
         "well_position\tbroad_sample\tmmoles_per_liter\tsolvent\nA03\tBRD\t5.0\tDMSO\n"
         "B07\t\t\tDMSO\n")
     out = tmp_path / "made" / "manifest.csv"
-    status, said, error = cli(data, "mol2image", tmp_path, train, hard, "--platemaps", maps, "--val",
-                              0, "--out", out)
+    status, said, error = cli(data, "mol2image", tmp_path, train, hard, "--platemaps", maps,
+                              "--val", 0, "--out", out)
     assert status == 0, error
     assert "1 listed images are not in" in said and "24277-A05-1" in said
     assert "1 molecules of test_hard are in train as well" in said  # one InChIKey, two SMILES
