@@ -1054,10 +1054,13 @@ def study_checkpoint(opened, truth, results, args):
 ARMS = {"perturbations": dict(experiment=()), "experiment": dict(biology=()), "both": {},
         "balanced": dict(balance=1.)}
 RUNS = [(0., 0), (.5, 0), (.9, 0), (.9, 1), (.9, 2)]     # confounding and seed
-TRIED = {"both": [(1, 1), (1.5, 1.5), (2, 2), (2.5, 2.5), (3, 2), (3, 3)],
-         "balanced": [(1, 1), (1.5, 1.5), (2, 2), (2.5, 2.5), (3, 2), (3, 3)],
-         "perturbations": [(1, 0), (1.5, 0), (2, 0), (3, 0)],
-         "experiment": [(0, 1), (0, 1.5), (0, 2), (0, 3)]}
+WEIGHTS_BOTH = [(1, 1), (1.5, 1.5), (2, 2), (2.5, 2.5), (3, 2), (3, 3)]
+# forms and weights that are tried for each arm. Where rare pairs are not balanced v(biology) holds
+# the home batch as well, so only the balanced arm may do without nesting
+TRIED = {"both": [("nested", b, e) for b, e in WEIGHTS_BOTH],
+         "balanced": [(form, b, e) for form in ("nested", "independent") for b, e in WEIGHTS_BOTH],
+         "perturbations": [("nested", b, 0) for b in (1, 1.5, 2, 3)],
+         "experiment": [("nested", 0, e) for e in (1, 1.5, 2, 3)]}
 
 
 def screen_of(confounding):
@@ -1071,11 +1074,12 @@ def screen_of(confounding):
 
 
 def train_arm(args, arm, confounding, seed):
-    """The checkpoint of one arm, trained if it is missing, on the one shared autoencoder. It never
-    saw a held-out pair: these are the same at any confounding."""
+    """The checkpoint of one arm, trained if it is missing, on the one shared autoencoder (which
+    never saw a held-out pair: these are the same at any confounding). Checkpoints along the way
+    are kept for --study training."""
     return trained(train_ldm.Config(
         data=str(screen_of(confounding)), vae=str(Path(args.vae).resolve()), seed=seed,
-        steps=args.train_steps, **ARMS[arm],
+        steps=args.train_steps, **ARMS[arm], keep=True, eval_every=max(1, args.train_steps // 6),
         out=f"{args.out}/{arm}-{confounding:g}-{seed}-{args.train_steps}"))
 
 
@@ -1085,27 +1089,27 @@ def open_trained(args, path):
                                       guidance={}))
 
 
-def try_guidance(model, truth, args, b, e):
-    """Weights tried on the validation pairs: [weight of biology, of experiment, kernel distance to
-    the truth, share of mechanisms and batches that the probe reads]."""
+def try_guidance(model, truth, args, form, b, e):
+    """A form and weights tried on the validation pairs: (kernel distance to the truth, share of
+    mechanisms and batches that the probe reads)."""
     where, n = truth.factorial.held("val"), truth.factorial.seeds
     places, kept = where.nonzero().tolist(), where.flatten().repeat_interleave(n)
     rows = [r for r, k in zip(truth.factorial.rows(), kept) if k]
-    request = request_of(args, model, guidance=dict(biology=b, experiment=e))
+    request = request_of(args, model, form=form, guidance=dict(biology=b, experiment=e))
     images = generate_places(model, truth.factorial, request, where)
     y = truth.features(images).unflatten(0, (len(places), n))
     distance = np.mean([kernel_distance(y[k], truth.b[i, j]) for k, (i, j) in enumerate(places)])
     read = named_right(truth.probe, images, rows) if truth.probe else {}
-    return [b, e, float(distance), float(np.mean([hit.float().mean() for hit in read.values()]
-                                                 or [0.]))]
+    return float(distance), float(np.mean([hit.float().mean() for hit in read.values()] or [0.]))
 
 
-def best_guidance(tried):
-    """One pair of weights for an arm, from what try_guidance found for each of its seeds: of those
-    whose mean distance is within a tenth of the least, the ones that the probe reads best."""
-    mean = np.mean(np.array(tried), 0)                                   # (weights tried, 4)
-    near = [t for t in mean.tolist() if t[2] <= 1.1 * mean[:, 2].min()]
-    return tuple(max(near, key=lambda t: (t[3], -t[2]))[:2])
+def best_guidance(settings, found):
+    """One of `settings` for an arm, from what try_guidance found with each of them for each of its
+    seeds, found (seeds, settings, 2): of those whose mean distance is within a tenth of the least,
+    the one that the probe reads best."""
+    distance, read = np.mean(np.array(found), 0).T                       # (settings,) each
+    near = np.flatnonzero(distance <= 1.1 * distance.min())
+    return settings[max(near, key=lambda k: (read[k], -distance[k]))]
 
 
 def study_arms(args, results):
@@ -1116,7 +1120,7 @@ def study_arms(args, results):
     for confounding, seed in runs:
         seeds.setdefault(confounding, []).append(seed)
     same = {"vae": finger(args.vae)} | {k: getattr(args, k) for k in (
-        "train_steps", "images", "steps", "form", "interval", "rescale")}
+        "train_steps", "images", "steps", "interval", "rescale")}
 
     @functools.lru_cache(1)  # the weights of an arm are tried on one model after another
     def opened(arm, confounding, seed):
@@ -1129,18 +1133,20 @@ def study_arms(args, results):
     for confounding, arm in itertools.product(seeds, args.arms):
         keys = [{"arm": arm, "confounding": confounding, "seed": seed} | same
                 for seed in seeds[confounding]]
-        tried = [[results.get(key | {"tried": [b, e]}, lambda: {"tried": try_guidance(
-            opened(arm, confounding, key["seed"]), truth, args, b, e)})["tried"]
-            for b, e in TRIED[arm]] for key in keys]
-        b, e = best_guidance(tried)
+        found = [[results.get(key | {"tried": tried}, lambda: {"found": try_guidance(
+            opened(arm, confounding, key["seed"]), truth, args, *tried)})["found"]
+            for tried in TRIED[arm]] for key in keys]
+        form, b, e = best_guidance(TRIED[arm], found)
         for key in keys:
             def measured():
                 model = opened(arm, confounding, key["seed"])
-                request = request_of(args, model, guidance=dict(biology=b, experiment=e))
-                label = f"{arm}, {confounding:g}, {key['seed']} ({b:g}, {e:g})"
+                request = request_of(args, model, form=form,
+                                     guidance=dict(biology=b, experiment=e))
+                label = f"{arm}, {confounding:g}, {key['seed']} ({form} {b:g}, {e:g})"
                 return {"label": label, "arm": arm, "confounding": confounding,
                         "seed": key["seed"]} | disentangle_one(model, truth, request)
-            lines.append(results.get(key | {"w_biology": b, "w_experiment": e}, measured))
+            lines.append(results.get(
+                key | {"form": form, "w_biology": b, "w_experiment": e}, measured))
             print_lines(lines[-1:])
     return lines
 

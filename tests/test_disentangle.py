@@ -237,7 +237,7 @@ def test_arms_differ_in_what_they_are_told(screen, vae_path, cli, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "screen_probe", lambda *_: None)
     monkeypatch.setattr(evaluate, "screen_of", lambda confounding: screen)
-    monkeypatch.setattr(evaluate, "TRIED", {a: [(1, 1)] for a in evaluate.ARMS})
+    monkeypatch.setattr(evaluate, "TRIED", {a: [("nested", 1, 1)] for a in evaluate.ARMS})
     monkeypatch.setattr(train_ldm, "Config", make_dataclass("Config", [("size", str, "tiny")],
                                                             bases=(train_ldm.Config,)))
     status, out, error = cli(evaluate, "disentangle", "--study", "arms", "--vae", vae_path,
@@ -246,7 +246,7 @@ def test_arms_differ_in_what_they_are_told(screen, vae_path, cli, tmp_path, monk
                              tmp_path / "d")
     assert status == 0, error
     lines = [json.loads(line) for line in (tmp_path / "d" / "results.jsonl").open()]
-    assert all("tried" in line for line in lines[::2])  # first the choice of weights
+    assert all("found" in line for line in lines[::2])  # first the choice of weights
     lines = lines[1::2]
     assert [line["arm"] for line in lines] == ["perturbations", "experiment"]
     # told nothing of the batch, the same noise gives the same image in every batch
@@ -326,10 +326,11 @@ def test_pairs_are_left_out_in_turn(screen, vae_path, cli, tmp_path, monkeypatch
 
 def test_an_arm_has_one_guidance_for_all_its_seeds():
     """Near the least mean distance the best read; what one seed alone likes does not count."""
-    one = [[1, 1, 4.0, .5], [2, 2, 4.1, .7], [3, 3, 4.2, .8]]
-    other = [[1, 1, 4.0, .5], [2, 2, 4.2, .7], [3, 3, 5.8, .9]]
-    assert evaluate.best_guidance([one]) == (3, 3)
-    assert evaluate.best_guidance([one, other]) == (2, 2)
+    settings = [("nested", 1, 1), ("nested", 2, 2), ("independent", 2, 2)]
+    one = [[4.0, .5], [4.1, .7], [4.2, .8]]
+    other = [[4.0, .5], [4.2, .7], [5.8, .9]]
+    assert evaluate.best_guidance(settings, [one]) == ("independent", 2, 2)
+    assert evaluate.best_guidance(settings, [one, other]) == ("nested", 2, 2)
 
 
 def test_each_arm_is_asked_what_it_was_told(opened):
