@@ -567,9 +567,10 @@ def control_pixels(column, manifest, pixels):
     return images
 
 
-def changed(model, manifest, own, changes):
+def changed(model, manifest, own, changes, said):
     """A row's own conditions with some changed. A category of the same group that occurs nowhere
-    together with the new one (the plate, when the batch is changed) becomes unknown."""
+    together with the new one (the plate, when the batch is changed) becomes unknown, which is
+    told once (`said` is a set of lines)."""
     kinds = {f.name: (f.kind, f.group) for f in model.fields}
     target = own | changes
     for name, value in own.items():
@@ -578,9 +579,23 @@ def changed(model, manifest, own, changes):
                     and name not in changes and other in manifest.columns
                     and (value, new) not in set(zip(manifest.columns[name],
                                                     manifest.columns[other]))):
-                print(f"{name}={value} does not occur with {other}={new}: told as unknown")
+                line = f"{name}={value} does not occur with {other}={new}: told as unknown"
+                if line not in said:
+                    print(line)
+                said.add(line)
                 target[name] = ""
     return target
+
+
+def as_used(model, request):
+    """A request as the model reads it: every field, "" for unknown, numbers inside the range of the
+    training rows."""
+    used = {f.name: request.get(f.name, "") for f in model.fields}
+    for f in model.fields:
+        if f.kind in ("number", "log") and used[f.name] != "":
+            low = 0. if f.kind == "log" else f.low
+            used[f.name] = f"{min(max(float(used[f.name]), low), f.high):g}"
+    return used
 
 
 def write_images(out, images, model, args, requests, picture, **more):
@@ -591,7 +606,8 @@ def write_images(out, images, model, args, requests, picture, **more):
     write_hyperstack(out / "samples.tif", images, model)
     checkpoint = Path(args.checkpoint).read_bytes()
     (out / "samples.json").write_text(json.dumps({
-        "requests": requests, "form": args.form, "steps": args.steps, "checkpoint": args.checkpoint,
+        "requests": requests, "used": [as_used(model, r) for r in requests], "form": args.form,
+        "steps": args.steps, "checkpoint": args.checkpoint,
         "sha1": hashlib.sha1(checkpoint).hexdigest(), **more,
         "fields": [asdict(f) for f in model.fields]}, indent=1))
     print(f"wrote {out}/samples.png, samples.tif and samples.json")
@@ -601,7 +617,8 @@ def edit_row(model, args, fixed, swept, weights):
     """`--edit`: the cells of one real image under other conditions, one image per swept value."""
     image, own, manifest, _ = read_row(model, args.edit)
     values = [dict(zip(swept, v)) for v in itertools.product(*swept.values())]
-    targets = [changed(model, manifest, own, fixed | v) for v in values]
+    said = set()
+    targets = [changed(model, manifest, own, fixed | v, said) for v in values]
     check_request(model, {k: [v] for k, v in (fixed | values[0]).items()})
     columns = {f.name: [t[f.name] for t in targets] for f in model.fields}
     source = {name: [value] * len(targets) for name, value in own.items()}
@@ -621,7 +638,7 @@ def attribute_row(model, args, fixed, levels=(.2, .35, .5, .65, .8)):
     """`--attribution`: where in a real image biology and experiment act, by noise level, beside
     the true difference from the same cells untreated where the manifest has them."""
     image, own, manifest, i = read_row(model, args.attribution)
-    asked = changed(model, manifest, own, fixed)
+    asked = changed(model, manifest, own, fixed, set())
     check_request(model, {k: [v] for k, v in fixed.items()})
     maps = model.attribution(image, {k: [v] for k, v in asked.items()}, levels, args.seed)
     report, true = {"row": args.attribution, "conditions": asked, "levels": list(levels)}, None
@@ -635,10 +652,12 @@ def attribute_row(model, args, fixed, levels=(.2, .35, .5, .65, .8)):
     for group, m in maps.items():
         panels.append([image[0].numpy(), *(m[:, 0].numpy() / top * 2 - 1)])
         if true is not None:
-            panels[-1].append(true.numpy() / float(true.max()) * 2 - 1)
+            treated = group == treatment_group(model.fields)
+            panels[-1].append(true.numpy() / float(true.max()) * 2 - 1 if treated else None)
             report[group] = [float(np.corrcoef(x[0].flatten(), true.flatten())[0, 1]) for x in m]
             print(f"{group}: correlation with the true difference from the untreated cells "
-                  + " ".join(f"{r:.2f}" for r in report[group]))
+                  + " ".join(f"{r:.2f}" for r in report[group])
+                  + ("" if treated else " (the floor: wherever there are cells)"))
     out = Path(args.out)
     data.picture(out / "attribution.png", panels, model.channels, list(maps), [
         "image", *(f"t/T = {level:g}" for level in levels), "true"], model.pixel_um)
@@ -732,6 +751,9 @@ def generate_images(model, args, fixed, swept, weights):
         per_seed = len(across[1]) * len(down[1])
         seeds, width = [args.seed + i // per_seed for i in range(len(places))], len(across[1])
     requests = [{k: v for k, v in (fixed | place).items() if k} for place in places]
+    unknown = [f.name for f in model.fields if requests[0].get(f.name, "") == ""]
+    if unknown:
+        print(f"unknown to the model: {', '.join(unknown)}")
     columns = {name: [r[name] for r in requests] for name in requests[0]}
     options = dict(form=args.form, steps=args.steps, interval=args.interval, rescale=args.rescale,
                    eta=args.eta, sampler=args.sampler)

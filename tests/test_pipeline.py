@@ -308,6 +308,9 @@ def test_a_number_outside_its_range_is_warned_of(ldm_path, tmp_path, cli):
     status, out, _ = cli(sample, "dose=900", "-n", 1, "--checkpoint", ldm_path, "--steps", 1,
                          "--out", tmp_path)
     assert status == 0 and "outside the training range 0 to 10" in out
+    record = json.loads((tmp_path / "samples.json").read_text())  # as asked, and as it was read
+    assert record["requests"][0]["dose"] == "900" and record["used"][0]["dose"] == "10"
+    assert record["used"][0]["batch"] == "" and "unknown to the model: smiles, batch" in out
 
 
 # --- evaluation -----------------------------------------------------------------------------------
