@@ -923,6 +923,15 @@ def over_seeds(statistic, seeds, repeats=100):
     return {k: around(whole[k], [v[k] for v in values]) for k in whole}
 
 
+def named_run(model, factorial):
+    """Which model this is: {"arm", "confounding" (None on real plates), "seed"}."""
+    told, settings = set(model.groups), model.content["settings"]
+    arm = ("perturbations" if told == {"biology"} else "experiment" if told == {"experiment"}
+           else "balanced" if settings["balance"] else "both")
+    screen = getattr(factorial, "screen", None)
+    return {"arm": arm, "confounding": screen and screen.confounding, "seed": settings["seed"]}
+
+
 def disentangle_one(model, truth, request):
     """The figures of one model under one request, as one line of results.jsonl."""
     f = truth.factorial
@@ -936,9 +945,10 @@ def disentangle_one(model, truth, request):
         found = all_leaks(y[:, :, s], truth.a[:, :, s], f.blocked)
         found |= {f"probe_{k}": hit[:, :, s].mean().item() for k, hit in hits.items()}
         return found | {"distance_heldout": truth.distance(y[:, :, s], target)}
-    entry = {"form": request.form, "w_biology": request.guidance.get("biology", 0.),
-             "w_experiment": request.guidance.get("experiment", 0.), "step": model.content["step"],
-             "interval": list(request.interval), "rescale": request.rescale, "images": len(images)}
+    entry = named_run(model, f) | {
+        "form": request.form, "w_biology": request.guidance.get("biology", 0.),
+        "w_experiment": request.guidance.get("experiment", 0.), "step": model.content["step"],
+        "interval": list(request.interval), "rescale": request.rescale, "images": len(images)}
     entry |= figures(torch.arange(f.seeds))
     entry |= {f"{k}_interval": v for k, v in over_seeds(figures, f.seeds).items()}
     entry["effect_biology"] = effect_size(y, truth.a, truth.b)
@@ -1143,8 +1153,8 @@ def study_arms(args, results):
                 request = request_of(args, model, form=form,
                                      guidance=dict(biology=b, experiment=e))
                 label = f"{arm}, {confounding:g}, {key['seed']} ({form} {b:g}, {e:g})"
-                return {"label": label, "arm": arm, "confounding": confounding,
-                        "seed": key["seed"]} | disentangle_one(model, truth, request)
+                return {"label": label} | disentangle_one(model, truth, request) | {
+                    "confounding": confounding}  # the truth may be that of another screen
             lines.append(results.get(
                 key | {"form": form, "w_biology": b, "w_experiment": e}, measured))
             print_lines(lines[-1:])
