@@ -458,6 +458,7 @@ def test_request_refusals(ldm_path, tmp_path, refused):
     no("--grid", "dose=0,1", "batch=B1,B2", "row=1,2", says=["at most two"])
     no("-n", 0, says=["at least one"])
     no("--eta", 3, says=["--eta 3"])
+    no("--eta", .5, "--sampler", "dpm", says=["--eta 0.5", "ddim"])
     no("batch=B1", "dose=1", "batch=B2", says=["batch=B2: batch is given twice"])
     no("batch=B1", "--grid", "batch=B1,B2", says=["batch is given twice"])
     refused(sample, "--temperature", 3, says=["unrecognized"])
