@@ -2,8 +2,8 @@
 a network, a data set or a molecule; `denoise(z, t)` is any function that predicts the target.
 
 Ho et al. 2020 (arXiv:2006.11239) DDPM; Song et al. 2021 (arXiv:2010.02502) DDIM; Salimans & Ho
-2022 (arXiv:2202.00512) velocity; Lin et al. 2023 (arXiv:2305.08891) zero terminal SNR; Lu et al. 2022
-(arXiv:2211.01095) DPM-Solver++.
+2022 (arXiv:2202.00512) velocity; Lin et al. 2023 (arXiv:2305.08891) zero terminal SNR; Lu et al.
+2022 (arXiv:2211.01095) DPM-Solver++.
 
     python diffusion.py      # samples of a known Gaussian: mean and spread against steps
 """
@@ -148,8 +148,8 @@ def ddim_step(schedule, z, prediction, t, t_next, eta, noise):
 
 
 def dpm_step(schedule, z, z0, t, t_next, before):
-    """DPM-Solver++ 2M, Algorithm 2 of Lu et al. 2022: DDIM (eta 0) with z_0 drawn out by half a step
-    along the line through its last two predictions, over lambda = log(signal / noise).
+    """DPM-Solver++ 2M, Algorithm 2 of Lu et al. 2022: DDIM (eta 0) with z_0 carried on by half a
+    step along the line through its last two predictions, over lambda = log(signal / noise).
 
     z0: predicted at t. before: (t, z_0) of the step before, None in the first.
     """

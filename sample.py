@@ -163,11 +163,12 @@ class Model:
         rows = torch.tensor(controlled).repeat_interleave(n).to(device())  # branches that see it
         if any(controlled):
             metadata = self.encode(control[1], n)[0].repeat(sum(controlled), 1)      # (K' B, E)
+            hint = self.denoiser.controlnet.hint(control[0].to(device()))
+            hint = hint.repeat(sum(controlled), 1, 1, 1)                # (K' B, width, h, w)
+            seen = [c[rows] for c in condition]
 
         def residuals(z, t):
-            images = control[0].to(device()).repeat(sum(controlled), 1, 1, 1)
-            found = self.denoiser.controlnet(z[rows], t[rows], *(c[rows] for c in condition),
-                                             images, metadata)
+            found = self.denoiser.controlnet.residuals(z[rows], t[rows], *seen, hint, metadata)
             return [torch.zeros(len(z), *r.shape[1:]).to(r).index_copy(0, rows.nonzero()[:, 0], r)
                     for r in found]
 
