@@ -2,18 +2,20 @@
 a network, a data set or a molecule; `denoise(z, t)` is any function that predicts the target.
 
 Ho et al. 2020 (arXiv:2006.11239) DDPM; Song et al. 2021 (arXiv:2010.02502) DDIM; Salimans & Ho
-2022 (arXiv:2202.00512) velocity; Lin et al. 2023 (arXiv:2305.08891) zero terminal SNR.
+2022 (arXiv:2202.00512) velocity; Lin et al. 2023 (arXiv:2305.08891) zero terminal SNR; Lu et al.
+2022 (arXiv:2211.01095) DPM-Solver++.
 
     python diffusion.py      # samples of a known Gaussian: mean and spread against steps
 """
 import argparse
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 
 import torch
 
 TARGETS = ("velocity", "noise", "image")
 FORMS = ("nested", "independent", "contrast", "control")
+SAMPLERS = ("ddim", "ddpm", "dpm")
 
 
 # --- schedules: abar_t, the share of signal variance left at step t, t = 0 .. T-1 -----------------
@@ -69,6 +71,11 @@ class Schedule:
         """sqrt(abar_t) and sqrt(1 - abar_t), shaped and typed to multiply z."""
         abar = self.abar[torch.as_tensor(t, device="cpu")].reshape(-1, *[1] * (z.ndim - 1))
         return abar.sqrt().to(z), (1 - abar).sqrt().to(z)
+
+    def half_log_snr(self, t):
+        """lambda_t = log(sqrt(abar_t) / sqrt(1 - abar_t)), a float: -inf at zero terminal SNR."""
+        abar = self.abar[t]
+        return (torch.log(abar) - torch.log(1 - abar)).item() / 2
 
     def add_noise(self, z0, eps, t):
         """Eq. 4 of Ho et al."""
@@ -140,6 +147,21 @@ def ddim_step(schedule, z, prediction, t, t_next, eta, noise):
     return abar_next ** .5 * z0 + max(0., 1 - abar_next - sigma ** 2) ** .5 * eps + sigma * noise
 
 
+def dpm_step(schedule, z, z0, t, t_next, before):
+    """DPM-Solver++ 2M, Algorithm 2 of Lu et al. 2022: DDIM (eta 0) with z_0 carried on by half a
+    step along the line through its last two predictions, over lambda = log(signal / noise).
+
+    z0: predicted at t. before: (t, z_0) of the step before, None in the first.
+    """
+    a, s = schedule.signal_noise(t, z)
+    a_next, s_next = schedule.signal_noise(t_next, z)
+    if before is not None and t_next >= 0:  # clean is at lambda = inf: DDIM's step goes there
+        step, step_before = (schedule.half_log_snr(later) - schedule.half_log_snr(earlier)
+                             for earlier, later in ((t, t_next), (before[0], t)))
+        z0 = z0 + step / (2 * step_before) * (z0 - before[1])  # + 0 after a step from SNR 0
+    return a_next * z0 + s_next / s * (z - a * z0)
+
+
 def generators(seeds):
     """One generator per image, so that image 17 is the same whatever the batch."""
     return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
@@ -153,9 +175,9 @@ def gaussian(rngs, shape, device="cpu"):
 @torch.no_grad()
 def sample(denoise, schedule, seeds, shape, steps=50, eta=0., sampler="ddim", device="cpu",
            each_step=lambda: None, start=None, top=None):
-    """Noise to latents (len(seeds), *shape), one seed per image; `sampler` is ddim or ddpm.
+    """Noise to latents (len(seeds), *shape), one seed per image; `sampler` is one of SAMPLERS.
     start: latents at noise level `top` to go on from, such as an inverted image."""
-    rngs = generators(seeds)
+    rngs, before = generators(seeds), None
     z = gaussian(rngs, shape, device) if start is None else start
     for t, t_next in pairwise(schedule.timesteps(steps, top)):
         prediction = denoise(z, torch.full((len(z),), t, device=device))
@@ -163,6 +185,9 @@ def sample(denoise, schedule, seeds, shape, steps=50, eta=0., sampler="ddim", de
         noise = gaussian(rngs, shape, device) if stochastic else torch.zeros_like(z)
         if sampler == "ddpm":
             z = ddpm_step(schedule, z, prediction, t, t_next, noise)
+        elif sampler == "dpm":
+            z0, _ = schedule.split(z, prediction, t)
+            z, before = dpm_step(schedule, z, z0, t, t_next, before), (t, z0)
         else:
             z = ddim_step(schedule, z, prediction, t, t_next, eta, noise)
         each_step()
@@ -261,6 +286,6 @@ if __name__ == "__main__":
         z0 = 2 + a * .25 / (a ** 2 * .25 + s ** 2) * (z - a * 2)
         return schedule.target_of(z0, (z - a * z0) / s, t)
 
-    for n in (5, 10, 50, 200, 1000):
-        z = sample(exact, schedule, range(2000), (1,), steps=n)
-        print(f"DDIM, {n:4d} steps: mean {z.mean():.3f} (true 2), spread {z.std():.3f} (true 0.5)")
+    for sampler, n in product(SAMPLERS, (5, 10, 50, 200)):
+        z = sample(exact, schedule, range(2000), (1,), steps=n, sampler=sampler)
+        print(f"{sampler}, {n:3d} steps: mean {z.mean():.3f} (true 2), spread {z.std():.3f} (0.5)")

@@ -37,7 +37,7 @@ import train_ldm
 import train_vae
 from conditioning import (MOLECULE_ENCODERS, blank_unseen, check_values, parse_number,
                           parse_smiles)
-from diffusion import FORMS
+from diffusion import FORMS, SAMPLERS
 from sample import INTERVAL, STEPS, Model
 from train_ldm import cached_views
 from train_vae import (UserError, autocast, device, learning_rate, load_checkpoint, open_data,
@@ -836,6 +836,7 @@ class Request:
     interval: tuple = INTERVAL
     rescale: float = 0.
     steps: int = 15
+    sampler: str = "ddim"
 
 
 def request_of(args, model, **changes):
@@ -855,7 +856,8 @@ def generate(model, columns, seeds, request):
     with autocast():
         images = model.generate({k: [v[i] for i in first] for k, v in columns.items()},
                                 [seeds[i] for i in first], request.guidance, request.form,
-                                request.steps, interval=request.interval, rescale=request.rescale)
+                                request.steps, sampler=request.sampler,
+                                interval=request.interval, rescale=request.rescale)
     return images[[place[key] for key in keys]]
 
 
@@ -968,6 +970,7 @@ def disentangle_one(model, truth, request):
 WEIGHTS_TRIED = [(1, 1), (1.5, 1.5), (2, 1), (2, 1.5), (2, 2), (2.5, 2.5), (3, 2), (3, 3), (4, 2)]
 FORMS_TRIED = [dict(form=form, interval=interval) for interval in ((0., 1.), INTERVAL)
                for form in FORMS] + [dict(form="nested", interval=(0., 1.), rescale=.7)]
+SAMPLERS_TRIED = [dict(sampler=s, steps=n) for n in (5, 10, 15, 30, 60) for s in SAMPLERS]
 TABLE = ("leak_e_to_b", "leak_b_to_e", "effect_biology", "effect_experiment", "probe_mechanism",
          "probe_batch", "distance_seen", "distance_heldout")
 
@@ -1028,6 +1031,8 @@ def planned(args, model):
                  {"guidance": dict(biology=b, experiment=e)}) for b, e in WEIGHTS_TRIED]
     if args.study == "forms":
         return [(label(changes), args.checkpoint, changes) for changes in FORMS_TRIED]
+    if args.study == "samplers":
+        return [(f"{c['steps']} steps, {c['sampler']}", args.checkpoint, c) for c in SAMPLERS_TRIED]
     if args.study == "training":
         files = sorted(Path(args.checkpoint).parent.glob("step-*.pt"),
                        key=lambda p: int(p.stem.split("-")[1]))
@@ -1039,12 +1044,15 @@ def planned(args, model):
 
 
 def study_checkpoint(opened, truth, results, args):
-    """One checkpoint as it is, at several weights, under the forms of guidance, or along its
-    training (are new combinations found early, as Scimeca et al. report?)."""
+    """One checkpoint as it is, at several weights, under the forms of guidance, with each sampler
+    in few steps and in many, or along its training (are new combinations found early, as Scimeca
+    et al. report?)."""
     lines = []
     for label, path, changes in planned(args, opened.model):
         request = request_of(args, opened.model, **changes)
         key = {"checkpoint": finger(path), "images": args.images, "by": args.by} | vars(request)
+        if request.sampler == "ddim":  # as these lines were named when it was the only one
+            del key["sampler"]
         lines.append(results.get(key, lambda: {"label": label} | disentangle_one(
             Model.load(path), truth, request)))
     if args.study == "model":
@@ -2797,11 +2805,12 @@ def real_plate_options(parser, by):
 
 def disentangle_options(parser):
     parser.add_argument("--study", default="model", help="one checkpoint as it is; at several "
-                        "guidance weights; under the forms of guidance; along its training; the "
-                        "three arms (trains them); the shortcut of a classifier (trains it); real "
-                        "images edited; real plates with one pair left out in turn (trains them)",
-                        choices=("model", "weights", "forms", "training", "arms", "shortcut",
-                                 "transfer", "pairs"))
+                        "guidance weights; under the forms of guidance; with each sampler in few "
+                        "steps and in many; along its training; the three arms (trains them); the "
+                        "shortcut of a classifier (trains it); real images edited; real plates "
+                        "with one pair left out in turn (trains them)",
+                        choices=("model", "weights", "forms", "samplers", "training", "arms",
+                                 "shortcut", "transfer", "pairs"))
     parser.add_argument("--out", default="runs/disentangle", help="results.jsonl and figures")
     parser.add_argument("--images", type=int, default=756, help="of the whole factorial")
     parser.add_argument("--steps", type=int, default=15, help="DDIM steps")

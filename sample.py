@@ -163,11 +163,12 @@ class Model:
         rows = torch.tensor(controlled).repeat_interleave(n).to(device())  # branches that see it
         if any(controlled):
             metadata = self.encode(control[1], n)[0].repeat(sum(controlled), 1)      # (K' B, E)
+            hint = self.denoiser.controlnet.hint(control[0].to(device()))
+            hint = hint.repeat(sum(controlled), 1, 1, 1)                # (K' B, width, h, w)
+            seen = [c[rows] for c in condition]
 
         def residuals(z, t):
-            images = control[0].to(device()).repeat(sum(controlled), 1, 1, 1)
-            found = self.denoiser.controlnet(z[rows], t[rows], *(c[rows] for c in condition),
-                                             images, metadata)
+            found = self.denoiser.controlnet.residuals(z[rows], t[rows], *seen, hint, metadata)
             return [torch.zeros(len(z), *r.shape[1:]).to(r).index_copy(0, rows.nonzero()[:, 0], r)
                     for r in found]
 
@@ -688,8 +689,8 @@ def main():
     parser.add_argument("--rescale", type=float, default=0.,
                         help="share of guidance's extra spread taken back (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=STEPS, help="default: %(default)s")
-    parser.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim",
-                        help="default: %(default)s")
+    parser.add_argument("--sampler", choices=diffusion.SAMPLERS, default="ddim",
+                        help="dpm is DPM-Solver++ 2M (default: %(default)s)")
     parser.add_argument("--eta", type=float, default=0.,
                         help="noise added by DDIM: 0 none, 1 as DDPM (default: %(default)s)")
     parser.add_argument("--grid", nargs="+", default=[], metavar="NAME=V1,V2,...",
@@ -712,6 +713,8 @@ def main():
         raise UserError(f"--steps {args.steps}: between 1 and {model.schedule.T}")
     if not 0 <= args.eta <= 1:
         raise UserError(f"--eta {args.eta:g}: between 0 (DDIM) and 1 (as DDPM)")
+    if args.eta and args.sampler != "ddim":
+        raise UserError(f"--eta {args.eta:g} is a setting of ddim, not of --sampler {args.sampler}")
     if not 0 <= args.interval[0] <= args.interval[1] <= 1 or not 0 <= args.rescale <= 1:
         raise UserError("--interval takes two noise levels from 0 to 1, the smaller first, "
                         "--rescale a share from 0 to 1")

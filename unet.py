@@ -255,8 +255,12 @@ class ControlNet(nn.Module):
         """As UNet.forward, with control (B, C, H, W) in [-1, 1] and control_vector (B, E).
         Returns residuals, one for each skip and one for the middle."""
         assert control.shape[1] == self.channels, tuple(control.shape)
+        return self.residuals(z, t, vector, tokens, mask, self.hint(control), control_vector)
+
+    def residuals(self, z, t, vector, tokens, mask, hint, control_vector):
+        """forward behind the hint's stem, which asks neither z nor t: in sampling it runs once."""
         emb = self.copy.embed(t, vector + self.metadata(control_vector))
-        h, skips = self.copy.encode(z, emb, tokens, mask, self.hint(control))
+        h, skips = self.copy.encode(z, emb, tokens, mask, hint)
         return [layer(x) for layer, x in zip(self.zeros, [*skips, h], strict=True)]
 
 

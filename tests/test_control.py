@@ -244,6 +244,15 @@ def test_images_follow_their_own_control_in_any_batch(model):
     assert_close(one[0], many[2], atol=1e-4, rtol=1e-4)
 
 
+def test_the_control_image_passes_its_stem_once_whatever_the_steps(model, monkeypatch):
+    control, seen = control_for(model), []
+    monkeypatch.setattr(model.denoiser.controlnet.hint, "forward", lambda image, real=(
+        model.denoiser.controlnet.hint.forward): seen.append(len(image)) or real(image))
+    model.generate({"dose": ["1"] * 2}, [0, 1], steps=4, control=control, progress=False,
+                   interval=(0., 1.))
+    assert seen == [2]
+
+
 @pytest.mark.parametrize("length, window, overlap", [(8, 8, .5), (20, 8, .5), (33, 8, .25),
                                                      (270, 16, .5)])
 def test_windows_cover_and_overlap(length, window, overlap):

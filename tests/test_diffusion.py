@@ -1,12 +1,13 @@
 """Schedules, targets, samplers and guidance against closed forms."""
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 import diffusion
-from diffusion import Schedule, combine, compose, ddim_step, ddpm_step, sample
+from diffusion import Schedule, combine, compose, ddim_step, ddpm_step, dpm_step, sample
 
 
 def exact(schedule, mean=2., std=.5):
@@ -106,7 +107,8 @@ def test_ddim_with_eta_one_is_ddpm(target, t, t_next):
                  atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("sampler, eta", [("ddim", 0.), ("ddim", 1.), ("ddpm", 0.)])
+@pytest.mark.parametrize("sampler, eta", [("ddim", 0.), ("ddim", 1.), ("ddpm", 0.),
+                                          ("dpm", 0.)])
 @pytest.mark.parametrize("target, zero_snr", [("velocity", True), ("image", False),
                                               ("noise", False)])
 def test_samplers_recover_a_gaussian(sampler, eta, target, zero_snr):
@@ -123,7 +125,58 @@ def test_few_ddim_steps_keep_the_mean_and_lose_spread():
     assert z.std() < .42
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def exact_path(schedule, x, t, mean=2., std=.5):
+    """Where the probability flow of N(mean, std^2) has carried the standard deviate x at t."""
+    a, s = schedule.signal_noise(t, x)
+    return a * mean + (a ** 2 * std ** 2 + s ** 2).sqrt() * x
+
+
+def test_dpm_is_of_second_order_and_ddim_of_first():
+    schedule, x = Schedule(), torch.linspace(-2, 2, 9, dtype=torch.float64)
+
+    def error(sampler, n, top=899, bottom=99):
+        z, before = exact_path(schedule, x, top), None
+        for t, t_next in pairwise(round(top + (bottom - top) * i / n) for i in range(n + 1)):
+            prediction = exact(schedule)(z, t)
+            z0, _ = schedule.split(z, prediction, t)
+            if sampler == "ddim":
+                z = ddim_step(schedule, z, prediction, t, t_next, 0., 0.)
+            else:
+                z, before = dpm_step(schedule, z, z0, t, t_next, before), (t, z0)
+        return (z - exact_path(schedule, x, bottom)).abs().max().item()
+    for sampler, order in (("ddim", 1.), ("dpm", 2.)):
+        assert_close(math.log2(error(sampler, 40) / error(sampler, 160)) / 2, order, atol=.05,
+                     rtol=0)
+
+
+@pytest.mark.parametrize("name, target, zero_snr", [
+    ("cosine", "velocity", True), ("linear", "image", True), ("cosine", "velocity", False)])
+def test_few_dpm_steps_are_nearer_the_truth_than_twice_as_many_of_ddim(name, target, zero_snr):
+    schedule = Schedule(name, target, zero_snr=zero_snr)
+
+    def error(sampler, n):
+        z = sample(exact(schedule), schedule, range(200), (1,), steps=n, sampler=sampler)
+        noise = diffusion.gaussian(diffusion.generators(range(200)), (1,))
+        return (z - exact_path(schedule, noise, -1)).square().mean().sqrt()
+    for n in (20, 30):
+        assert error("dpm", n) < error("ddim", 2 * n)
+
+
+def test_one_dpm_step_is_one_of_ddim_and_two_are_not_enough_to_differ():
+    """The first step has nothing to go by, the last ends at clean: both are DDIM's. Three steps
+    from below zero SNR have one between; from zero SNR that one is DDIM's as well."""
+    schedule = Schedule()
+    z = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+
+    def apart(n, top):
+        one, other = (sample(exact(schedule), schedule, range(4), (1, 2, 2), n, sampler=sampler,
+                             start=z, top=top) for sampler in ("ddim", "dpm"))
+        return (one - other).abs().max().item()
+    assert max(apart(1, 999), apart(2, 999), apart(3, 999), apart(1, 700), apart(2, 700)) < 1e-5
+    assert min(apart(4, 999), apart(3, 700)) > 1e-3
+
+
+@pytest.mark.parametrize("sampler", diffusion.SAMPLERS)
 def test_an_image_depends_on_its_seed_and_not_on_its_batch(sampler):
     schedule = Schedule()
     seeds = [3, 40, 8, 21, 5, 2, 11, 17]

@@ -197,7 +197,7 @@ def test_disentangle_writes_its_keys_and_skips_what_is_done(ldm_path, cli, tmp_p
     assert len((tmp_path / "d" / "results.jsonl").read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("study", ["model", "forms", "training", "transfer"])
+@pytest.mark.parametrize("study", ["model", "forms", "samplers", "training", "transfer"])
 def test_studies_of_one_checkpoint(study, ldm_path, cli, tmp_path, monkeypatch, shared_truth):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "screen_probe", lambda *_: None)
@@ -208,13 +208,19 @@ def test_studies_of_one_checkpoint(study, ldm_path, cli, tmp_path, monkeypatch, 
     monkeypatch.setattr(evaluate, "study_transfer", partial(evaluate.study_transfer, steps=4))
     monkeypatch.setattr(evaluate, "FORMS_TRIED", [dict(form="control"), dict(
         form="nested", interval=(.2, .8), rescale=.7)])
+    monkeypatch.setattr(evaluate, "SAMPLERS_TRIED", [
+        dict(sampler=s, steps=3) for s in evaluate.SAMPLERS])
     status, out, error = cli(evaluate, "disentangle", "--checkpoint", ldm_path, "--images", 108,
                              "--steps", 1, "--study", study, "--out",
                              tmp_path / "d")
     assert status == 0, error
     lines = [json.loads(line) for line in (tmp_path / "d" / "results.jsonl").open()]
-    assert len(lines) == {"model": 1, "forms": len(evaluate.FORMS_TRIED), "training": 1,
-                          "transfer": 2}[study]
+    assert len(lines) == {"model": 1, "forms": len(evaluate.FORMS_TRIED), "samplers": 3,
+                          "training": 1, "transfer": 2}[study]
+    if study == "samplers":  # each is drawn with its own
+        assert [line["label"] for line in lines] == ["3 steps, ddim", "3 steps, ddpm",
+                                                     "3 steps, dpm"]
+        assert len({line["distance_seen"] for line in lines}) == 3
 
 
 def test_pair_shares_draw_every_pair_alike():

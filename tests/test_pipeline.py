@@ -265,6 +265,27 @@ def test_outside_the_interval_weights_above_one_count_as_one(model, form):
         assert_close(ignored, changed, atol=1e-5, rtol=1e-5)  # weight 0 ignores a group everywhere
 
 
+def test_conditions_are_encoded_once_and_branches_run_together(model, monkeypatch):
+    """However many steps: the conditioner is asked as often, and a step is one pass through the
+    U-Net with a row for each branch that counts."""
+    def passes(steps, b, e, **options):
+        rows, encoded = [], []
+        unet, conditioner = model.denoiser.unet, model.denoiser.conditioner
+        with monkeypatch.context() as patch:
+            patch.setattr(unet, "forward", lambda z, *rest, real=unet.forward:
+                          rows.append(len(z)) or real(z, *rest))
+            patch.setattr(conditioner, "forward", lambda *given, real=conditioner.forward:
+                          encoded.append(given) or real(*given))
+            model.generate({k: v[:2] for k, v in REQUEST.items()}, [0, 1], steps=steps,
+                           guidance=dict(biology=b, experiment=e), progress=False, **options)
+        return rows, len(encoded)
+    assert passes(10, 2., 1.5)[0] == [2] * 2 + [6] * 6 + [2] * 2   # three branches in the interval
+    assert passes(3, 2., 1.5)[1] == passes(10, 2., 1.5)[1]
+    assert passes(3, 2., 1.5, interval=(0., 1.))[0] == [6] * 3
+    assert passes(3, 2., 2., interval=(0., 1.))[0] == [4] * 3      # v(e) has coefficient 0
+    assert passes(3, 1., 1., interval=(0., 1.))[0] == [2] * 3
+
+
 def test_command_line_writes_picture_hyperstack_and_record(ldm_path, tmp_path, cli):
     status, out, error = cli(
         sample, f"smiles={SMILES}", "dose=3", "batch=B2", "-n", 3, "--guidance", "biology=2",
@@ -461,6 +482,7 @@ def test_request_refusals(ldm_path, tmp_path, refused):
     no("--grid", "dose=0,1", "batch=B1,B2", "row=1,2", says=["at most two"])
     no("-n", 0, says=["at least one"])
     no("--eta", 3, says=["--eta 3"])
+    no("--eta", .5, "--sampler", "dpm", says=["--eta 0.5", "ddim"])
     no("batch=B1", "dose=1", "batch=B2", says=["batch=B2: batch is given twice"])
     no("batch=B1", "--grid", "batch=B1,B2", says=["batch is given twice"])
     refused(sample, "--temperature", 3, says=["unrecognized"])
