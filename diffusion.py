@@ -5,7 +5,7 @@ Ho et al. 2020 (arXiv:2006.11239) DDPM; Song et al. 2021 (arXiv:2010.02502) DDIM
 2022 (arXiv:2202.00512) velocity; Lin et al. 2023 (arXiv:2305.08891) zero terminal SNR; Lu et al.
 2022 (arXiv:2211.01095) DPM-Solver++.
 
-    python diffusion.py      # samples of a known Gaussian: mean and spread against steps
+    python diffusion.py      # samplers and composed guidance on toys with exact denoisers
 """
 import argparse
 import math
@@ -262,7 +262,7 @@ def compose(form, weights, references=None):
 
 def combine(predictions, coefficients):
     """sum_k c_k v_k over branches: predictions (K, B, Z, h, w), all latent channels alike."""
-    c = torch.as_tensor(coefficients).to(predictions)
+    c = torch.as_tensor(list(coefficients)).to(predictions)
     return torch.einsum("k,k...->...", c, predictions)
 
 
@@ -275,17 +275,58 @@ def rescale(guided, given, share):
     return guided * (share * ratio + 1 - share)[:, None, None, None]
 
 
-if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    # A Gaussian N(2, 0.5^2) has an exact denoiser, so the samplers can be seen without a network.
-    schedule = Schedule("linear", zero_snr=False)
+# --- two toys with exact denoisers, so that samplers and guidance can be seen without a network ----
 
-    def exact(z, t):
+def mixture_denoiser(schedule, means, shares, spread):
+    """denoise(z, t) of a mixture of Gaussians N(mean_k, spread^2): means (K, D), shares (K,).
+    z_0 is the mean of the components' own posteriors, each with its posterior probability."""
+    def denoise(z, t):                                                   # (B, D)
         a, s = schedule.signal_noise(t, z)
-        z0 = 2 + a * .25 / (a ** 2 * .25 + s ** 2) * (z - a * 2)
-        return schedule.target_of(z0, (z - a * z0) / s, t)
+        gap = z[:, None] - a[..., None] * means                          # (B, K, D)
+        variance = (a * spread) ** 2 + s ** 2                            # (B, 1)
+        likely = (shares.log() - gap.square().sum(2) / (2 * variance)).softmax(1)
+        z0 = means + (a * spread ** 2 / variance)[..., None] * gap
+        z0 = (likely[..., None] * z0).sum(1)
+        return schedule.target_of(z0, (z - a * z0) / s.clamp(min=1e-9), t)
+    return denoise
 
+
+def show_samplers():
+    """Samples of N(2, 0.5^2): the mean is right at once, the spread needs steps."""
+    schedule = Schedule("linear", zero_snr=False)
+    exact = mixture_denoiser(schedule, torch.tensor([[2.]]), torch.ones(1), .5)
     for sampler, n in product(SAMPLERS, (5, 10, 50, 200)):
         z = sample(exact, schedule, range(2000), (1,), steps=n, sampler=sampler)
         print(f"{sampler}, {n:3d} steps: mean {z.mean():.3f} (true 2), spread {z.std():.3f} (0.5)")
+
+
+def show_guidance():
+    """A confounded screen of two numbers: biology moves the first, the experiment the second, to
+    +1 or -1, and nine of ten wells lie "at home", where both are alike. Asked for the rare pair:
+    v(biology) alone points home, so independent guidance brings the batch along."""
+    schedule, spread = Schedule(), .3
+    means = torch.tensor([[1., 1.], [-1., -1.], [1., -1.], [-1., 1.]])
+    shares = torch.tensor([.45, .45, .05, .05])
+    wanted = torch.tensor([1., -1.])
+    print("\nasked for biology +1, experiment -1, which one well in twenty has:")
+    for form, weight in product(("nested", "independent", "contrast"), (1., 2.5)):
+        composed = compose(form, {"experiment": weight, "biology": weight})
+        branches = []
+        for experiment, biology in composed:
+            fits = torch.ones(4, dtype=torch.bool)
+            for state, axis in ((biology, 0), (experiment, 1)):
+                fits &= (means[:, axis] == wanted[axis]) | (state == "unknown")
+            branches.append(mixture_denoiser(schedule, means[fits], shares[fits], spread))
+
+        def denoise(z, t):
+            return combine(torch.stack([branch(z, t) for branch in branches]), composed.values())
+        z = sample(denoise, schedule, range(1000), (2,), steps=50)
+        print(f"  {form:12s} weights {weight}: biology {z[:, 0].mean():+.2f}, experiment "
+              f"{z[:, 1].mean():+.2f}, spread {z.std(0).mean():.2f} (of the wells: {spread})")
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    show_samplers()
+    show_guidance()

@@ -1337,7 +1337,7 @@ def write_split(opened, path, held, cells):
         split = "test" if cells[i] in held else "val" if rng.random() < .1 else "train"
         rows.append({k: v[i] for k, v in m.columns.items()} | dict(zip(names, files))
                     | {"split": split})
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # of an interrupted run
     data.write_manifest(path, rows)
     return str(path)
 
