@@ -1022,7 +1022,7 @@ def planned(args, model):
         files = sorted(Path(args.checkpoint).parent.glob("step-*.pt"),
                        key=lambda p: int(p.stem.split("-")[1]))
         if not files:
-            raise UserError(f"no step-*.pt beside {args.checkpoint}: train with --keep")
+            raise UserError(f"no step-*.pt beside {args.checkpoint}: train with --keep 1000")
         return [(f"step {file.stem.split('-')[1]}", str(file), {}) for file in files]
     weights = ", ".join(f"{g} {w:g}" for g, w in model.weights(args.guidance).items())
     return [(weights, args.checkpoint, {})]
