@@ -13,6 +13,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import os
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -136,47 +137,55 @@ def cache(path, source, encode, what):
         with open(part, "ab") as lock:  # another run that builds the same is waited for
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not is_whole(path, note, total):
-                fill(part, note, source, encode, total, what)
+                try:
+                    fill(part, note, source, encode, total, what)
+                except OSError as fault:
+                    raise UserError(f"{path} cannot be written ({data.one_line(fault)}): make room "
+                                    "and run again, it goes on from where it was") from None
                 part.rename(path)
         part.unlink(missing_ok=True)
     pixels.corrupt |= {int(i): why for i, why in read_note(note)["corrupt"].items()}
     return np.load(path, mmap_mode="r")
 
 
+NOTHING = {"done": 0, "bytes": 0, "rng": None, "corrupt": {}}
+
+
 def read_note(note):
-    return json.loads(note.read_text()) if note.exists() else {"done": 0, "corrupt": {}}
+    return json.loads(note.read_text()) if note.exists() else NOTHING
 
 
 def is_whole(path, note, total):
     """Whether a cache is there, of the right length and finished."""
     try:
         return len(np.load(path, mmap_mode="r")) == total == read_note(note)["done"]
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         return False
 
 
 def fill(part, note, source, encode, total, what):
     """Write a cache, or the rest of one, and every 1024 views the note of how far it is."""
     told, pixels = read_note(note), source[0]
-    try:
-        stack = np.lib.format.open_memmap(part, "r+")
-        pixels.corrupt |= {int(i): why for i, why in told["corrupt"].items()}
-    except (OSError, ValueError):
-        stack, told = None, {"done": 0}
-        note.unlink(missing_ok=True)
-    done = told["done"]
-    batches = batches_of_views(*source, first=done, state=told.get("rng"))
-    for x, state in tqdm(batches, desc=what, initial=done // 64, total=-(-total // 64)):
-        y = encode(x).cpu().numpy()
-        if stack is None:
-            stack = np.lib.format.open_memmap(part, "w+", np.float16, (total, *y.shape[1:]))
-        stack[done:done + len(y)] = y
-        done += len(y)
-        if done % 1024 == 0 or done == total:
-            stack.flush()
-            note.with_suffix(".note.tmp").write_text(json.dumps(
-                {"done": done, "rng": state, "corrupt": dict(pixels.corrupt)}))
-            note.with_suffix(".note.tmp").replace(note)
+    if part.stat().st_size < told["bytes"]:
+        told = NOTHING
+    done, fresh = told["done"], note.with_suffix(".json.tmp")
+    pixels.corrupt |= {int(i): why for i, why in told["corrupt"].items()}
+    batches = batches_of_views(*source, first=done, state=told["rng"])
+    with open(part, "r+b") as file:
+        file.truncate(file.seek(told["bytes"]))
+        for x, state in tqdm(batches, desc=what, initial=done // 64, total=-(-total // 64)):
+            y = encode(x).cpu().numpy().astype(np.float16)
+            if not done:
+                np.lib.format.write_array_header_1_0(file, {
+                    "descr": y.dtype.str, "fortran_order": False, "shape": (total, *y.shape[1:])})
+            file.write(y.tobytes())
+            done += len(y)
+            if done % 1024 == 0 or done == total:
+                file.flush()
+                os.fsync(file.fileno())
+                fresh.write_text(json.dumps({"done": done, "bytes": file.tell(), "rng": state,
+                                             "corrupt": dict(pixels.corrupt)}))
+                fresh.replace(note)
 
 
 class Latents:
