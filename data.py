@@ -15,6 +15,7 @@ import csv
 import gzip
 import hashlib
 import json
+import logging
 import os
 import re
 import signal
@@ -39,6 +40,7 @@ from rdkit import Chem, RDLogger
 from tqdm import tqdm
 
 RDLogger.DisableLog("rdApp.*")  # we name the row of a bad SMILES ourselves
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # and of a damaged TIFF
 CHANNELS = ("DNA", "ER", "RNA", "AGP", "Mito")
 COLOURS = {"DNA": (.2, .4, 1), "ER": (0, .7, .3), "RNA": (.5, .5, .1), "AGP": (1, .4, .05),
            "Mito": (.8, .1, .5)}
@@ -536,11 +538,11 @@ def read_columns(path):
             reader = csv.reader(file)
             header, lines, seen = next(reader, []), filter(None, reader), {}
             columns = [[] for _ in header]
-            while rows := list(islice(lines, 10_000)):
-                for i, row in enumerate(rows, 2 + (len(columns[0]) if columns else 0)):
-                    if len(row) != len(header):
-                        raise DataError(f"{path}, row {i}: {len(row)} values for {len(header)} "
-                                        "columns")
+            while rows := list(islice(lines, 1000)):
+                if set(map(len, rows)) != {len(header)}:
+                    i, row = next((i, r) for i, r in enumerate(rows) if len(r) != len(header))
+                    raise DataError(f"{path}, row {i + 2 + (len(columns[0]) if columns else 0)}: "
+                                    f"{len(row)} values for {len(header)} columns")
                 for column, values in zip(columns, zip(*rows)):
                     column.extend(map(seen.setdefault, values, values))
     except (UnicodeDecodeError, csv.Error) as fault:
@@ -693,9 +695,12 @@ def tiff_header(path):
         for page in tif.pages:
             if any(o + n > length for o, n in zip(page.dataoffsets, page.databytecounts)):
                 raise ValueError("the file ends before its pixels do")
+        series = tif.series[0]  # pages one after the other are told of by the first of them alone
+        if series.dataoffset is not None and series.dataoffset + series.nbytes > length:
+            raise ValueError("the file ends before its pixels do")
         if tif.pages[0].compression != 1:
             read_tiff(path)  # some compressions cannot be read here: find out now
-        return tif.series[0].shape, tif.series[0].dtype
+        return series.shape, series.dtype
 
 
 def read_tiff(path):

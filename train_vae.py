@@ -370,10 +370,10 @@ def save_checkpoint(path, kind, content, keep=0):
             torch.save({"kind": kind, **content}, file)
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as fault:  # no space left
+    except (OSError, RuntimeError) as fault:  # torch's own error hides that no space was left
         part.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({data.one_line(fault)}): what was there is as "
-                        "it was") from None
+        why = data.one_line(fault.__context__ or fault)
+        raise UserError(f"{path} cannot be written ({why}): what was there is as it was") from None
     os.replace(part, path)
     if keep:  # a second name for the same file, which the next checkpoint takes only one away from
         named = path.with_name(f"step-{content['step']}.pt")

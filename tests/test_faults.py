@@ -393,15 +393,13 @@ def test_nan_is_refused_by_row(kind):
 
 
 def test_a_large_manifest_opens_quickly_and_in_little_memory(tmp_path):
-    """A million rows: under 15 s and 2 GB. A tenth and a fiftieth of that here, without reading."""
+    """A million rows: under 15 s and 2 GB. A tenth of the time here, a fiftieth of the memory."""
     def write(rows):
-        lines = (f"{i}_1.tif,{i}_2.tif,{i}_3.tif,{i}_4.tif,{i}_5.tif,C{i % 999 * 'C'},{i % 7},"
+        lines = (f"{i}_1.tif,{i}_2.tif,{i}_3.tif,{i}_4.tif,{i}_5.tif,CC(=O)N{i % 40 * 'C'},{i % 7},"
                  f"P{i // 3456},{'val' if i % 10 else 'train'}" for i in range(rows))
         (tmp_path / "m.csv").write_text("DNA,ER,RNA,AGP,Mito,smiles,dose,plate,split\n"
                                         + "\n".join(lines))
-    np.save(tmp_path / "0.npy", np.zeros((8, 8), np.uint8))
     write(20_000)
-    text = (tmp_path / "m.csv").read_text()
     for k in range(1, 6):
         write_image(tmp_path / f"0_{k}.tif", np.zeros((1, 8, 8), np.uint8))
     tracemalloc.start()
@@ -409,11 +407,11 @@ def test_a_large_manifest_opens_quickly_and_in_little_memory(tmp_path):
     assert tracemalloc.get_traced_memory()[1] < 2e9 / 50
     tracemalloc.stop()
     write(100_000)
+    fields = {"biology": ["smiles", "dose"], "experiment": ["plate"]}
     began = time.process_time()
     manifest = data.read_manifest(tmp_path / "m.csv")
-    train, _ = data.split_rows(manifest)
+    data.split_rows(manifest), parse_fields(fields, manifest.columns)
     assert time.process_time() - began < 15 / 10
-    assert len(manifest) == 100_000 and text
     assert manifest.files[99_999][4] == str(tmp_path / "99999_5.tif")
 
 
