@@ -544,7 +544,8 @@ def read_columns(path):
                     raise DataError(f"{path}, row {i + 2 + (len(columns[0]) if columns else 0)}: "
                                     f"{len(row)} values for {len(header)} columns")
                 for column, values in zip(columns, zip(*rows)):
-                    column.extend(map(seen.setdefault, values, values))
+                    column.extend(values if len(set(values)) == len(values) else
+                                  map(seen.setdefault, values, values))
     except (UnicodeDecodeError, csv.Error) as fault:
         raise DataError(f"{path} is no CSV file: {fault}") from None
     if not columns or not columns[0]:

@@ -46,7 +46,7 @@ def script(function, arguments, says):
     torch.set_num_threads(1)
     train_vae.has_bf16 = lambda: False
     train_ldm.draw_samples = train_ldm.draw_curves = lambda *_: None
-    train_ldm.field_gaps = lambda *_: {}
+    train_ldm.field_gaps, train_vae.draw_reconstruction = lambda *_: {}, lambda *_: None
     train_vae.run(partial(function, *arguments))
 
 
@@ -58,8 +58,9 @@ def ended(process, within=60):
 
 @pytest.fixture(autouse=True)
 def no_gaps(monkeypatch):
-    """What shuffled fields do to the loss takes most of the time of a short training."""
+    """What shuffled fields do to the loss, and a picture, take most of the time of short runs."""
     monkeypatch.setattr(train_ldm, "field_gaps", lambda *_: {})
+    monkeypatch.setattr(train_vae, "draw_reconstruction", lambda *_: None)
 
 
 @pytest.fixture
@@ -86,8 +87,8 @@ def assert_same(a, b):
 
 # --- stopping and going on ------------------------------------------------------------------------
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("module", [train_vae, train_ldm])
+@pytest.mark.parametrize("module, number", [(train_vae, signal.SIGINT),
+                                            (train_ldm, signal.SIGTERM)])
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
         module, number, vae_config, ldm_config, tmp_path, monkeypatch, cli):
     base = replace(vae_config if module is train_vae else ldm_config, steps=4, eval_every=4)
@@ -421,7 +422,7 @@ def test_parts_of_a_batch_give_the_gradient_of_the_batch(vae_config, ldm_config,
                                                          in_float32):
     for module, config in ((train_vae, vae_config), (train_ldm, ldm_config)):
         assert_alike(module, [module.train(replace(
-            config, steps=3, eval_every=1, accumulate=n, out=str(tmp_path / f"{module}{n}")))
+            config, steps=3, eval_every=3, accumulate=n, out=str(tmp_path / f"{module}{n}")))
             for n in (1, 4)])
         with pytest.raises(train_vae.UserError, match="--batch 8 is no multiple of --accumulate 3"):
             module.train(replace(config, accumulate=3, out=str(tmp_path / "3")))
@@ -474,7 +475,7 @@ def start_two(function, *arguments, says):
 
 @pytest.mark.parametrize("module", [train_vae, train_ldm])
 def test_two_processes_train_like_one(module, vae_config, ldm_config, tmp_path, in_float32):
-    config = replace(vae_config if module is train_vae else ldm_config, steps=3, eval_every=1)
+    config = replace(vae_config if module is train_vae else ldm_config, steps=3, eval_every=3)
     both = start_two(module.train, replace(config, out=str(tmp_path / "two")),
                      says=tmp_path / "says")
     one = module.train(replace(config, out=str(tmp_path / "one")))
