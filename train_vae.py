@@ -202,6 +202,7 @@ def learning_rate(step, steps, peak, warmup=100):
 #
 # Each process draws the whole batch of a step and computes the gradient of its part of it, and
 # DistributedDataParallel averages the gradients: one batch gives one result, whatever the number.
+# (So each reads all images of an autoencoder's batch; latents come from the cache and cost little.)
 # The first process alone prints, evaluates and writes.
 
 def join_processes():
@@ -273,8 +274,10 @@ def for_training(model, compiled=False):
         model.to(memory_format=torch.channels_last)
     if compiled:
         model.compile()
-    return DistributedDataParallel(model, broadcast_buffers=False) if dist.is_initialized() \
-        else model
+    if not dist.is_initialized():
+        return model
+    empty = any(not w.numel() for w in model.parameters())  # of a model that is told nothing
+    return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=empty)
 
 
 # --- the steps of a training run ----------------------------------------------------------------
