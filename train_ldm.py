@@ -546,12 +546,12 @@ def train_first(config):
             load_checkpoint(path, "vae", "choose another --vae")):
         return
     first = train_vae.Config(data=config.data, workers=config.workers,
-                             max_corrupt=config.max_corrupt, resume=path.exists())
+                             max_corrupt=config.max_corrupt)
     with main_first():
         manifest, _, train_rows, _ = train_vae.open_data(first)
         open_fields(config, manifest, train_rows)
-    print("no autoencoder yet: training one")
-    train_vae.train(first)
+    print("no finished autoencoder yet: training one")
+    train_vae.trained(first)
 
 
 def on_top_of_base(config):

@@ -600,8 +600,8 @@ def prepare(config):
     if len(held) < min(looks, 64):  # few images: several random pieces of each
         held = torch.cat([views(pixels, held_rows, config, intensity, np.random.default_rng(k))
                           for k in range(math.ceil(min(looks, 64) / len(held_rows)))])
-    constant = {"config": asdict(shape), "intensity": intensity, "settings": asdict(config),
-                "manifest": manifest.sha1()}
+    constant = {"config": asdict(shape), "intensity": intensity, "manifest": manifest.sha1(),
+                "settings": asdict(config) | {"resume": False}}
     return SimpleNamespace(shape=shape, pixels=pixels, train_rows=train_rows, held=held,
                            looks=looks, intensity=intensity, constant=constant)
 
@@ -680,6 +680,15 @@ def train(config=Config()):
     if is_main():
         finish(vae, p, config, numbers, save)
     return out / "model.pt"
+
+
+def trained(config):
+    """The path of this autoencoder: trained unless it is there, gone on with where unfinished."""
+    path = Path(config.out) / "model.pt"
+    there = path.exists()
+    if there and finished(load_checkpoint(path, "vae", "choose another --out")):
+        return path
+    return train(dataclasses.replace(config, resume=there, overwrite=False))
 
 
 def start_anew(out):
