@@ -76,19 +76,20 @@ class Field:
     def encode(self, values):
         """Strings to a tensor (N,) and a mask (N,) of what is known. Numbers are scaled; a
         category is its place in the vocabulary; molecules are encoded by `Conditioner`."""
-        codes, known = [], [v != "" for v in values]
-        for value in values:
-            if value == "":
-                codes.append(0)
-            elif self.kind == "category":
-                if value not in self.vocabulary:
-                    raise FieldError(f"unknown {self.name} {value}: known are "
-                                     + ", ".join(self.vocabulary))
-                codes.append(self.vocabulary.index(value))
-            else:
-                codes.append(self.scale(parse_number(self.name, value)))
+        codes = {value: self.code(value) for value in dict.fromkeys(values)}
         dtype = torch.long if self.kind == "category" else torch.float32
-        return torch.tensor(codes, dtype=dtype), torch.tensor(known)
+        return (torch.tensor([codes[v] for v in values], dtype=dtype),
+                torch.tensor([v != "" for v in values]))
+
+    def code(self, value):
+        if value == "":
+            return 0
+        if self.kind != "category":
+            return self.scale(parse_number(self.name, value))
+        if value not in self.vocabulary:
+            raise FieldError(f"unknown {self.name} {value}: known are "
+                             + ", ".join(self.vocabulary))
+        return self.vocabulary.index(value)
 
 
 def natural(text):
@@ -167,7 +168,8 @@ def check_values(field, values):
         "molecule": (lambda v: parse_smiles(v) is not None, "is no valid SMILES"),
         "number": (is_number, "is not a number"),
         "log": (lambda v: is_number(v) and float(v) >= 0, "is not a number of at least 0"),
-        "category": (lambda v: True, "")}[field.kind]
+        "category": (lambda v: v.lower() != "nan", "is no category: leave what is unknown blank")
+    }[field.kind]
     bad = {v for v in set(values) if v != "" and not fits(v)}
     faults = [f"row {i + 2}, column {field.name}: {v} {complaint}" for i, v in enumerate(values)
               if v in bad]

@@ -15,15 +15,22 @@ import csv
 import gzip
 import hashlib
 import json
+import logging
 import os
 import re
+import signal
 import struct
 import sys
+import threading
+import time
 import zipfile
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +40,7 @@ from rdkit import Chem, RDLogger
 from tqdm import tqdm
 
 RDLogger.DisableLog("rdApp.*")  # we name the row of a bad SMILES ourselves
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # and of a damaged TIFF
 CHANNELS = ("DNA", "ER", "RNA", "AGP", "Mito")
 COLOURS = {"DNA": (.2, .4, 1), "ER": (0, .7, .3), "RNA": (.5, .5, .1), "AGP": (1, .4, .05),
            "Mito": (.8, .1, .5)}
@@ -466,16 +474,6 @@ def simulate(out, screen=Screen()):
     return out / "manifest.csv"
 
 
-def write_manifest(path, rows):
-    """Write a list of dicts as a CSV, under a temporary name first."""
-    path = Path(path)
-    with open(path.with_suffix(".tmp"), "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(path.with_suffix(".tmp"), path)
-
-
 def parse_smiles(text):
     """SMILES to an RDKit molecule, a ChemAxon tail (` |c:5|`) cut off; None if it is none."""
     words = text.split()
@@ -512,6 +510,48 @@ class Manifest:
         """The values of a column in the chosen rows."""
         return [self.columns[column][i] for i in chosen]
 
+    def sha1(self):
+        """The hash of the file: a manifest that has changed is another data set."""
+        with open(self.path, "rb") as file:
+            return hashlib.file_digest(file, "sha1").hexdigest()
+
+
+class Files:
+    """The files of each row, joined to the manifest's folder when they are asked for: a million
+    rows need no second copy of their paths."""
+
+    def __init__(self, folder, columns):
+        self.folder, self.columns = folder, columns
+
+    def __len__(self):
+        return len(self.columns[0])
+
+    def __getitem__(self, i):
+        return tuple(str(self.folder / c[i]) if c[i] else "" for c in self.columns)
+
+
+def read_columns(path):
+    """A CSV as {column: list of strings}, a million rows in seconds. Lines without text are left
+    out; a value that repeats is held once."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            header, lines, seen = next(reader, []), filter(None, reader), {}
+            columns = [[] for _ in header]
+            while rows := list(islice(lines, 1000)):
+                if set(map(len, rows)) != {len(header)}:
+                    i, row = next((i, r) for i, r in enumerate(rows) if len(r) != len(header))
+                    raise DataError(f"{path}, row {i + 2 + (len(columns[0]) if columns else 0)}: "
+                                    f"{len(row)} values for {len(header)} columns")
+                for column, values in zip(columns, zip(*rows)):
+                    column.extend(values if len(set(values)) == len(values) else
+                                  map(seen.setdefault, values, values))
+    except (UnicodeDecodeError, csv.Error) as fault:
+        raise DataError(f"{path} is no CSV file: {fault}") from None
+    if not columns or not columns[0]:
+        raise DataError(f"{path} has no rows")
+    return dict(zip(header, columns))
+
 
 def read_manifest(path, channels=CHANNELS, column="image", check=10_000):
     """Read a manifest and check it; every fault is reported, each with its row and column.
@@ -524,34 +564,20 @@ def read_manifest(path, channels=CHANNELS, column="image", check=10_000):
     path = Path(path)
     if not path.is_file():
         raise DataError(f"no manifest at {path}")
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            header = next(reader, [])
-            seen = {}  # one copy of each distinct string: a million rows fit into memory
-            table = [[seen.setdefault(v, v) for v in row] for row in reader if row]
-    except (UnicodeDecodeError, csv.Error) as fault:
-        raise DataError(f"{path} is no CSV file: {fault}") from None
-    if not table:
-        raise DataError(f"{path} has no rows")
-    ragged = [i + 2 for i, row in enumerate(table) if len(row) != len(header)]
-    if ragged:
-        raise DataError(f"{path}, row {ragged[0]}: {len(table[ragged[0] - 2])} values for "
-                        f"{len(header)} columns")
-    columns = {name: list(values) for name, values in zip(header, zip(*table))}
+    columns = read_columns(path)
     present = [c for c in channels if c in columns]
     if column == "image" and present and (len(present) == len(channels) or "image" not in columns):
         missing = [c for c in channels if c not in columns]
         if missing:
             raise DataError(f"{path} has no column {', '.join(missing)} (its channels are said by "
                             f"--channels; its columns are {', '.join(columns)})")
-        names = list(zip(*(columns[c] for c in channels)))
+        names = [columns[c] for c in channels]
     elif column in columns:
-        names = [(v,) for v in columns[column]]
+        names = [columns[column]]
     else:
         raise DataError(f"{path} has no column {column}, nor the channels {', '.join(channels)}: "
                         f"its columns are {', '.join(columns)}")
-    index = [None] * len(table)
+    index = [None] * len(names[0])
     if "index" in columns:
         bad = [i + 2 for i, v in enumerate(columns["index"]) if v and not v.isdigit()]
         if bad:
@@ -559,10 +585,13 @@ def read_manifest(path, channels=CHANNELS, column="image", check=10_000):
             raise DataError(f"{path}, row {bad[0]}, column index: {value} is no place in a stack "
                             "(0, 1, ...)")
         index = [int(v) if v else None for v in columns["index"]]
-    files = [tuple(str(path.parent / n) if n else "" for n in row) for row in names]
-    manifest = Manifest(path, columns, tuple(channels), files, index, {})
-    few = len({f for row in files for f in row}) <= check
-    check_files(manifest, range(len(manifest)) if few else [0])
+    manifest = Manifest(path, columns, tuple(channels), Files(path.parent, names), index, {})
+    distinct = set()
+    for name in chain(*names):
+        distinct.add(name)
+        if len(distinct) > check:
+            break
+    check_files(manifest, range(len(manifest)) if len(distinct) <= check else [0])
     return manifest
 
 
@@ -667,9 +696,12 @@ def tiff_header(path):
         for page in tif.pages:
             if any(o + n > length for o, n in zip(page.dataoffsets, page.databytecounts)):
                 raise ValueError("the file ends before its pixels do")
+        series = tif.series[0]  # pages one after the other are told of by the first of them alone
+        if series.dataoffset is not None and series.dataoffset + series.nbytes > length:
+            raise ValueError("the file ends before its pixels do")
         if tif.pages[0].compression != 1:
             read_tiff(path)  # some compressions cannot be read here: find out now
-        return tif.series[0].shape, tif.series[0].dtype
+        return series.shape, series.dtype
 
 
 def read_tiff(path):
@@ -746,23 +778,75 @@ class Pixels:
     """The images of a manifest, decoded at first use and kept in memory while they fit.
 
     pixels[i] is (C, H, W) float32 in the file's own units, after `binning` x `binning` averaging.
+    pixels.many(rows) reads files by `workers` processes and goes on past those that are corrupt, up
+    to the share `max_corrupt` of all images.
     """
 
-    def __init__(self, manifest, binning=1, memory_gb=4.):
-        self.manifest, self.binning = manifest, binning
+    def __init__(self, manifest, binning=1, memory_gb=4., workers=1, max_corrupt=0.):
+        self.manifest, self.binning, self.workers = manifest, binning, workers
         self.room, self.kept = memory_gb * 1e9, {}
+        self.max_corrupt, self.corrupt = max_corrupt, {}  # {row: what is wrong with it}
 
     def __len__(self):
         return len(self.manifest)
 
     def __getitem__(self, i):
-        if i not in self.kept:
-            image = self.read(i)
-            if self.manifest.index[i] is not None or image.nbytes > self.room:
-                return image.astype(np.float32)  # a stack is mapped: the system keeps its pages
+        return self.keep(i, self.kept[i] if i in self.kept else self.read(i))
+
+    def keep(self, i, image):
+        # a stack is mapped: the system keeps its pages
+        if i not in self.kept and self.manifest.index[i] is None and image.nbytes <= self.room:
             self.room -= image.nbytes
             self.kept[i] = image
-        return self.kept[i].astype(np.float32)
+        return image.astype(np.float32)
+
+    def many(self, rows):
+        """Yields pixels[i] for each of the rows; None for an image that cannot be read, which is
+        noted in `corrupt`. The same whatever the number of workers."""
+        rows = [int(i) for i in rows]
+        for start in range(0, len(rows), 4 * self.workers):
+            part = rows[start:start + 4 * self.workers]
+            found = {i: self.kept[i] for i in part if i in self.kept}
+            new = [i for i in dict.fromkeys(part) if i not in found and i not in self.corrupt]
+            found |= self.read_new(new)
+            for i in part:
+                yield None if i in self.corrupt else self.keep(i, found[i])
+
+    def read_new(self, rows):
+        """{row: image}; a fault goes to `corrupt`, too many of them are a DataError."""
+        files = rows and self.manifest.index[rows[0]] is None
+        try:
+            if files and self.workers > 1:
+                found = dict(zip(rows, self.readers.map(read_or_fault, rows)))
+            else:
+                found = {i: self.read_or_fault(i) for i in rows}
+        except BrokenProcessPool:  # one was killed, for its memory or along with its group
+            self.workers = 1
+            return self.read_new(rows)
+        self.corrupt |= {i: fault for i, fault in found.items() if isinstance(fault, str)}
+        if len(self.corrupt) > self.max_corrupt * len(self):
+            raise DataError(f"{next(iter(self.corrupt.values()))} ({len(self.corrupt)} of "
+                            f"{len(self)} images cannot be read: more than {self.max_corrupt:.1%})")
+        return found
+
+    def read_or_fault(self, i):
+        try:
+            return self.read(i)
+        except DataError as fault:
+            return str(fault)
+
+    @cached_property
+    def readers(self):
+        """The processes that read, started when they are needed first."""
+        return ProcessPoolExecutor(self.workers, initializer=start_reader, initargs=(
+            Pixels(self.manifest, self.binning), os.getpid()))
+
+    def report(self):
+        """Say which images were left out because they cannot be read."""
+        faults = list(self.corrupt.values())
+        if faults:
+            print(f"{len(faults)} of {len(self)} images cannot be read and were left out:\n  "
+                  + "\n  ".join(faults[:5]) + ("\n  ..." if len(faults) > 5 else ""))
 
     def read(self, i):
         m = self.manifest
@@ -782,6 +866,24 @@ class Pixels:
         """The largest value of the file's number type: 255 or 65535."""
         m = self.manifest
         return float(np.iinfo(read_file(m.files[i][0], m.index[i]).dtype).max)
+
+
+def start_reader(pixels, parent):
+    """In a process that reads: Ctrl-C is for the parent, and the end of the parent is its own."""
+    global _reader
+    _reader = pixels
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def end_with_parent():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def read_or_fault(i):
+    return _reader.read_or_fault(i)
 
 
 def bin_pixels(image, n):
@@ -807,8 +909,9 @@ def fit_intensity(rule, pixels, rows, seed=0):
     if rule == "percentile":
         some = np.random.default_rng(seed).permutation(rows)[:400]
         # every 7th pixel is plenty for a percentile, and plates fit in memory
-        values = np.concatenate([pixels[i].reshape(n, -1)[:, ::7] for i in
-                                 tqdm(some, desc="measuring intensities", delay=3)], 1)
+        values = np.concatenate([image.reshape(n, -1)[:, ::7] for image in tqdm(
+            pixels.many(some), desc="measuring intensities", total=len(some), delay=3)
+            if image is not None], 1)
         low, high = np.percentile(values, (.1, 99.9), axis=1)
     elif rule == "dtype":
         low, high = np.zeros(n), np.full(n, pixels.dtype_range(rows[0]))
@@ -925,7 +1028,8 @@ def read_table(path, needed=()):
 
 
 def write_manifest(out, rows):
-    """Rows {column: text} as a manifest; a file that is there is not written over."""
+    """Rows {column: text} as a manifest, under a temporary name first; a file that is there is not
+    written over."""
     out = Path(out)
     if out.exists():
         raise DataError(f"{out} exists: choose another --out or remove it")
@@ -933,10 +1037,11 @@ def write_manifest(out, rows):
         raise DataError(f"no image of these tables was found: {out} is not written")
     names = list(dict.fromkeys(name for row in rows for name in row))
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out, "w", newline="") as file:
+    with open(out.with_suffix(".tmp"), "w", newline="") as file:
         writer = csv.DictWriter(file, names, restval="")
         writer.writeheader()
         writer.writerows(rows)
+    os.replace(out.with_suffix(".tmp"), out)
 
 
 def place(well):
@@ -1157,8 +1262,17 @@ def show(manifest_path, channels=CHANNELS, out=None):
         check_files(manifest, range(len(manifest)))
     except DataError as fault:
         faults += str(fault).splitlines()
+    pixels = Pixels(manifest, memory_gb=0., workers=os.cpu_count(), max_corrupt=1.)
+    if not faults:  # headers are sound: decode every image
+        blank = [i + 2 for i, image in enumerate(tqdm(
+            pixels.many(range(len(manifest))), desc="reading images", total=len(manifest), delay=3))
+            if image is not None and not image.any()]
+        if blank:
+            print(f"warning: {len(blank)} of {len(manifest)} images are zero everywhere: row "
+                  + ", ".join(map(str, blank[:10])) + (" ..." if len(blank) > 10 else ""))
+        faults += list(pixels.corrupt.values())[:20]
     if not faults:
-        pixels, rng = Pixels(manifest), np.random.default_rng(0)
+        rng = np.random.default_rng(0)
         some = np.sort(rng.permutation(len(manifest))[:24])
         crop = min(256, *(min(pixels[i].shape[1:]) for i in some))
         intensity = fit_intensity("percentile", pixels, some)

@@ -1037,7 +1037,7 @@ def planned(args, model):
         files = sorted(Path(args.checkpoint).parent.glob("step-*.pt"),
                        key=lambda p: int(p.stem.split("-")[1]))
         if not files:
-            raise UserError(f"no step-*.pt beside {args.checkpoint}: train with --keep")
+            raise UserError(f"no step-*.pt beside {args.checkpoint}: train with --keep 1000")
         return [(f"step {file.stem.split('-')[1]}", str(file), {}) for file in files]
     weights = ", ".join(f"{g} {w:g}" for g, w in model.weights(args.guidance).items())
     return [(weights, args.checkpoint, {})]
@@ -1354,11 +1354,10 @@ def study_pairs(opened, args, results):
     pairs = [(treatments[1 + k % (len(treatments) - 1)], plate)
              for k, plate in enumerate(factorial.experiment)]
     left_out = {f"{t} x {plate}" for t, plate in pairs}
-    vae = out / "pairs-vae" / "model.pt"
-    if not vae.exists():
-        train_vae.train(train_vae.Config(**opened.model.content["vae"]["settings"] | {
-            "data": write_split(opened, out / "split-vae.csv", left_out, cells), "split": "auto",
-            "out": str(vae.parent), "overwrite": False}))
+    if not (out / "split-vae.csv").exists():
+        write_split(opened, out / "split-vae.csv", left_out, cells)
+    vae = train_vae.trained(train_vae.Config(**opened.model.content["vae"]["settings"] | {
+        "data": str(out / "split-vae.csv"), "split": "auto", "out": str(out / "pairs-vae")}))
 
     def measured(treatment, plate):
         manifest = out / f"split-{plate}.csv"
@@ -2156,9 +2155,7 @@ def compare_latent_spaces(args):
         config = replace(train_vae.Config(), **{
             "data": args.data or train_vae.Config.data, "steps": args.train_steps,
             "out": str(out / f"{name}-{args.train_steps}"), **settings})
-        path = Path(config.out) / "model.pt"
-        if not path.exists():
-            train_vae.train(config)
+        path = train_vae.trained(config)
         opened = open_autoencoder(path)
         x, rows = held_out(opened, args.images)
         x_hat, kl = reconstruct(opened.vae, x)

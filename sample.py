@@ -557,7 +557,8 @@ def control_pixels(column, manifest, pixels):
                         f"{', '.join(missing)}")
     found = data.read_manifest(manifest.path, names if len(names) > 1 else ("any",),
                                column="image" if len(names) > 1 else column)
-    images = data.Pixels(found, pixels.binning)
+    images = data.Pixels(found, pixels.binning, workers=pixels.workers,
+                         max_corrupt=pixels.max_corrupt)
     alike = len(found.sizes) == 1 and found.sizes.keys() == manifest.sizes.keys()
     for i in range(0 if alike else len(found)):
         (h, w), (control_h, control_w) = pixels[i].shape[1:], images[i].shape[1:]

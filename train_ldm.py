@@ -6,12 +6,14 @@ autoencoder, caches the latents, trains the U-Net and draws generated cells besi
     python train_ldm.py --data plates/index.csv --vae runs/plates_vae/model.pt --out runs/plates \\
         --biology smiles dose --experiment plate:category
     python train_ldm.py --control_column brightfield    # a ControlNet on top: runs/brightfield
+    torchrun --nproc_per_node=2 train_ldm.py  # two GPUs
 """
 import copy
+import fcntl
+import functools
 import hashlib
 import json
 import os
-import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,8 +29,9 @@ import train_vae
 from conditioning import (MOLECULE_ENCODERS, blank_unseen, draw_keep, hide_molecule_of_controls,
                           parse_fields, treatment_group)
 from sample import Denoiser, Model, control_pixels, to_device
-from train_vae import (UserError, autocast, device, learning_rate, load_checkpoint,
-                       save_checkpoint, step_rng, views, write_log)
+from train_vae import (Loop, UserError, ahead, autocast, device, for_training, is_main,
+                       learning_rate, load_checkpoint, main_first, on_its_way, parts,
+                       save_checkpoint, start_anew, step_rng, views, write_log)
 from unet import SIZES, ControlNet, unet_config
 
 
@@ -65,19 +68,33 @@ class Config:
     views: int = 2                        # random views of each image in the latent cache
     seed: int = 0                         # of weights, order, noise and dropout
     eval_every: int = 500                 # steps between held-out losses and checkpoints
-    keep: bool = False                    # keep the checkpoint of each of those steps, step-N.pt
+    keep: int = 0                         # the last so many checkpoints stay, as step-N.pt
     resume: bool = False                  # go on from model.pt
     overwrite: bool = False               # train again where model.pt exists
     overfit: bool = False                 # one fixed batch, nothing saved: its loss must collapse
+    # memory and speed: what is learned stays the same
+    accumulate: int = 1                   # parts of a batch that are computed one after the other
+    compile: bool = False                 # torch.compile, for a GPU
+    workers: int = 4                      # processes that read image files
+    max_corrupt: float = 0.01             # share of images that may be unreadable and are left out
 
 
 # --- latents ------------------------------------------------------------------------------------
 
 def cached_views(pixels, rows, config, intensity, views_each):
     """The random views that the cache holds, in batches of 64, always the same ones."""
+    for x, _ in batches_of_views(pixels, rows, config, intensity, views_each):
+        yield x
+
+
+def batches_of_views(pixels, rows, config, intensity, views_each, first=0, state=None):
+    """The same from view number `first` on: (views, state of the random numbers after them)."""
     rows, rng = np.repeat(rows, views_each), np.random.default_rng(0)
-    for i in range(0, len(rows), 64):
-        yield views(pixels, rows[i:i + 64], config, intensity, rng)
+    rng.bit_generator.state = state or rng.bit_generator.state
+
+    def batch(i):
+        return views(pixels, rows[i:i + 64], config, intensity, rng), rng.bit_generator.state
+    return ahead(batch, range(first, len(rows), 64))
 
 
 def cache_latents(vae, pixels, rows, config, intensity, views_each, folder, name):
@@ -95,40 +112,92 @@ def cache_latents(vae, pixels, rows, config, intensity, views_each, folder, name
     def posterior(x):
         with autocast():
             return torch.stack(vae.encode(x.to(device())), 1)
-    batches = cached_views(pixels, rows, config, intensity, views_each)
-    return cache(path, map(posterior, batches), len(rows) * views_each,
+    return cache(path, (pixels, rows, config, intensity, views_each), posterior,
                  f"latents of the {name} images")
 
 
 def cache_key(pixels, rows, config, intensity, more=b""):
     """Twelve letters that change with anything that the views of these rows depend on."""
-    file = pixels.manifest.path
-    text = (f"{file.resolve()}{file.stat().st_size}{file.stat().st_mtime_ns}{list(rows)}"
-            f"{intensity}{config.crop}{config.flips}{config.binning}")
-    return hashlib.sha1(more + text.encode()).hexdigest()[:12]
+    manifest = pixels.manifest
+    text = (f"{manifest.path.resolve()}{manifest.sha1()}{intensity}{config.crop}{config.flips}"
+            f"{config.binning}")
+    return hashlib.sha1(more + np.asarray(rows).tobytes() + text.encode()).hexdigest()[:12]
 
 
-def cache(path, batches, total, what):
-    """Tensors (n, ...), `total` rows in all, as one memory-mapped float16 array (total, ...) in a
-    file, which is used as it stands if it is there."""
-    if not path.exists():
-        part, stack, done = path.with_suffix(f".{os.getpid()}.tmp"), None, 0
-        for x in tqdm(batches, desc=what, total=-(-total // 64)):
-            if stack is None:
-                stack = np.lib.format.open_memmap(part, "w+", np.float16, (total, *x.shape[1:]))
-            stack[done:done + len(x)] = x.cpu().numpy()
-            done += len(x)
-        stack.flush()
-        part.rename(path)
+def cache(path, source, encode, what):
+    """encode(views) of all rows as one memory-mapped float16 array (rows * views, ...) in a file,
+    which is used as it stands if it is there and whole. source: as batches_of_views takes it.
+
+    Beside it lies a note: how far it is, the state of the random numbers, and the images that
+    cannot be read, which `pixels.corrupt` then holds. A killed run goes on from there.
+    """
+    pixels, total = source[0], len(source[1]) * source[4]
+    note, part = path.with_suffix(".json"), path.with_suffix(".tmp")
+    if not is_whole(path, note, total):
+        with open(part, "ab") as lock:  # another run that builds the same is waited for
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not is_whole(path, note, total):
+                try:
+                    fill(part, note, source, encode, total, what)
+                except OSError as fault:
+                    raise UserError(f"{path} cannot be written ({data.one_line(fault)}): make room "
+                                    "and run again, it goes on from where it was") from None
+                part.rename(path)
+        part.unlink(missing_ok=True)
+    pixels.corrupt |= {int(i): why for i, why in read_note(note)["corrupt"].items()}
     return np.load(path, mmap_mode="r")
+
+
+NOTHING = {"done": 0, "bytes": 0, "rng": None, "corrupt": {}}
+
+
+def read_note(note):
+    return json.loads(note.read_text()) if note.exists() else NOTHING
+
+
+def is_whole(path, note, total):
+    """Whether a cache is there, of the right length and finished."""
+    try:
+        return len(np.load(path, mmap_mode="r")) == total == read_note(note)["done"]
+    except (OSError, ValueError, EOFError):
+        return False
+
+
+def fill(part, note, source, encode, total, what):
+    """Write a cache, or the rest of one, and every 1024 views the note of how far it is."""
+    told, pixels = read_note(note), source[0]
+    if part.stat().st_size < told["bytes"]:
+        told = NOTHING
+    done, fresh = told["done"], note.with_suffix(".json.tmp")
+    pixels.corrupt |= {int(i): why for i, why in told["corrupt"].items()}
+    batches = batches_of_views(*source, first=done, state=told["rng"])
+    with open(part, "r+b") as file:
+        file.truncate(file.seek(told["bytes"]))
+        for x, state in tqdm(batches, desc=what, initial=done // 64, total=-(-total // 64)):
+            y = encode(x).cpu().numpy().astype(np.float16)
+            if not done:
+                np.lib.format.write_array_header_1_0(file, {
+                    "descr": y.dtype.str, "fortran_order": False, "shape": (total, *y.shape[1:])})
+            file.write(y.tobytes())
+            done += len(y)
+            if done % 1024 == 0 or done == total:
+                file.flush()
+                os.fsync(file.fileno())
+                fresh.write_text(json.dumps({"done": done, "bytes": file.tell(), "rng": state,
+                                             "corrupt": dict(pixels.corrupt)}))
+                fresh.replace(note)
 
 
 class Latents:
     """One side of the split, ready for training: cached posteriors and encoded metadata."""
 
-    def __init__(self, cache, vae, manifest, rows, conditioner, each, balance=0., controls=None):
+    def __init__(self, cache, vae, manifest, rows, conditioner, each, balance=0., controls=None,
+                 corrupt=()):
         self.cache, self.vae, self.rows, self.each = cache, vae, rows, each
         self.controls = controls
+        # instead of a row whose image cannot be read, the next one that can be is drawn
+        sound = np.flatnonzero(~np.isin(rows, list(corrupt)))
+        self.sound = sound[np.searchsorted(sound, np.arange(len(rows))) % len(sound)]
         self.share = pair_shares(conditioner.fields, manifest, rows, balance)
         columns = {f.name: manifest.rows(rows, f.name) for f in conditioner.fields}
         self.codes, self.known, self.molecules = to_device(conditioner.encode(
@@ -139,7 +208,7 @@ class Latents:
         pair = torch.from_numpy(self.cache[places * self.each + view].astype(np.float32))
         mean, logvar = pair.unbind(1)
         noise = torch.randn(mean.shape, generator=noise_rng)
-        mean, logvar, noise = to_device((mean, logvar, noise))
+        mean, logvar, noise = (on_its_way(x) for x in (mean, logvar, noise))
         return self.vae.standardise(mean, logvar, noise)
 
     def conditions(self, places):
@@ -214,12 +283,13 @@ def open_controls(p, rows, candidates, each, folder, name):
     """The Controls of one side, rows of the manifest; negcon chooses among `candidates`."""
     says, partners, conditioner = p.constant["controlnet"], None, p.denoiser.conditioner
     if says["column"] == "negcon":
+        candidates = [i for i in candidates if i not in p.pixels.corrupt]
         rows, partners = negative_controls(p.manifest, conditioner.fields, rows, candidates,
                                            says["by"])
     key = cache_key(p.control_pixels, rows, p.settings, says["intensity"], says["column"].encode())
-    batches = cached_views(p.control_pixels, rows, p.settings, says["intensity"], each)
-    images = cache(folder / f"controls-{name}-{each}views-{key}.npy", batches, len(rows) * each,
-                   f"control images, {name}")
+    images = cache(folder / f"controls-{name}-{each}views-{key}.npy", (
+        p.control_pixels, rows, p.settings, says["intensity"], each), lambda x: x,
+        f"control images, {name}")
     return Controls(images, p.manifest, rows, conditioner, each, partners)
 
 
@@ -259,8 +329,7 @@ def training_batch(latents, config, schedule, fields, step):
     """All that one step draws, from its number: latents, noise, timesteps, what is shown, and the
     control images (None without a ControlNet)."""
     rng, noise_rng = step_rng(config.seed, 0 if config.overfit else step)
-    torch.manual_seed(noise_rng.initial_seed())  # for a molecule encoder that draws as well
-    places = rng.choice(len(latents.rows), config.batch, p=latents.share)
+    places = latents.sound[rng.choice(len(latents.rows), config.batch, p=latents.share)]
     view = rng.integers(latents.each, size=config.batch)
     z0 = latents.draw(places, view, noise_rng)
     # without control a frozen base is what it was: nothing to learn there
@@ -282,7 +351,7 @@ def heldout_predictions(denoiser, latents, schedule, count=512, shuffled=()):
     """The network on `count` held-out latents with fixed noise, under the full condition but with
     the `shuffled` fields taken from other rows: (prediction, target, t)."""
     rng, noise_rng = step_rng(12345, 0)
-    places = np.resize(rng.permutation(len(latents.rows)), count)  # from all plates
+    places = latents.sound[np.resize(rng.permutation(len(latents.rows)), count)]  # all plates
     z0 = latents.draw(places, 0, noise_rng)
     control = latents.controls and latents.controls.draw(places, 0, rng)
     eps = torch.randn(z0.shape, generator=noise_rng).to(z0)
@@ -299,12 +368,19 @@ def heldout_predictions(denoiser, latents, schedule, count=512, shuffled=()):
         with autocast():
             predictions.append(denoiser(
                 schedule.add_noise(z0[part], eps[part], t[part]), t[part], take(codes, part),
-                known[part], latents.molecules, control and take(control, part)))
+                known[part], latents.molecules, take(control, part)))
     return torch.cat(predictions), schedule.target_of(z0, eps, t), t
 
 
+def encoder_seed(config, step):
+    """For a molecule encoder that draws as well: random spellings of SMILES."""
+    return step_rng(config.seed, 0 if config.overfit else step)[1].initial_seed()
+
+
 def take(tensors, part):
-    """The rows `part` of every tensor in a tuple or a dict, however nested."""
+    """The rows `part` of every tensor in a tuple or a dict, however nested; None stays None."""
+    if tensors is None:
+        return None
     if torch.is_tensor(tensors):
         return tensors[part]
     if isinstance(tensors, dict):
@@ -453,13 +529,7 @@ def fit_molecules(config, fields, manifest, train_rows):
 
 
 def open_vae(config):
-    """The autoencoder; where the default one is missing, fields are checked and it is trained."""
-    if not Path(config.vae).exists() and config.vae == Config.vae:
-        first = train_vae.Config(data=config.data)
-        manifest, _, train_rows, _ = train_vae.open_data(first)
-        open_fields(config, manifest, train_rows)
-        print("no autoencoder yet: training one")
-        train_vae.train(first)
+    """The autoencoder, which must have been trained on the data."""
     vae, content = train_vae.load_vae(config.vae)
     trained_on = content["settings"]["data"]
     if trained_on != config.data and config.vae == Config.vae:
@@ -467,6 +537,21 @@ def open_vae(config):
                         f"one with python train_vae.py --data {config.data} --out ..., and name it "
                         "with --vae")
     return vae, content
+
+
+def train_first(config):
+    """Train the default autoencoder where it is missing or unfinished; check the fields before."""
+    path = Path(config.vae)
+    if config.vae != Config.vae or config.control_column or path.exists() and train_vae.finished(
+            load_checkpoint(path, "vae", "choose another --vae")):
+        return
+    first = train_vae.Config(data=config.data, workers=config.workers,
+                             max_corrupt=config.max_corrupt)
+    with main_first():
+        manifest, _, train_rows, _ = train_vae.open_data(first)
+        open_fields(config, manifest, train_rows)
+    print("no finished autoencoder yet: training one")
+    train_vae.trained(first)
 
 
 def on_top_of_base(config):
@@ -490,7 +575,8 @@ def on_top_of_base(config):
 
 def open_images(vae_content, config):
     """The images as the autoencoder's settings read them: a namespace that `prepare` fills."""
-    settings = SimpleNamespace(**vae_content["settings"] | {"data": config.data})
+    settings = SimpleNamespace(**vae_content["settings"] | {
+        "data": config.data, "workers": config.workers, "max_corrupt": config.max_corrupt})
     manifest, pixels, train_rows, held_rows = train_vae.open_data(settings)
     return SimpleNamespace(settings=settings, manifest=manifest, pixels=pixels, sides={},
                            train_rows=train_rows, held_rows=held_rows)
@@ -502,7 +588,7 @@ def new_model(config):
     p = open_images(vae_content, config)
     p.vae, p.fields = vae, open_fields(config, p.manifest, p.train_rows)
     torch.manual_seed(config.seed)
-    x = views(p.pixels, p.train_rows[:1], p.settings, vae_content["intensity"])
+    x = views(p.pixels, p.train_rows[:8], p.settings, vae_content["intensity"])[:1]
     z = vae.to_latent(x.to(device()))
     unet = unet_config(config.size, z.shape[1])
     step = unet.fold * 2 ** (len(unet.multipliers) - 1)
@@ -520,7 +606,8 @@ def new_model(config):
         pixel_um=float(um.pop()) * p.settings.binning if len(um) == 1 and um != {""} else None,
         control=negative_control(p.fields, p.manifest, p.train_rows),
         examples=group_examples(p.fields, p.manifest, p.train_rows), settings=asdict(config),
-        vae={k: vae_content[k] for k in ("config", "weights", "intensity", "settings")})
+        vae={k: vae_content[k] for k in ("config", "weights", "intensity", "settings")},
+        manifest=p.manifest.sha1())
     return p
 
 
@@ -530,7 +617,7 @@ def controlled_model(config):
     p = open_images(base.content["vae"], config)
     p.vae, p.fields, p.denoiser = base.vae, base.fields, base.denoiser
     sides = [side * p.settings.downsampling for side in base.latent_shape[1:]]
-    shape = views(p.pixels, p.train_rows[:1], p.settings, base.intensity).shape
+    shape = views(p.pixels, p.train_rows[:8], p.settings, base.intensity).shape
     if list(shape[2:]) != sides:
         raise UserError(f"{config.data}: images of {shape[3]}x{shape[2]} pixels, the base draws "
                         f"{sides[1]}x{sides[0]}")
@@ -543,7 +630,7 @@ def controlled_model(config):
     kept = ("unet", "molecule_encoder", "molecule_settings", "schedule", "fields", "latent_shape",
             "pixel_um", "control", "examples", "vae")
     p.constant = {k: base.content[k] for k in kept} | {
-        "settings": asdict(config), "controlnet": {
+        "settings": asdict(config), "manifest": p.manifest.sha1(), "controlnet": {
             "column": config.control_column, "channels": channels, "by": config.control_by,
             "shrink": p.settings.downsampling, "intensity": intensity}}
     torch.manual_seed(config.seed)
@@ -557,6 +644,7 @@ def controlled_model(config):
 def prepare(config):
     """Everything up to the first step: data, autoencoder, fields, networks, latents."""
     p = controlled_model(config) if config.control_column else new_model(config)
+    p.control_pixels = getattr(p, "control_pixels", p.pixels)
     print("fields: " + (", ".join(f"{f.name} ({f.kind}, {f.group})" for f in p.fields) or "none"))
     p.schedule = diffusion.Schedule(**p.constant["schedule"])
     if config.resume:
@@ -572,41 +660,17 @@ def prepare(config):
         controls = open_controls(p, rows, candidates, each, folder, name) \
             if config.control_column else None
         p.sides[name] = Latents(latents, p.vae, p.manifest, rows, p.denoiser.conditioner, each,
-                                config.balance, controls)
+                                config.balance, controls,
+                                [*p.pixels.corrupt, *p.control_pixels.corrupt])
     return p
 
 
-def changed_settings(config, content):
-    """Settings that differ from those of a checkpoint, but for what may change on the way."""
-    free = {"steps", "resume", "overwrite", "overfit", "eval_every", "out", "keep"}
-    return [f"{k} was {content['settings'].get(k)}" for k, v in asdict(config).items()
-            if k not in free and content["settings"].get(k, getattr(Config, k)) != v]
-
-
 def check_resume(config, constant):
-    """Refuse to go on from `out`/model.pt under other settings, fields or another autoencoder."""
-    path = Path(config.out) / "model.pt"
-    content = load_checkpoint(path, "ldm", "start without --resume")
-    changed = changed_settings(config, content)
-    if content["fields"] != constant["fields"]:
-        changed.append("the fields' ranges and categories have changed")
-    if content.get("controlnet") != constant.get("controlnet"):
-        changed.append("the control images have changed")
-    if any(not torch.equal(w.cpu(), constant["vae"]["weights"][k].cpu())
-           for k, w in content["vae"]["weights"].items()):
-        changed.append("the autoencoder is another one")
-    if changed:
-        raise UserError(f"--resume of {path}: {'; '.join(changed)}")
-    return content
-
-
-def resume(config, denoiser, average, optimiser, constant):
-    """Load weights, their average and the optimiser from `out`/model.pt; returns the next step."""
-    content = check_resume(config, constant)
-    denoiser.load_state_dict(content["weights"])
-    average.load_state_dict(content["ema"])
-    optimiser.load_state_dict(content["optimiser"])
-    return content["step"]
+    """`out`/model.pt, refused where it was trained under other settings, on other data or with
+    another autoencoder."""
+    weights = constant["vae"]["weights"]
+    return train_vae.open_resume(config, "ldm", constant, lambda content: any(
+        not torch.equal(w.cpu(), weights[k].cpu()) for k, w in content["vae"]["weights"].items()))
 
 
 def already_trained(config):
@@ -616,7 +680,7 @@ def already_trained(config):
     if not path.exists() or config.resume or config.overwrite or config.overfit:
         return False
     content = load_checkpoint(path, "ldm", "choose another --out")
-    changed = changed_settings(config, content)
+    changed = train_vae.changed_settings(config, content)
     if changed:
         raise UserError(f"{path} was trained with other settings ({'; '.join(changed)}): choose "
                         "another --out, or --overwrite")
@@ -640,77 +704,108 @@ def train(config=Config()):
     """Train a latent diffusion model and write `out`/model.pt. Returns its path."""
     check(config)
     config = on_top_of_base(config) if config.control_column else config
-    out = Path(config.out)
+    out, slices = Path(config.out), parts(config)
     if already_trained(config):
         return farewell(out)
-    p = prepare(config)
+    train_first(config)
+    with main_first():
+        p = prepare(config)
     denoiser, schedule, latents, held = p.denoiser, p.schedule, *p.sides.values()
     average = copy.deepcopy(denoiser).eval().requires_grad_(False)
+    model = for_training(denoiser, config.compile)
     optimiser = torch.optim.AdamW([w for w in denoiser.parameters() if w.requires_grad],
                                   lr=config.lr, betas=(.9, .99), fused=True)
-    name, part = ("ControlNet", denoiser.controlnet) if config.control_column else (
-        "U-Net", denoiser.unet)
+    describe(p, config)
+    first = check_resume(config, p.constant) if config.resume else {"step": 0}
+    if config.resume:
+        for part, name in ((denoiser, "weights"), (average, "ema"), (optimiser, "optimiser")):
+            part.load_state_dict(first[name])
+    elif is_main():
+        first_look(average, held, schedule, config)
+
+    loop = Loop(functools.partial(training_batch, latents, config, schedule, p.fields), config,
+                "training the diffusion model", first["step"], first.get("losses", ()))
+    for step, batch in loop:
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(step, config.steps, config.lr)
+        optimiser.zero_grad()
+        total = 0.
+        for part in slices:
+            z0, eps, t, codes, keep, control = take(batch, part)
+            torch.manual_seed(encoder_seed(config, step) + part.start)
+            with autocast():
+                loss = diffusion.diffusion_loss(
+                    schedule, lambda z, t: model(z, t, codes, keep, latents.molecules, control),
+                    z0, eps, t, config.min_snr).mean() / len(slices)
+            loss.backward()
+            total += loss.item()
+        loop.agree(step, total)
+        torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.)
+        optimiser.step()
+        ema_update(average, denoiser, config.ema, step)
+        if loop.evaluates(step):
+            look(average, held, schedule, config, step, loop)
+        if loop.saves(step) and not config.overfit:
+            save_checkpoint(out / "model.pt", "ldm", p.constant | {
+                "weights": denoiser.state_dict(), "ema": average.state_dict(),
+                "optimiser": optimiser.state_dict(), "step": step + 1, "losses": loop.losses},
+                config.keep)
+    if config.overfit:
+        return print("one batch overfitted: the loss should be far below its first value")
+    if is_main():
+        finish(average, held, schedule, p, config)
+    return out / "model.pt"
+
+
+def describe(p, config):
+    """Print what is trained, on what, and what it will be shown."""
+    name, part = ("ControlNet", p.denoiser.controlnet) if config.control_column else (
+        "U-Net", p.denoiser.unet)
+    latents, held = p.sides.values()
     count = sum(w.numel() for w in part.parameters()) / 1e6
     print(f"{name} {config.size}: {count:.2f} M parameters, latents "
           f"{tuple(latents.cache.shape[2:])}, {len(latents.rows)} images x {config.views} views, "
           f"{len(held.rows)} held out")
     print_shares(p.fields)
-    first, start, recent = 0, time.time(), []
-    if config.resume:
-        first = resume(config, denoiser, average, optimiser, p.constant)
-    else:
-        # 1.00 by construction: the output starts at zero, target and latents are standardised.
-        # With a ControlNet it is the loss of the base: the ControlNet starts silent as well
-        mean, by_noise = heldout_loss(average, held, schedule)
-        print(f"held-out loss at step 0: {mean:.2f}")
-        if not config.overfit:
-            for old in (out / "log.jsonl", *out.glob("step-*.pt")):
-                old.unlink(missing_ok=True)
-            write_log(out / "log.jsonl", step=0, heldout_loss=mean, by_noise=by_noise)
 
-    for step in tqdm(range(first, config.steps), desc="training the diffusion model",
-                     initial=first, total=config.steps, mininterval=1):
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, config.steps, config.lr)
-        z0, eps, t, codes, keep, control = training_batch(latents, config, schedule, p.fields, step)
-        with autocast():
-            loss = diffusion.diffusion_loss(
-                schedule, lambda z, t: denoiser(z, t, codes, keep, latents.molecules, control),
-                z0, eps, t, config.min_snr).mean()
-        if not torch.isfinite(loss):
-            raise UserError(f"the loss is {loss.item()} at step {step}: training stopped, "
-                            f"{out}/model.pt is as it was; try a smaller --lr")
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.)
-        optimiser.step()
-        ema_update(average, denoiser, config.ema, step)
-        recent.append(loss.item())
-        if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
-            mean, by_noise = heldout_loss(average, held, schedule)
-            gaps = field_gaps(average, held, schedule)
-            tqdm.write(f"step {step + 1:5d}: training loss {np.mean(recent):.3f}, held out "
-                       f"{mean:.3f} (by noise {' '.join(f'{v:.3f}' for v in by_noise)}); shuffled, "
-                       + ", ".join(f"{n} +{r:.4f}" for n, (r, _) in gaps.items()))
-            if not config.overfit:
-                write_log(out / "log.jsonl", step=step + 1, train_loss=float(np.mean(recent)),
-                          seconds=round(time.time() - start, 1), heldout_loss=mean,
-                          by_noise=by_noise, shuffled={n: r for n, (r, _) in gaps.items()})
-                save_checkpoint(out / "model.pt", "ldm", p.constant | {
-                    "weights": denoiser.state_dict(), "ema": average.state_dict(),
-                    "optimiser": optimiser.state_dict(), "step": step + 1})
-                if config.keep:  # without the optimiser: to look at, not to go on from
-                    save_checkpoint(out / f"step-{step + 1}.pt", "ldm", p.constant | {
-                        "ema": average.state_dict(), "step": step + 1})
-            recent = []
-    if config.overfit:
-        return print("one batch overfitted: the loss should be far below its first value")
+
+def first_look(average, held, schedule, config):
+    """Begin the log with the held-out loss before training.
+
+    1.00 by construction: the output starts at zero, target and latents are standardised. With a
+    ControlNet it is the loss of the base: the ControlNet starts silent as well.
+    """
+    mean, by_noise = heldout_loss(average, held, schedule)
+    print(f"held-out loss at step 0: {mean:.2f}")
+    if not config.overfit:
+        start_anew(Path(config.out))
+        write_log(Path(config.out) / "log.jsonl", step=0, heldout_loss=mean, by_noise=by_noise)
+
+
+def look(average, held, schedule, config, step, loop):
+    """Print and log the losses, what each field is worth, and how fast it goes."""
+    loss, speed, said = loop.report()
+    mean, by_noise = heldout_loss(average, held, schedule)
+    gaps = field_gaps(average, held, schedule)
+    tqdm.write(f"step {step + 1:5d}: training loss {loss:.3f}, held out {mean:.3f} (by noise "
+               f"{' '.join(f'{v:.3f}' for v in by_noise)}); shuffled, "
+               + ", ".join(f"{n} +{r:.4f}" for n, (r, _) in gaps.items()) + f"; {said}")
+    if not config.overfit:
+        write_log(Path(config.out) / "log.jsonl", step=step + 1, train_loss=loss, **speed,
+                  heldout_loss=mean, by_noise=by_noise,
+                  shuffled={n: r for n, (r, _) in gaps.items()})
+
+
+def finish(average, held, schedule, p, config):
+    """Say what is hardly used and what was left out, draw, and say what can be done now."""
+    out = Path(config.out)
     if config.steps > 100:  # after the warm-up
         warn_of_unused(field_gaps(average, held, schedule, 256))
     draw_curves(out)
-    model = Model.load(out / "model.pt")
-    draw_samples(out / "samples.png", model, p)
-    return farewell(out)
+    draw_samples(out / "samples.png", Model.load(out / "model.pt"), p)
+    for pixels in {p.pixels, p.control_pixels}:
+        pixels.report()
+    farewell(out)
 
 
 def farewell(out):
@@ -753,6 +848,7 @@ def check(config):
 
 
 def main():
+    train_vae.join_processes()
     train(train_vae.settings(Config))
 
 

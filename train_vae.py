@@ -3,25 +3,37 @@ settings from the command line, the device, checkpoints, and how a user's mistak
 
     python train_vae.py                                   # the simulated screen
     python train_vae.py --data plates/index.csv --binning 2 --crop 64 --out runs/plates_vae
+    torchrun --nproc_per_node=2 train_vae.py              # two GPUs
 """
 import argparse
 import contextlib
 import dataclasses
+import functools
 import inspect
 import json
 import math
 import os
 import pickle
 import re
+import resource
+import shlex
+import signal
 import sys
 import time
+import traceback
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import conditioning
@@ -61,14 +73,26 @@ class Config:
     batch: int = 8                        # images per step
     lr: float = 2e-3                      # peak learning rate, after warm-up, before decay
     seed: int = 0                         # of weights, order and noise
-    eval_every: int = 500                 # steps between looks at held-out images
+    eval_every: int = 500                 # steps between looks at held-out images and checkpoints
+    keep: int = 0                         # the last so many checkpoints stay, as step-N.pt
+    resume: bool = False                  # go on from model.pt
     overwrite: bool = False               # train again where model.pt exists
+    # memory and speed: what is learned stays the same
+    accumulate: int = 1                   # parts of a batch that are computed one after the other
+    checkpointing: bool = False           # compute activations twice: less memory, for 512 pixels
+    compile: bool = False                 # torch.compile, for a GPU
+    workers: int = 4                      # processes that read image files
+    max_corrupt: float = 0.01             # share of images that may be unreadable and are left out
 
 
 # --- settings, errors, device -------------------------------------------------------------------
 
 class UserError(ValueError):
     """A setting or a checkpoint that cannot be used."""
+
+
+class Stopped(Exception):
+    """Training was told to stop by a signal, and has saved what it did."""
 
 
 USER_ERRORS = (data.DataError, conditioning.FieldError, UserError)
@@ -84,8 +108,15 @@ def run(main):
     except OSError as fault:  # no space left, a folder that is a file, no permission
         print(f"error: {fault}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stop:
+        number, message = stop.args
+        print(message, file=sys.stderr)
+        sys.exit(128 + number)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def add_settings(parser, config):
@@ -121,6 +152,21 @@ def settings(config, argv=None):
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
+def command(config):
+    """The command line that goes on with this run."""
+    words = [f"python {Path(inspect.getfile(type(config))).name} --resume"]
+    for setting in dataclasses.fields(config):
+        name, value = setting.name, getattr(config, setting.name)
+        if value == setting.default or name in ("resume", "overwrite"):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{'' if value else 'no-'}{name}")
+        else:
+            values = value if isinstance(value, tuple) else [value]
+            words.append(shlex.join([f"--{name}", *map(str, values)]))
+    return " ".join(words)
+
+
 def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -152,14 +198,197 @@ def learning_rate(step, steps, peak, warmup=100):
     return peak * min(1., (step + 1) / min(warmup, max(1, steps // 5))) * decay
 
 
+# --- several processes, as torchrun starts them -------------------------------------------------
+#
+# Each process draws the whole batch of a step and computes the gradient of its part of it, and
+# DistributedDataParallel averages the gradients: one batch gives one result, whatever the number.
+# (So each reads all images of an autoencoder's batch; latents come from the cache and cost little.)
+# The first process alone prints, evaluates and writes.
+
+def join_processes():
+    """Under torchrun: meet the other processes. Started alone: nothing."""
+    if "LOCAL_RANK" not in os.environ:
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # the others wait for the first, which may encode latents for hours
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=7))
+    if not is_main():
+        sys.excepthook = functools.partial(traceback.print_exception, file=sys.stderr)
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
+def rank_and_world():
+    """The number of this process, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def is_main():
+    return rank_and_world()[0] == 0
+
+
+def average(*values):
+    """Numbers averaged over the processes, alike in all of them."""
+    _, world = rank_and_world()
+    if world == 1:
+        return values
+    values = torch.tensor(values, dtype=torch.float64, device=device())
+    dist.all_reduce(values)
+    return (values / world).tolist()
+
+
+@contextlib.contextmanager
+def main_first():
+    """The first process goes through the block, then the others, which find what it has written;
+    where it fails, none of them waits for it."""
+    done = torch.zeros(1, device=device())
+    try:
+        if is_main():
+            yield
+            done += 1
+    finally:
+        if dist.is_initialized():
+            dist.broadcast(done, 0)
+    if not is_main():
+        if not done:
+            sys.exit(2)
+        yield
+
+
+def parts(config):
+    """The slices of a batch that this process computes, one after the other."""
+    rank, world = rank_and_world()
+    count = world * config.accumulate
+    if config.batch % count:
+        raise UserError(f"--batch {config.batch} is no multiple of --accumulate {config.accumulate}"
+                        + (f" times {world} processes" if world > 1 else ""))
+    size = config.batch // count
+    return [slice(k * size, (k + 1) * size) for k in range(rank, count, world)]
+
+
+def for_training(model, compiled=False):
+    """What the training loop calls instead of `model`, with the same weights: channels-last on a
+    GPU, compiled if asked, its gradients averaged over the processes."""
+    if device().type == "cuda":
+        model.to(memory_format=torch.channels_last)
+    if compiled:
+        model.compile()
+    if not dist.is_initialized():
+        return model
+    empty = any(not w.numel() for w in model.parameters())  # of a model that is told nothing
+    return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=empty)
+
+
+# --- the steps of a training run ----------------------------------------------------------------
+
+def ahead(function, items):
+    """function(item) for each of the items, by a thread that is one ahead of the loop."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = []
+        for item in items:
+            coming.append(thread.submit(function, item))
+            if len(coming) == 2:
+                yield coming.pop(0).result()
+        for last in coming:
+            yield last.result()
+
+
+class Loop:
+    """for step, batch in loop: batch is draw(step), made while the step before it runs. The loop
+    keeps the losses and the time, and ends after the running step on SIGTERM and SIGINT."""
+
+    def __init__(self, draw, config, name, first=0, losses=()):
+        self.draw, self.config, self.name, self.first = draw, config, name, first
+        self.losses, self.signal, self.stopping = list(losses), 0, False
+        self.start, self.count = time.time(), 0
+
+    def note(self, number, frame):
+        self.signal = number
+
+    def __iter__(self):
+        steps = range(self.first, self.config.steps)
+        handlers = {n: signal.signal(n, self.note) for n in (signal.SIGTERM, signal.SIGINT)}
+        batches = ahead(self.draw, steps)
+        try:
+            for step in tqdm(steps, desc=self.name, initial=self.first, total=self.config.steps,
+                             mininterval=1):
+                began = time.time()
+                if not self.count:
+                    self.since, self.waited = began, 0.
+                batch = next(batches)
+                self.waited, self.count = self.waited + time.time() - began, self.count + 1
+                yield step, batch
+                if self.stopping:
+                    number = self.signal or signal.SIGTERM  # or another process was told
+                    raise Stopped(number, f"stopped by {signal.Signals(number).name} after step "
+                                  f"{step + 1} of {self.config.steps}, to go on: "
+                                  + command(self.config))
+        finally:
+            batches.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def agree(self, step, loss, shown=None):
+        """Average the loss over the processes; all of them stop where it is not finite, and after
+        this step where one was told to. `shown` is kept in `losses` instead of it."""
+        loss, shown, told = average(loss, loss if shown is None else shown, bool(self.signal))
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} at step {step}: training stopped, what "
+                            f"{self.config.out} holds is as it was; try a smaller --lr")
+        self.losses.append(float(shown))
+        self.stopping = told > 0
+
+    def evaluates(self, step):
+        """Whether it is this process and this step that looks at held-out data."""
+        return is_main() and ((step + 1) % self.config.eval_every == 0
+                              or step + 1 == self.config.steps)
+
+    def saves(self, step):
+        return self.evaluates(step) or (self.stopping and is_main())
+
+    def report(self):
+        """Of the steps since it was last asked: the mean loss, and the speed for the log and as one
+        printed line. To be asked before an evaluation, whose time is not a step's."""
+        seconds, peak = time.time() - self.since, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak *= 1 if sys.platform == "darwin" else 1024
+        peak = torch.cuda.max_memory_allocated() if device().type == "cuda" else peak
+        found = {"seconds": round(time.time() - self.start, 1),
+                 "images_per_second": round(self.count * self.config.batch / seconds, 2),
+                 "data_wait": round(self.waited / seconds, 4), "peak_gb": round(peak / 1e9, 3)}
+        loss, self.losses, self.count = float(np.mean(self.losses)), [], 0
+        return loss, found, (f"{found['images_per_second']:.0f} images/s, {found['data_wait']:.0%} "
+                             f"waiting for data, {found['peak_gb']:.1f} GB")
+
+
 # --- checkpoints --------------------------------------------------------------------------------
 
-def save_checkpoint(path, kind, content):
-    """Write {"kind": kind, ...}, under a temporary name first: interrupted, it loses nothing."""
-    path = Path(path)
+def save_checkpoint(path, kind, content, keep=0):
+    """Write {"kind": kind, ...}, under a temporary name first: interrupted, it loses nothing.
+    keep: the last so many of a run stay beside it, as step-N.pt."""
+    path, part = Path(path), Path(path).with_suffix(".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"kind": kind, **content}, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    try:
+        with open(part, "wb") as file:
+            torch.save({"kind": kind, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as fault:  # torch's own error hides that no space was left
+        part.unlink(missing_ok=True)
+        why = data.one_line(fault.__context__ or fault)
+        raise UserError(f"{path} cannot be written ({why}): what was there is as it was") from None
+    os.replace(part, path)
+    if keep:  # a second name for the same file, which the next checkpoint takes only one away from
+        named = path.with_name(f"step-{content['step']}.pt")
+        named.unlink(missing_ok=True)
+        os.link(path, named)
+        for old in step_files(path.parent)[:-keep]:
+            old.unlink()
+
+
+def step_files(folder):
+    """The earlier checkpoints of a run, oldest first."""
+    return sorted(Path(folder).glob("step-*.pt"), key=lambda path: int(path.stem.split("-")[1]))
 
 
 def load_checkpoint(path, kind, hint):
@@ -179,10 +408,49 @@ def load_checkpoint(path, kind, hint):
     return content
 
 
+# what may change when a run goes on
+FREE = {"steps", "resume", "overwrite", "overfit", "eval_every", "out", "keep", "accumulate",
+        "checkpointing", "compile", "workers", "max_corrupt"}
+
+
+def changed_settings(config, content):
+    """Settings that differ from those of a checkpoint, but for what may change on the way."""
+    was = {f.name: f.default for f in dataclasses.fields(config)} | content["settings"]
+    return [f"{k} was {was[k]}" for k, v in asdict(config).items() if k not in FREE and was[k] != v]
+
+
+CHANGES = {"manifest": "the manifest has changed", "intensity": "the intensities have changed",
+           "fields": "the fields' ranges and categories have changed",
+           "controlnet": "the control images have changed"}
+
+
+def open_resume(config, kind, constant, another_vae=lambda content: False):
+    """`out`/model.pt, to go on from; refused under other settings or where what is to be saved in
+    it, `constant`, says that the data or the autoencoder have changed."""
+    path = Path(config.out) / "model.pt"
+    content = load_checkpoint(path, kind, "start without --resume")
+    changed = changed_settings(config, content) + [
+        says for key, says in CHANGES.items()
+        if content.get(key, constant.get(key)) != constant.get(key)]
+    if another_vae(content):
+        changed.append("the autoencoder is another one")
+    if changed:
+        raise UserError(f"--resume of {path}: {'; '.join(changed)}")
+    return content
+
+
 def load_vae(path):
     """A trained VAE, ready to use, and its checkpoint."""
     content = load_checkpoint(path, "vae", "run python train_vae.py")
+    if not finished(content):
+        raise UserError(f"{path} stopped at step {content['step']} of "
+                        f"{content['settings']['steps']}: go on with python train_vae.py --resume")
     return build_vae(content).to(device()), content
+
+
+def finished(content):
+    """Whether an autoencoder was trained to its end, when its latents are measured."""
+    return "result" in content
 
 
 def build_vae(content):
@@ -225,13 +493,33 @@ def open_data(config, draw=True):
     train, held = data.split_rows(manifest, config.split, config.holdout)
     if not len(held):
         raise data.DataError(f"{manifest.path}: --split {config.split} holds out no row")
-    return manifest, data.Pixels(manifest, config.binning), train, held
+    workers, share = (getattr(config, k, getattr(Config, k)) for k in ("workers", "max_corrupt"))
+    return manifest, data.Pixels(manifest, config.binning, workers=workers,
+                                 max_corrupt=share), train, held
 
 
 def views(pixels, rows, config, intensity, rng=None):
-    """Rows as a batch (B, C, H, W) in [-1, 1]: random views, or the middle ones without rng."""
-    return torch.from_numpy(np.stack([data.scale_intensity(
-        data.take_view(pixels[i], config.crop, rng, config.flips), intensity) for i in rows]))
+    """Rows as a batch (B, C, H, W) in [-1, 1]: random views, or the middle ones without rng. The
+    place of an image that cannot be read goes to the next of the batch that can."""
+    found = [None if image is None else data.scale_intensity(
+        data.take_view(image, config.crop, rng, config.flips), intensity)
+        for image in pixels.many(rows)]
+    sound = [x for x in found if x is not None]
+    if not sound:
+        raise data.DataError(f"{pixels.manifest.path}: no image of a whole batch can be read, row "
+                             f"{int(rows[0]) + 2} for one")
+    if len({x.shape for x in sound}) > 1:
+        raise data.DataError(f"{pixels.manifest.path}: images of different sizes, near row "
+                             f"{int(rows[0]) + 2}: cut equal pieces with --crop")
+    for k in reversed(range(len(found))):
+        if found[k] is None:
+            found[k] = sound[0] if k + 1 == len(found) else found[k + 1]
+    return torch.from_numpy(np.stack(found))
+
+
+def on_its_way(x):
+    """A tensor bound for the device: the copy to a GPU does not hold up the loop."""
+    return x.pin_memory().to(device(), non_blocking=True) if device().type == "cuda" else x
 
 
 # --- training -----------------------------------------------------------------------------------
@@ -295,11 +583,8 @@ def draw_reconstruction(path, images, x_hat, channels):
     data.picture(path, rows, channels, labels, ["all", *channels])
 
 
-def train(config=Config()):
-    """Train a VAE and write `out`/model.pt. Returns its path."""
-    out = Path(config.out)
-    if (out / "model.pt").exists() and not config.overwrite:
-        raise UserError(f"{out}/model.pt exists: use --overwrite to train again, or another --out")
+def prepare(config):
+    """What is known before the first step: shape, data, intensities, held-out views."""
     shape = VAEConfig(len(config.channels.split(",")), config.latent_channels, config.downsampling,
                       config.fold, config.width, config.blocks)
     try:
@@ -309,72 +594,131 @@ def train(config=Config()):
     manifest, pixels, train_rows, held_rows = open_data(config)
     intensity = data.fit_intensity(config.intensity, pixels, train_rows)
     held_rows = np.random.default_rng(0).permutation(held_rows)  # from all plates
-    side = views(pixels, held_rows[:1], config, intensity).shape[-1]
+    side = views(pixels, held_rows[:8], config, intensity).shape[-1]
     looks = max(16, min(256, 2 ** 20 // side ** 2))  # a million pixels of large images
     held = views(pixels, held_rows[:looks], config, intensity)
     if len(held) < min(looks, 64):  # few images: several random pieces of each
         held = torch.cat([views(pixels, held_rows, config, intensity, np.random.default_rng(k))
                           for k in range(math.ceil(min(looks, 64) / len(held_rows)))])
+    constant = {"config": asdict(shape), "intensity": intensity, "manifest": manifest.sha1(),
+                "settings": asdict(config) | {"resume": False}}
+    return SimpleNamespace(shape=shape, pixels=pixels, train_rows=train_rows, held=held,
+                           looks=looks, intensity=intensity, constant=constant)
 
+
+def training_batch(p, config, step):
+    """All that one step draws, from its number: views (B, C, H, W) and noise (B, Z, h, w)."""
+    rng, noise_rng = step_rng(config.seed, step)
+    x = views(p.pixels, rng.choice(p.train_rows, config.batch), config, p.intensity, rng)
+    h, w = (n // config.downsampling for n in x.shape[2:])
+    noise = torch.randn(len(x), config.latent_channels, h, w, generator=noise_rng)
+    return on_its_way(x), on_its_way(noise)
+
+
+def save_activations(vae):
+    """Gradient checkpointing: keep the input of each level, compute what is inside it again."""
+    for level in (*vae.encoder.levels, *vae.decoder.levels):
+        level.forward = functools.partial(checkpoint, level.forward, use_reentrant=False)
+
+
+def train(config=Config()):
+    """Train a VAE and write `out`/model.pt. Returns its path."""
+    out = Path(config.out)
+    if (out / "model.pt").exists() and not (config.overwrite or config.resume):
+        raise UserError(f"{out}/model.pt exists: use --overwrite to train again, --resume to go on "
+                        "with it, or another --out")
+    slices = parts(config)
+    with main_first():
+        p = prepare(config)
+        first = open_resume(config, "vae", p.constant) if config.resume else {"step": 0}
     torch.manual_seed(config.seed)
-    vae = VAE(shape).to(device())
-    optimiser = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(.9, .99),
-                                  fused=True)
-    count = sum(p.numel() for p in vae.parameters()) / 1e6
-    values, numbers = held[0].numel(), vae.to_latent(held[:1].to(device())).numel()
+    vae = VAE(p.shape).to(device())
+    if config.checkpointing:
+        save_activations(vae)
+    model = for_training(vae, config.compile)
+    optimiser = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(.9, .99), fused=True)
+    count = sum(w.numel() for w in vae.parameters()) / 1e6
+    values, numbers = p.held[0].numel(), vae.to_latent(p.held[:1].to(device())).numel()
     print(f"autoencoder: {count:.2f} M parameters, {values} pixel values to {numbers} numbers, "
-          f"{len(train_rows)} images to train on, {len(held)} views held out")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "log.jsonl").unlink(missing_ok=True)
+          f"{len(p.train_rows)} images to train on, {len(p.held)} views held out")
+    if config.resume:
+        vae.load_state_dict(first["weights"])
+        optimiser.load_state_dict(first["optimiser"])
+    elif is_main():
+        start_anew(out)
 
-    start, recent = time.time(), []
-    for step in tqdm(range(config.steps), desc="training the autoencoder", mininterval=1):
+    def save(step, **more):
+        save_checkpoint(out / "model.pt", "vae", p.constant | {
+            "weights": vae.state_dict(), "optimiser": optimiser.state_dict(), "step": step,
+            "losses": loop.losses} | more, config.keep)
+
+    loop = Loop(functools.partial(training_batch, p, config), config, "training the autoencoder",
+                first["step"], first.get("losses", ()))
+    for step, (x, noise) in loop:
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, config.steps, config.lr)
-        rng, noise_rng = step_rng(config.seed, step)
-        chosen = rng.choice(train_rows, config.batch)
-        x = views(pixels, chosen, config, intensity, rng).to(device())
-        h, w = (n // config.downsampling for n in x.shape[2:])
-        noise = torch.randn(len(x), config.latent_channels, h, w, generator=noise_rng).to(device())
-        with autocast():
-            x_hat, mean, logvar = vae(x, noise)
-        loss, l1, kl = vae_loss(x, x_hat, mean, logvar, config.kl_weight,
-                                config.spectral_weight, config.multiscale_weight)
-        if not torch.isfinite(loss):
-            raise UserError(f"the loss is {loss.item()} at step {step}: training stopped, nothing "
-                            "saved; try a smaller --lr")
         optimiser.zero_grad()
-        loss.backward()
+        total = np.zeros(2)
+        for part in slices:
+            with autocast():
+                x_hat, mean, logvar = model(x[part], noise[part])
+            loss, l1, kl = vae_loss(x[part], x_hat, mean, logvar, config.kl_weight,
+                                    config.spectral_weight, config.multiscale_weight)
+            (loss / len(slices)).backward()
+            total += loss.item() / len(slices), l1.item() / 2 / len(slices)
+        loop.agree(step, *total)
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.)
         optimiser.step()
-        recent.append(l1.item() / 2)
-        if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
-            found, line, _ = evaluate(vae.eval(), held, manifest.channels)
+        if loop.evaluates(step):
+            train_l1, speed, said = loop.report()
+            found, line, _ = evaluate(vae.eval(), p.held, p.pixels.manifest.channels)
             vae.train()
-            tqdm.write(f"step {step + 1:5d}: train L1 {np.mean(recent):.4f}, held-out {line}")
-            write_log(out / "log.jsonl", step=step + 1, seconds=round(time.time() - start, 1),
-                      train_l1=float(np.mean(recent)), **found)
-            recent = []
-
-    vae.eval().requires_grad_(False)
-    rng = np.random.default_rng(config.seed)
-    measure_latents(vae, [views(pixels, rng.choice(train_rows, looks // 4), config, intensity, rng)
-                          for _ in range(8)])
-    found, line, x_hat = evaluate(vae, held, manifest.channels)
-    baseline = reconstruction_metrics(held, through_small_image(held, numbers))
-    print(f"held-out {line}\nan image shrunk to as many numbers and enlarged again: "
-          f"L1 {baseline['l1']:.4f}, PSNR {baseline['psnr']:.1f} dB")
-    draw_reconstruction(out / "reconstruction.png", held, x_hat, manifest.channels)
-    (out / "result.json").write_text(json.dumps(
-        {"held_out": found, "small_image": baseline, "settings": asdict(config)}, indent=1))
-    save_checkpoint(out / "model.pt", "vae", {
-        "config": asdict(shape), "weights": vae.state_dict(), "intensity": intensity,
-        "settings": asdict(config), "result": found})
-    print(f"wrote {out}/model.pt and {out}/reconstruction.png")
+            tqdm.write(f"step {step + 1:5d}: train L1 {train_l1:.4f}, held-out {line}; {said}")
+            write_log(out / "log.jsonl", step=step + 1, train_l1=train_l1, **speed, **found)
+        if loop.saves(step):
+            save(step + 1)
+    if is_main():
+        finish(vae, p, config, numbers, save)
     return out / "model.pt"
 
 
+def trained(config):
+    """The path of this autoencoder: trained unless it is there, gone on with where unfinished."""
+    path = Path(config.out) / "model.pt"
+    there = path.exists()
+    if there and finished(load_checkpoint(path, "vae", "choose another --out")):
+        return path
+    return train(dataclasses.replace(config, resume=there, overwrite=False))
+
+
+def start_anew(out):
+    """Clear away the log and the kept checkpoints of an earlier run."""
+    out.mkdir(parents=True, exist_ok=True)
+    for old in (out / "log.jsonl", *step_files(out)):
+        old.unlink(missing_ok=True)
+
+
+def finish(vae, p, config, numbers, save):
+    """Measure the latents, compare with a small image, draw, and save what can now be used."""
+    out, channels = Path(config.out), p.pixels.manifest.channels
+    vae.eval().requires_grad_(False)
+    rng = np.random.default_rng(config.seed)
+    measure_latents(vae, [views(p.pixels, rng.choice(p.train_rows, p.looks // 4), config,
+                                p.intensity, rng) for _ in range(8)])
+    found, line, x_hat = evaluate(vae, p.held, channels)
+    baseline = reconstruction_metrics(p.held, through_small_image(p.held, numbers))
+    print(f"held-out {line}\nan image shrunk to as many numbers and enlarged again: "
+          f"L1 {baseline['l1']:.4f}, PSNR {baseline['psnr']:.1f} dB")
+    draw_reconstruction(out / "reconstruction.png", p.held, x_hat, channels)
+    (out / "result.json").write_text(json.dumps(
+        {"held_out": found, "small_image": baseline, "settings": asdict(config)}, indent=1))
+    save(config.steps, result=found)
+    p.pixels.report()
+    print(f"wrote {out}/model.pt and {out}/reconstruction.png")
+
+
 def main():
+    join_processes()
     train(settings(Config))
 
 
