@@ -1,22 +1,20 @@
 """How fast, how large and how both grow, on the CPU or GPU at hand: one table, runs/benchmark.json.
 
-    OMP_NUM_THREADS=1 python tests/benchmark.py           # everything, on one core
-    python tests/benchmark.py --only unet diffusers       # some parts
+    OMP_NUM_THREADS=1 python tests/benchmark.py [--only unet vae readers growth diffusers]
 
-Not a test. Networks have random weights, which cost what trained ones cost. Times are medians; what
-is compared runs in turn (A B A B ...), so that a busy machine slows both alike; on one thread it is
-the processor's time that counts. `use`: the share of the matrix-product rate, measured first in
-the same run, that the products and convolutions of a network reach (model FLOPs utilisation).
-`peak MB`: memory on top of weights, gradients and optimiser. `ratio`, where diffusers is installed:
-our time over that of its network, which has as many parameters within 5 %: once on tensors folded
-as ours folds them, so that both do about the same work, once as it comes.
+Not a test. Weights are random: they cost what trained ones cost. Times are medians; what is
+compared runs in turn (A B A B ...), and on one thread the processor's time counts, as machines are
+shared.
+`use`: the share of the matrix-product rate, measured first in the same run, that a network's
+products and convolutions reach (model FLOPs utilisation). `peak MB`: memory on top of weights,
+gradients and optimiser. `ratio`: our time over that of diffusers' network (where it is installed)
+with as many parameters within 5 %: on tensors folded as ours folds them, and as it comes.
 """
 import argparse
 import ctypes
 import gc
 import itertools
 import json
-import math
 import statistics
 import sys
 import tempfile
@@ -57,14 +55,13 @@ AUTOENCODER = VAEConfig(width=32, latent_channels=LATENT[0])  # else as train_va
 LATENTS, IMAGES = 32, 256 if GPU else 8  # in a training step
 REQUEST = {"smiles": ["CCO"] * 8, "dose": ["3"] * 8, "batch": ["B1"] * 8}
 COLUMNS = ("ms", "per second", "GFLOP", "use", "peak MB", "ratio")
-ONE_THREAD = not GPU and torch.get_num_threads() == 1
-rate = math.inf                          # FLOP/s of a matrix product, see matrix_product
+clock = time.perf_counter if GPU or torch.get_num_threads() > 1 else time.process_time
+rate = 0.                                # FLOP/s of a matrix product, see matrix_product
 
 
 # --- measuring ------------------------------------------------------------------------------------
 
 def timed(f):
-    clock = time.process_time if ONE_THREAD else time.perf_counter
     start = clock()
     f()
     if GPU:
@@ -108,7 +105,7 @@ def measure(*entries, seconds=2.):
     for line, found, (_, _, items) in zip(lines, times, entries):
         median = statistics.median(found)
         line |= {"ms": 1e3 * median, "per second": items / median}
-        if "GFLOP" in line:
+        if rate and "GFLOP" in line:
             line["use"] = line["GFLOP"] * 1e9 / median / rate
         if line is not lines[0]:
             line["ratio"] = lines[0]["ms"] / line["ms"]
@@ -129,7 +126,7 @@ def unet_inputs(config, batch, latent=LATENT):
 
 
 def images(n, side=64):
-    return torch.rand(n, AUTOENCODER.channels, side, side, device=device())
+    return torch.rand(n, 5, side, side, device=device())
 
 
 def training_step(network, loss):
@@ -151,8 +148,7 @@ def unet_step(unet, call, given):
 
 
 def autoencoder_step(vae, call, x):
-    noise = torch.randn(len(x), LATENT[0], *(n // AUTOENCODER.downsampling for n in x.shape[2:]))
-    noise = noise.to(device())
+    noise = torch.randn(len(x), LATENT[0], 16, 16, device=device())
     return training_step(vae, lambda: vae_loss(x, *call(x, noise), kl_weight=1e-2)[0])
 
 
@@ -213,11 +209,11 @@ def autoencoder(folder):
     """Training step, encoding and decoding of the default autoencoder."""
     vae, x = VAE(AUTOENCODER).to(device()), images(IMAGES)
     z = vae.to_latent(x).detach()
-    entries = (("training step", autoencoder_step(vae, vae, x)),
-               ("encode", without_gradient(lambda: vae.to_latent(x))),
-               ("decode", without_gradient(lambda: vae.to_image(z))))
-    return [line for name, f in entries for line in measure(
-        (f"autoencoder ({count(vae):,}): {name}, {len(x)} images", f, len(x)))]
+    lines = measure((f"autoencoder ({count(vae):,}): training step, {IMAGES} images",
+                     autoencoder_step(vae, vae, x), IMAGES))
+    for what, f in (("encode", lambda: vae.to_latent(x)), ("decode", lambda: vae.to_image(z))):
+        lines += measure((f"autoencoder: {what}, {IMAGES} images", without_gradient(f), IMAGES))
+    return lines
 
 
 def write_set(folder, ending, count=16, side=256):
@@ -245,12 +241,11 @@ def readers(folder):
                          ("npz, compressed", ".npz"), ("npy stack", ".npy")):
         pixels = write_set(folder / ending[1:], ending)
         lines += measure((f"reading {name}", lambda: [pixels.read(i).sum() for i in range(16)], 16))
-    vae, number = VAE(AUTOENCODER).to(device()), itertools.count()
-    settings = SimpleNamespace(crop=64, flips=True, binning=1)
-    scale = {"low": [0.] * 5, "high": [4000.] * 5}
+    vae, settings = VAE(AUTOENCODER).to(device()), SimpleNamespace(crop=64, flips=True, binning=1)
+    scale, number = {"low": [0.] * 5, "high": [4000.] * 5}, itertools.count()
     return lines + measure(("latent cache: from stack to file, crops of 64x64", lambda: (
         train_ldm.cache_latents(vae, pixels, range(16), settings, scale, 4, folder,
-                                f"{next(number)}")), 64))
+                                str(next(number)))), 64))
 
 
 def growth(folder):
@@ -290,22 +285,19 @@ THEIRS = {("U-Net small", "folded"): (2, (112, 120)),
 
 
 def their_unet(c, widths):
-    """diffusers' U-Net for latents folded as the config says."""
+    """diffusers' U-Net, called as ours is, for latents folded as the config says."""
     kind, channels = {True: "CrossAttn%sBlock2D", False: "%sBlock2D"}, c.latent_channels * c.fold**2
     net = diffusers.UNet2DConditionModel(
         in_channels=channels, out_channels=channels, block_out_channels=widths,
         layers_per_block=c.blocks, norm_num_groups=4,
         down_block_types=[kind[a] % "Down" for a in c.attention],
         up_block_types=[kind[a] % "Up" for a in reversed(c.attention)],
-        attention_head_dim=[max(1, w // c.head) for w in widths],  # (the number of heads)
+        attention_head_dim=[w // c.head for w in widths],  # (the number of heads)
         cross_attention_dim=c.token, time_embedding_dim=c.embedding, class_embed_type="identity",
         resnet_time_scale_shift="scale_shift")
-
-    def call(z, t, vector, tokens, mask):
-        out = net(pixel_unshuffle(z, c.fold), t, tokens, class_labels=vector,
-                  encoder_attention_mask=mask).sample
-        return pixel_shuffle(out, c.fold).float()
-    return net, call
+    return net, lambda z, t, vector, tokens, mask: pixel_shuffle(net(
+        pixel_unshuffle(z, c.fold), t, tokens, class_labels=vector, encoder_attention_mask=mask
+    ).sample, c.fold).float()
 
 
 def their_autoencoder(c, widths):
