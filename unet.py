@@ -86,7 +86,8 @@ class Attention(nn.Module):
     def attend(self, q, k, v, mask=None):                                # (B, N, C)
         q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
         # on CPU the fused kernel's backward pass is slower than the plain formula
-        with sdpa_kernel(SDPBackend.MATH) if q.device.type == "cpu" else nullcontext():
+        plain = q.device.type == "cpu" and torch.is_grad_enabled()
+        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
             return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
 
     def forward(self, h, tokens, mask):                                  # (B, C, h, w), (B, L, D)
@@ -94,7 +95,7 @@ class Attention(nn.Module):
         x = h.flatten(2).transpose(1, 2)                                 # (B, hw, C)
         n = self.norm1(h).flatten(2).transpose(1, 2)
         x = x + self.out1(self.attend(*self.qkv(n).chunk(3, dim=2)))
-        n = self.norm2(x.transpose(1, 2)).transpose(1, 2)
+        n = self.norm2(x.transpose(1, 2).reshape(shape)).flatten(2).transpose(1, 2)
         x = x + self.out2(self.attend(self.q(n), *self.kv(tokens).chunk(2, dim=2),
                                       mask[:, None, None, :]))
         return x.transpose(1, 2).reshape(shape)
@@ -153,6 +154,10 @@ class UNet(nn.Module):
         self.out = nn.Sequential(norm(w), nn.SiLU(), nn.Conv2d(
             w, c.latent_channels * c.fold ** 2, 3, padding=1), nn.PixelShuffle(c.fold))
         self.initialise()
+        if not (torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16")):
+            # float32 convolutions run faster on channels-last weights, and pass that order on;
+            # on CPU in bfloat16 they run slower (README, What did not help)
+            self.to(memory_format=torch.channels_last)
 
     def initialise(self):
         """Every residual branch starts at zero, and so does the output: the first loss is 1.00."""

@@ -109,6 +109,8 @@ class VAE(nn.Module):
         # statistics of sampled raw latents over the training data: no magic 0.18215
         self.register_buffer("latent_mean", torch.zeros(1, config.latent_channels, 1, 1))
         self.register_buffer("latent_std", torch.ones(1, config.latent_channels, 1, 1))
+        if not (torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16")):
+            self.to(memory_format=torch.channels_last)  # as in unet.py
 
     def encode(self, x):
         """The posterior of the raw latent: mean and log variance, (B, Z, h, w) each."""

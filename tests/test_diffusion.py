@@ -162,7 +162,7 @@ def test_few_dpm_steps_are_nearer_the_truth_than_twice_as_many_of_ddim(name, tar
         assert error("dpm", n) < error("ddim", 2 * n)
 
 
-def test_one_dpm_step_is_one_of_ddim_and_two_are_not_enough_to_differ():
+def test_dpm_begins_and_ends_with_a_step_of_ddim():
     """The first step has nothing to go by, the last ends at clean: both are DDIM's. Three steps
     from below zero SNR have one between; from zero SNR that one is DDIM's as well."""
     schedule = Schedule()
