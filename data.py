@@ -466,14 +466,21 @@ def simulate(out, screen=Screen()):
     return out / "manifest.csv"
 
 
-def write_manifest(path, rows):
-    """Write a list of dicts as a CSV, under a temporary name first."""
-    path = Path(path)
-    with open(path.with_suffix(".tmp"), "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+def write_manifest(out, rows):
+    """Rows {column: value} as a manifest, under a temporary name first; a file that is there is not
+    written over."""
+    out = Path(out)
+    if out.exists():
+        raise DataError(f"{out} exists: choose another --out or remove it")
+    if not rows:
+        raise DataError(f"no image of these tables was found: {out} is not written")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out.with_suffix(".tmp"), "w", newline="") as file:
+        writer = csv.DictWriter(file, names, restval="")
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(path.with_suffix(".tmp"), path)
+    os.replace(out.with_suffix(".tmp"), out)
 
 
 def parse_smiles(text):
@@ -922,21 +929,6 @@ def read_table(path, needed=()):
     if missing or not rows:
         raise DataError(f"{path} has no " + (f"column {', '.join(missing)}" if missing else "rows"))
     return rows
-
-
-def write_manifest(out, rows):
-    """Rows {column: text} as a manifest; a file that is there is not written over."""
-    out = Path(out)
-    if out.exists():
-        raise DataError(f"{out} exists: choose another --out or remove it")
-    if not rows:
-        raise DataError(f"no image of these tables was found: {out} is not written")
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out, "w", newline="") as file:
-        writer = csv.DictWriter(file, names, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def place(well):

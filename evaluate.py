@@ -123,11 +123,13 @@ def touches(labels, *sides):
 
 
 def count_objects(labels):
-    """Objects per image (B,). One that the border cuts counts half: as often as not its centre
-    lies outside."""
-    area = per_object(labels, torch.ones_like(labels))
-    cut = touches(labels, "top", "bottom", "left", "right")
-    return ((area > 0) * (1 - .5 * cut))[:, 1:].sum(1)
+    """Objects per image (B,). One that the border cuts counts if it shows at least half the mean
+    area of the image's whole ones, so that its centre lies inside (half where none is whole)."""
+    area = per_object(labels, torch.ones_like(labels))[:, 1:]
+    cut = touches(labels, "top", "bottom", "left", "right")[:, 1:]
+    mean = torch.where((area > 0) & ~cut, area, torch.nan).nanmean(1, keepdim=True)
+    inside = torch.where(mean.isnan(), .5, (area >= mean / 2).float())
+    return ((area > 0) * torch.where(cut, inside, 1.)).sum(1)
 
 
 def object_shapes(labels):
