@@ -3,6 +3,7 @@ settings from the command line, the device, checkpoints, and how a user's mistak
 
     python train_vae.py                                   # the simulated screen
     python train_vae.py --data plates/index.csv --binning 2 --crop 64 --out runs/plates_vae
+    python train_vae.py --pixels --out runs/pixels_vae    # none: the baseline that needs no latents
 """
 import argparse
 import contextlib
@@ -52,6 +53,7 @@ class Config:
     fold: int = 2                         # pixels folded into channels by the stem
     width: int = 32                       # channels at the finest level
     blocks: int = 2                       # residual blocks per level
+    pixels: bool = False                  # no autoencoder: diffusion in pixels on the latents' grid
     kl_weight: float = 1e-2               # weight of the KL, both terms per pixel value
     spectral_weight: float = 0.           # of the difference of Fourier amplitudes
     multiscale_weight: float = 0.         # of the L1 between bands of a Laplacian pyramid
@@ -247,11 +249,16 @@ def measure_latents(vae, batches):
     vae.latent_std.copy_(samples.std((0, 2, 3), keepdim=True))
 
 
+def at_once(images):
+    """How many images (N, C, H, W) a network sees at a time: 64 of 64 pixels, one of 512."""
+    return min(64, max(1, 2 ** 18 // (images.shape[2] * images.shape[3])))
+
+
 @torch.no_grad()
-def reconstruct(vae, images, batch=64):
+def reconstruct(vae, images):
     """Images through the autoencoder by the posterior's mean: (x_hat, kl in nats per image)."""
     out, kl = [], []
-    for x in images.split(batch):
+    for x in images.split(at_once(images)):
         mean, logvar = vae.encode(x.to(device()))
         out.append(vae.decoder(mean).float().clamp(-1, 1).cpu())
         kl.append(kl_divergence(mean, logvar).cpu())
@@ -295,45 +302,52 @@ def draw_reconstruction(path, images, x_hat, channels):
     data.picture(path, rows, channels, labels, ["all", *channels])
 
 
-def train(config=Config()):
-    """Train a VAE and write `out`/model.pt. Returns its path."""
-    out = Path(config.out)
-    if (out / "model.pt").exists() and not config.overwrite:
-        raise UserError(f"{out}/model.pt exists: use --overwrite to train again, or another --out")
-    shape = VAEConfig(len(config.channels.split(",")), config.latent_channels, config.downsampling,
-                      config.fold, config.width, config.blocks)
+def peak_memory():
+    """The most memory that this process has held, in GB: of the GPU where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    if sys.platform == "win32":
+        return math.nan
+    import resource
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def shape_of(config):
+    """The VAEConfig of a Config, checked."""
+    channels = len(config.channels.split(","))
+    numbers = channels * config.downsampling ** 2 if config.pixels else config.latent_channels
+    shape = VAEConfig(channels, numbers, config.downsampling, config.fold, config.width,
+                      config.blocks, config.pixels)
     try:
         shape.widths()
     except ValueError as fault:
         raise UserError(str(fault)) from None
-    manifest, pixels, train_rows, held_rows = open_data(config)
-    intensity = data.fit_intensity(config.intensity, pixels, train_rows)
-    held_rows = np.random.default_rng(0).permutation(held_rows)  # from all plates
-    side = views(pixels, held_rows[:1], config, intensity).shape[-1]
+    return shape
+
+
+def held_out_views(pixels, rows, config, intensity):
+    """Held-out images to look at, from all plates; of few images several random pieces of each."""
+    rows = np.random.default_rng(0).permutation(rows)
+    side = views(pixels, rows[:1], config, intensity).shape[-1]
     looks = max(16, min(256, 2 ** 20 // side ** 2))  # a million pixels of large images
-    held = views(pixels, held_rows[:looks], config, intensity)
-    if len(held) < min(looks, 64):  # few images: several random pieces of each
-        held = torch.cat([views(pixels, held_rows, config, intensity, np.random.default_rng(k))
-                          for k in range(math.ceil(min(looks, 64) / len(held_rows)))])
+    held = views(pixels, rows[:looks], config, intensity)
+    if len(held) < min(looks, 64):
+        held = torch.cat([views(pixels, rows, config, intensity, np.random.default_rng(k))
+                          for k in range(math.ceil(min(looks, 64) / len(rows)))])
+    return held
 
-    torch.manual_seed(config.seed)
-    vae = VAE(shape).to(device())
-    optimiser = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(.9, .99),
-                                  fused=True)
-    count = sum(p.numel() for p in vae.parameters()) / 1e6
-    values, numbers = held[0].numel(), vae.to_latent(held[:1].to(device())).numel()
-    print(f"autoencoder: {count:.2f} M parameters, {values} pixel values to {numbers} numbers, "
-          f"{len(train_rows)} images to train on, {len(held)} views held out")
-    out.mkdir(parents=True, exist_ok=True)
+
+def optimise(vae, draw, held, channels, config):
+    """The training loop. draw(rng): a batch of training views; held: images to look at."""
+    optimiser = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(.9, .99), fused=True)
+    out, start, recent = Path(config.out), time.time(), []
     (out / "log.jsonl").unlink(missing_ok=True)
-
-    start, recent = time.time(), []
     for step in tqdm(range(config.steps), desc="training the autoencoder", mininterval=1):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, config.steps, config.lr)
         rng, noise_rng = step_rng(config.seed, step)
-        chosen = rng.choice(train_rows, config.batch)
-        x = views(pixels, chosen, config, intensity, rng).to(device())
+        x = draw(rng).to(device())
         h, w = (n // config.downsampling for n in x.shape[2:])
         noise = torch.randn(len(x), config.latent_channels, h, w, generator=noise_rng).to(device())
         with autocast():
@@ -349,24 +363,48 @@ def train(config=Config()):
         optimiser.step()
         recent.append(l1.item() / 2)
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
-            found, line, _ = evaluate(vae.eval(), held, manifest.channels)
+            found, line, _ = evaluate(vae.eval(), held, channels)
             vae.train()
             tqdm.write(f"step {step + 1:5d}: train L1 {np.mean(recent):.4f}, held-out {line}")
             write_log(out / "log.jsonl", step=step + 1, seconds=round(time.time() - start, 1),
                       train_l1=float(np.mean(recent)), **found)
             recent = []
 
+
+def train(config=Config()):
+    """Train a VAE and write `out`/model.pt. Returns its path."""
+    out = Path(config.out)
+    if (out / "model.pt").exists() and not config.overwrite:
+        raise UserError(f"{out}/model.pt exists: use --overwrite to train again, or another --out")
+    shape = shape_of(config)
+    manifest, pixels, train_rows, held_rows = open_data(config)
+    intensity = data.fit_intensity(config.intensity, pixels, train_rows)
+    held = held_out_views(pixels, held_rows, config, intensity)
+
+    def draw(rng, count=config.batch):
+        return views(pixels, rng.choice(train_rows, count), config, intensity, rng)
+    torch.manual_seed(config.seed)
+    vae = VAE(shape).to(device())
+    count = sum(p.numel() for p in vae.parameters()) / 1e6
+    values, numbers = held[0].numel(), vae.to_latent(held[:1].to(device())).numel()
+    print(f"autoencoder: {count:.2f} M parameters, {values} pixel values to {numbers} numbers, "
+          f"{len(train_rows)} images to train on, {len(held)} views held out")
+    out.mkdir(parents=True, exist_ok=True)
+    if not config.pixels:
+        optimise(vae, draw, held, manifest.channels, config)
+
     vae.eval().requires_grad_(False)
     rng = np.random.default_rng(config.seed)
-    measure_latents(vae, [views(pixels, rng.choice(train_rows, looks // 4), config, intensity, rng)
-                          for _ in range(8)])
+    measure_latents(vae, [draw(rng, max(4, at_once(held))) for _ in range(8)])
     found, line, x_hat = evaluate(vae, held, manifest.channels)
     baseline = reconstruction_metrics(held, through_small_image(held, numbers))
     print(f"held-out {line}\nan image shrunk to as many numbers and enlarged again: "
-          f"L1 {baseline['l1']:.4f}, PSNR {baseline['psnr']:.1f} dB")
+          f"L1 {baseline['l1']:.4f}, PSNR {baseline['psnr']:.1f} dB; peak memory "
+          f"{peak_memory():.1f} GB")
     draw_reconstruction(out / "reconstruction.png", held, x_hat, manifest.channels)
     (out / "result.json").write_text(json.dumps(
-        {"held_out": found, "small_image": baseline, "settings": asdict(config)}, indent=1))
+        {"held_out": found, "small_image": baseline, "peak_memory_gb": peak_memory(),
+         "settings": asdict(config)}, indent=1))
     save_checkpoint(out / "model.pt", "vae", {
         "config": asdict(shape), "weights": vae.state_dict(), "intensity": intensity,
         "settings": asdict(config), "result": found})
