@@ -40,8 +40,8 @@ from conditioning import (MOLECULE_ENCODERS, blank_unseen, check_values, parse_n
 from diffusion import FORMS
 from sample import INTERVAL, STEPS, Model
 from train_ldm import cached_views
-from train_vae import (UserError, autocast, device, learning_rate, load_checkpoint, open_data,
-                       reconstruct, run, save_checkpoint, step_rng, views, write_log)
+from train_vae import (UserError, at_once, autocast, device, learning_rate, load_checkpoint,
+                       open_data, reconstruct, run, save_checkpoint, step_rng, views, write_log)
 from unet import UNet, UNetConfig
 
 NUCLEUS_RADIUS = 4.5  # pixels; what the segmentation looks for
@@ -2071,19 +2071,19 @@ class PatchPCA:
 def feature_agreement(x, y, channels):
     """How well features of reconstructions y agree with those of the originals x, by channel and
     for the nuclei: {name: (correlation over images, bias in deviations)}, means over features."""
-    a, b = features(x, channels), features(y, channels)
+    a, b = (features(v, channels, at_once(v)) for v in (x, y))
     kept = a.isfinite() & b.isfinite()
     table = {}
     for name in ["nuclei", *channels]:
         found = []
         for k, feature in enumerate(feature_names(channels)):
             own = feature.startswith(f"{name}_") and not feature.endswith("_correlation")
-            if own or (name == "nuclei" and k < 5):
+            if (own or (name == "nuclei" and k < 5)) and kept[:, k].sum() > 2:
                 p, q = (v[:, k][kept[:, k]].double() for v in (a, b))
                 spread = p.std().clamp(min=1e-9)
                 found.append((torch.corrcoef(torch.stack([p, q]))[0, 1].nan_to_num(0.).item(),
                               ((q.mean() - p.mean()).abs() / spread).item()))
-        table[name] = tuple(float(v) for v in np.mean(found, 0))
+        table[name] = tuple(float(v) for v in np.mean(found or [[np.nan] * 2], 0))
     return table
 
 
@@ -2091,9 +2091,13 @@ def score_reconstruction(x, x_hat, channels, probe, rows):
     """All that compares reconstructions with the originals (N, C, H, W) in [-1, 1]."""
     p, q = (x + 1) / 2, (x_hat + 1) / 2
     found = train_vae.reconstruction_metrics(x, x_hat)
-    found |= {"ssim": structural_similarity(p, q).mean(0).tolist(),
+    power = power_spectrum(q) - power_spectrum(p)                        # (C, frequencies)
+    found |= {"ssim": torch.cat([structural_similarity(a, b) for a, b in zip(
+                  p.split(at_once(p)), q.split(at_once(q)))]).mean(0).tolist(),
+              "psnr_per_channel": (-10 * (p - q).square().mean((0, 2, 3)).clamp(min=1e-9)
+                                   .log10()).tolist(),
               "emd": earth_movers_distance(p, q).tolist(),
-              "spectrum": (power_spectrum(q) - power_spectrum(p)).mean(1).tolist(),
+              "fine_power": power[:, power.shape[1] // 2:].mean(1).tolist(),
               "features": feature_agreement(x, x_hat, channels)}
     if probe:
         hits = named_right(probe, x_hat, rows)
@@ -2105,7 +2109,7 @@ def score_reconstruction(x, x_hat, channels, probe, rows):
 
 def rates(vae, images):
     """Images encoded and decoded per second."""
-    x = images[:64].to(device())
+    x = images[:at_once(images)].to(device())
     found = []
     with torch.no_grad(), autocast():
         z = vae.to_latent(x)
@@ -2129,55 +2133,65 @@ def compare_latent_spaces(args):
     out = Path(args.out)
     results, lines, reconstructions = Results(out / "vae.jsonl"), [], {}
     for change in args.configs or LATENT_SPACES:
-        settings = parse_settings(change)
         name = change.replace(" ", ",") or "default"
         config = replace(train_vae.Config(), **{
             "data": args.data or train_vae.Config.data, "steps": args.train_steps,
-            "out": str(out / f"{name}-{args.train_steps}"), **settings})
+            "out": str(out / f"{name}-{args.train_steps}"), **parse_settings(change)})
         path = Path(config.out) / "model.pt"
         if not path.exists():
             train_vae.train(config)
         opened = open_autoencoder(path)
+        if opened.settings.data != config.data:
+            raise UserError(f"{path} was trained on {opened.settings.data}: use another --out")
         x, rows = held_out(opened, args.images)
         x_hat, kl = reconstruct(opened.vae, x)
-        reconstructions[name] = x_hat
-
-        def measured():
-            probe = probe_of(opened)
-            encode, decode = rates(opened.vae, x)
-            entry = {"label": name, "numbers": opened.vae.to_latent(x[:1].to(device())).numel(),
-                     "kl": kl.mean().item(), "encoded_per_s": encode, "decoded_per_s": decode,
-                     "parameters": sum(p.numel() for p in opened.vae.parameters())}
-            entry |= score_reconstruction(x, x_hat, opened.channels, probe, rows)
-            entry["baselines"] = baselines(opened, x, entry["numbers"], probe, rows)
-            return entry
-        line = results.get({"vae": change, "train_steps": args.train_steps, "images": len(x)},
-                           measured)
+        line = results.get({"vae": change, "autoencoder": finger(path), "images": len(x)},
+                           lambda: {"label": name} | measure_autoencoder(opened, x, x_hat, kl,
+                                                                         rows))
         if args.ldm_steps:
             line = line | results.get(
-                {"ldm_on": change, "train_steps": args.train_steps, "ldm_steps": args.ldm_steps,
-                 "images": args.images, "guidance": args.guidance, "interval": args.interval},
-                lambda: {"label": name} | generation_on(args, path, out / f"ldm-{name}"))
+                {"ldm_on": change, "autoencoder": finger(path), "ldm_steps": args.ldm_steps,
+                 "images": args.images, "guidance": args.guidance, "form": args.form,
+                 "interval": args.interval, "steps": args.steps},
+                lambda: generation_on(args, path, out / f"ldm-{name}-{args.train_steps}"))
         lines.append(line)
+        reconstructions.setdefault("original", x[0].numpy())
+        reconstructions[name] = x_hat[0].numpy()
     lines[0]["originals"] = score_reconstruction(x, x, opened.channels, probe_of(opened), rows)
     print_latent_spaces(lines, opened.channels)
-    draw_latent_spaces(out, lines, x, reconstructions, opened.channels)
+    draw_latent_spaces(out, lines, reconstructions, opened.channels)
     (out / "vae.json").write_text(json.dumps(lines, indent=1))
     print(f"wrote {out}/vae.json, vae.png and rate_distortion.png")
+
+
+def measure_autoencoder(opened, x, x_hat, kl, rows):
+    """One line of the table: size, rates, reconstruction, and the baselines beside it."""
+    probe, (encode, decode) = probe_of(opened), rates(opened.vae, x)
+    numbers = opened.vae.to_latent(x[:1].to(device())).numel()
+    return {"numbers": numbers, "numbers_per_pixel": numbers / x[0, 0].numel(),
+            "kl": kl.mean().item(), "encoded_per_s": encode, "decoded_per_s": decode,
+            "parameters": sum(p.numel() for p in opened.vae.parameters()),
+            **score_reconstruction(x, x_hat, opened.channels, probe, rows),
+            "baselines": baselines(opened, x, numbers, probe, rows)}
 
 
 def parse_settings(change):
     """"latent_channels=8 kl_weight=1e-3" to settings of train_vae.Config."""
     kinds, settings = {f.name: f.type for f in dataclasses.fields(train_vae.Config)}, {}
+    for name in ("data", "out"):  # options of their own
+        del kinds[name]
     for word in change.split():
         name, _, value = word.partition("=")
-        if name not in kinds or name in ("data", "out"):
+        if name not in kinds or kinds[name] is bool:
             raise UserError(f"--configs {word}: no setting of train_vae.py")
         try:
             settings[name] = kinds[name](value)
         except ValueError:
             raise UserError(f"--configs {word}: not a value for {name}") from None
-    return settings
+    preset = settings.get("preset", "")
+    if preset not in ("", *train_vae.PRESETS):
+        raise UserError(f"--configs preset={preset}: one of {', '.join(train_vae.PRESETS)}")
+    return train_vae.PRESETS.get(preset, {}) | settings
 
 
 def open_autoencoder(path):
@@ -2205,10 +2219,10 @@ def probe_of(opened):
 def baselines(opened, x, numbers, probe, rows):
     """What needs no network, at the same compression: a small image (area downsampling, bicubic
     upsampling) and patches in principal components."""
-    some = np.random.default_rng(1).permutation(opened.train)[:1000]
+    some = np.random.default_rng(1).permutation(opened.train)[:15 * at_once(x)]
     f = opened.settings.downsampling
     training = views(opened.pixels, some, opened.settings, opened.intensity)
-    pca = PatchPCA(training, f, opened.settings.latent_channels)
+    pca = PatchPCA(training, f, numbers // (x[0, 0].numel() // f ** 2))
     return {"small image": score_reconstruction(
         x, train_vae.through_small_image(x, numbers), opened.channels, probe, rows),
         "patch PCA": score_reconstruction(x, pca(x), opened.channels, probe, rows)}
@@ -2224,7 +2238,8 @@ def generation_on(args, vae, out):
     if "true_mechanism" not in m.columns:
         return {}
     cells = cells_of(m, ["true_mechanism", "batch"])
-    a, b = halves(m, heldout_sets(opened, ["val"])["val"], cells, args.images)
+    held, = heldout_sets(opened, ["val"]).values()
+    a, b = halves(m, held, cells, args.images)
     request = Request(opened.model.weights(args.guidance), args.form, args.interval,
                       steps=args.steps)
     entry, _ = quality_of(opened, a, b, cells, feature_scale(opened),
@@ -2235,46 +2250,57 @@ def generation_on(args, vae, out):
 
 
 def print_latent_spaces(lines, channels):
-    """One line per autoencoder and baseline: reconstruction; then per channel; then generation."""
-    print(f"\n{'':36s}{'numbers':>8s}{'KL':>7s}{'L1':>8s}{'PSNR':>6s}{'SSIM':>7s}{'EMD':>8s}"
-          f"{'mechanism':>11s}{'batch':>7s}  feature correlation: nuclei " + " ".join(
-              f"{c:>5s}" for c in channels))
-
-    def row(label, e, numbers, kl):
-        print(f"{label:36s}{numbers:>8}{kl:>7s}{e['l1']:8.4f}{e['psnr']:6.1f}"
-              f"{np.mean(e['ssim']):7.3f}{np.mean(e['emd']):8.4f}"
-              f"{e.get('probe_mechanism', np.nan):11.2f}{e.get('probe_batch', np.nan):7.2f}"
-              f"{'':23s}{e['features']['nuclei'][0]:6.2f} " + " ".join(
-                  f"{e['features'][c][0]:5.2f}" for c in channels))
-    for e in lines:
-        row(e["label"], e, e["numbers"], f"{e['kl']:.0f}")
-        for name, b in e["baselines"].items():
-            row(f"    {name}", b, e["numbers"], "")
-    row("the originals", lines[0]["originals"], "", "")
-    print(f"\n{'L1 by channel':36s}" + " ".join(f"{c:>7s}" for c in channels)
-          + f"{'M parameters':>14s}{'encoded/s':>11s}{'decoded/s':>11s}")
-    for e in lines:
-        print(f"{e['label']:36s}" + " ".join(f"{v:7.4f}" for v in e["l1_per_channel"])
-              + f"{e['parameters'] / 1e6:14.2f}{e['encoded_per_s']:11.0f}"
+    """One line per autoencoder and baseline: reconstruction; then by channel; then generation."""
+    every = [(e["label"], e) for e in lines]
+    beside = [(label, e) for e in lines for label, e in (
+        (e["label"], e), *((f"    {name}", b) for name, b in e["baselines"].items()))]
+    beside.append(("the originals", lines[0]["originals"]))
+    print(f"\n{'':36s}{'numbers':>8s}{'a pixel':>9s}{'KL':>7s}{'L1':>8s}{'PSNR':>6s}{'SSIM':>7s}"
+          f"{'EMD':>8s}{'mechanism':>11s}{'batch':>7s}")
+    for label, e in beside:
+        size = (f"{e['numbers']:8d}{e['numbers_per_pixel']:9.3f}{e['kl']:7.0f}" if "kl" in e
+                else " " * 24)
+        print(f"{label:36s}{size}{e['l1']:8.4f}{e['psnr']:6.1f}{np.mean(e['ssim']):7.3f}"
+              f"{np.mean(e['emd']):8.4f}{e.get('probe_mechanism', np.nan):11.2f}"
+              f"{e.get('probe_batch', np.nan):7.2f}")
+    for title, key, form in (("L1", "l1_per_channel", "8.4f"), ("PSNR", "psnr_per_channel", "8.1f"),
+                             ("structural similarity", "ssim", "8.3f"),
+                             ("earth mover's distance", "emd", "8.4f"),
+                             ("log power of fine structure, lost", "fine_power", "8.2f")):
+        print(f"\n{title:36s}" + "".join(f"{c:>8s}" for c in channels))
+        for label, e in beside[:-1]:
+            print(f"{label:36s}" + "".join(f"{v:{form}}" for v in e[key]))
+    names = ["nuclei", *channels]
+    print(f"\n{'features: correlation (bias)':36s}" + "".join(f"{n:>13s}" for n in names))
+    for label, e in beside[:-1]:
+        print(f"{label:36s}" + "".join("{:6.2f} ({:4.2f})".format(*e["features"][n])
+                                       for n in names))
+    print(f"\n{'':36s}{'M parameters':>14s}{'encoded/s':>11s}{'decoded/s':>11s}")
+    for label, e in every:
+        print(f"{label:36s}{e['parameters'] / 1e6:14.2f}{e['encoded_per_s']:11.0f}"
               f"{e['decoded_per_s']:11.0f}")
-    made = [e for e in lines if "generated" in e]
+    print_generation([(label, e) for label, e in every if "generated" in e])
+
+
+def print_generation(made):
+    """What each autoencoder does to generation."""
     if made:
         print(f"\n{'generated on held-out wells':36s}{'mechanism':>10s}{'batch':>8s}"
               f"{'distance':>10s}{'(floor, ceiling)':>20s}{'variance':>10s}")
-    for e in made:
+    for label, e in made:
         g, limits = e["generated"], (e["generated_floor"], e["generated_ceiling"])
-        print(f"{e['label']:36s}{g['true_mechanism']:10.2f}{g['batch']:8.2f}"
+        print(f"{label:36s}{g['true_mechanism']:10.2f}{g['batch']:8.2f}"
               f"{1000 * g['distance']:10.0f}"
               f"{'({:.0f}, {:.0f})'.format(*(1000 * v for v in limits)):>20s}"
               f"{g['variance_ratio']:10.2f}")
 
 
-def draw_latent_spaces(out, lines, x, reconstructions, channels):
-    """By channel, the same image through each autoencoder; and distortion against rate."""
+def draw_latent_spaces(out, lines, images, channels):
+    """By channel, the same image {name: (C, H, W)} through each autoencoder; and distortion against
+    rate."""
     import matplotlib.pyplot as plt
-    data.picture(out / "vae.png", [[image[0].numpy(), *image[0].numpy()] for image in (
-        x, *reconstructions.values())], channels, ["original", *reconstructions],
-        ["all", *channels])
+    data.picture(out / "vae.png", [[image, *image] for image in images.values()], channels,
+                 list(images), ["all", *channels])
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for k, e in enumerate(lines):
         for axis, rate in zip(axes, (e["numbers"], e["kl"])):
@@ -2477,7 +2503,7 @@ def grow_cells(labels, rna, steps):
 
 def middle(x):
     """Median of (B, L, ...) over L without NaN; NaN where there is nothing."""
-    nothing = torch.full_like(x[:, :1], torch.nan)
+    nothing = x.new_full((len(x), 1, *x.shape[2:]), torch.nan)
     return torch.cat([x, nothing], 1).nanmedian(1).values
 
 
@@ -2532,18 +2558,27 @@ def by_molecule(found, place):
             for family, v in found.items()}
 
 
-def correlation_by_family(a, b, chosen=slice(None)):
-    """{family: (Pearson, Spearman)} over the `chosen` molecules: features {family: (M, F)} of two
-    sets correlated, averaged over the family's features that vary."""
+def correlations(p, q):
+    """Pearson correlation (F,) of the columns of two (M, F), rows with NaN in either left out; NaN
+    where a column does not vary."""
+    kept = p.isfinite() & q.isfinite()
+    p, q = (torch.where(kept, v.double(), torch.nan) for v in (p, q))
+    p, q = ((v - v.nanmean(0)).nan_to_num(0.) for v in (p, q))
+    size = p.norm(dim=0) * q.norm(dim=0)
+    return torch.where((kept.sum(0) > 2) & (size > 1e-12), (p * q).sum(0) / size, torch.nan)
+
+
+def correlation_by_family(a, b):
+    """{family: (Pearson, Spearman)} over molecules: features {family: (M, F)} of two sets
+    correlated, averaged over the family's features that vary."""
     table = {}
     for family in FAMILIES:
-        found = []
-        for p, q in zip(a[family][chosen].T, b[family][chosen].T):
-            kept = p.isfinite() & q.isfinite()
-            if kept.sum() > 2 and p[kept].std() > 0 and q[kept].std() > 0:
-                found.append([torch.corrcoef(torch.stack([f(p[kept]), f(q[kept])]))[0, 1].item()
-                              for f in (torch.Tensor.double, ranks)])
-        table[family] = tuple(np.mean(found, 0)) if found else (np.nan, np.nan)
+        p, q = a[family], b[family]
+        ranked = [torch.full_like(v, torch.nan, dtype=torch.double) for v in (p, q)]
+        for k, kept in enumerate((p.isfinite() & q.isfinite()).T):
+            for v, into in zip((p, q), ranked):
+                into[kept, k] = ranks(v[kept, k])
+        table[family] = tuple(correlations(*pair).nanmean().item() for pair in ((p, q), ranked))
     return table
 
 
@@ -2608,7 +2643,7 @@ def correspondence_hits(network, codes, graphs, molecule, candidates=100, seed=0
 def benchmark_sets(manifest, wanted):
     """{name: rows} of what is not trained on: each set of Mol2Image's whose name says easy (unseen
     images of training molecules) or hard (unseen molecules); of a simulated screen, the same."""
-    label = np.array(manifest.columns.get("split", [""] * len(manifest)))
+    label = np.array(manifest.columns.get("split", []))
     names = sorted(set(label) - {"train", ""})
     sets = {n: [n] for n in names if "easy" in n or "hard" in n} or {
         "easy": ["val"], "hard": ["test_substituent", "test_scaffold"]}
@@ -2676,8 +2711,8 @@ def nearest_images(opened, rows, smiles, treatment):
 
 def batches_of(manifest):
     """The experiment of each row: its batch, or plate, or none."""
-    columns = manifest.columns
-    return np.array(columns.get("batch", columns.get("plate", [""] * len(manifest))))
+    name = next((n for n in ("batch", "plate") if n in manifest.columns), None)
+    return np.array(manifest.columns[name] if name else [""] * len(manifest))
 
 
 def class_means(opened, rows, treatment):
@@ -2776,15 +2811,16 @@ def score_benchmark(made, real, network, graphs, place):
     hits = correspondence_hits(network, made["codes"], graphs, place)
     found["correlation"] = correlation_by_family(a, b)
     found |= {name: float(v.mean()) for name, v in hits.items()}
-    rng, halves_found = np.random.default_rng(0), defaultdict(list)
-    for _ in range(50):
+    rng, spread = np.random.default_rng(0), defaultdict(list)
+    for _ in range(100):
         half = rng.permutation(len(graphs))[:max(3, len(graphs) // 2)]
-        for family, (pearson, _) in correlation_by_family(a, b, half).items():
-            halves_found[family].append(pearson)
-        halves_found["accuracy"].append(hits["accuracy"][np.isin(place, half)].mean())
+        for family in FAMILIES:
+            spread[family].append(correlations(a[family][half], b[family][half]).nanmean().item())
+        spread["accuracy"].append(hits["accuracy"][np.isin(place, half)].mean())
     estimates = {f: found["correlation"][f][0] for f in FAMILIES} | {"accuracy": found["accuracy"]}
     return found | {"candidates": min(100, len(graphs)), "interval": {
-        name: around(estimate, halves_found[name]) for name, estimate in estimates.items()}}
+        name: around(estimate, spread[name]) if np.isfinite(spread[name]).any() else [np.nan] * 2
+        for name, estimate in estimates.items()}}
 
 
 def treatments(opened, checkpoint):

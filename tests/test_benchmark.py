@@ -4,6 +4,8 @@ import csv
 import gzip
 import json
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from torch.testing import assert_close
 
 import data
 import evaluate
+import sample
+import train_ldm
 import train_vae
 import vae
 from conftest import SHARED
@@ -144,7 +148,7 @@ def test_thresholds_part_levels():
 
 
 def test_cross_entropy_threshold_is_the_least_of_its_definition():
-    """Li & Lee 1993: the cut with the least -sum of x log(mean of its class), by trying them all."""
+    """Li & Lee 1993: the cut with the least -sum of x log(mean of its class), trying them all."""
     x = torch.cat([torch.rand(300, generator=torch.Generator().manual_seed(0)) * .3 + .1,
                    torch.rand(60, generator=torch.Generator().manual_seed(1)) * .5 + .4])
     x = (x * 127).round() / 127
@@ -233,6 +237,12 @@ def test_large_images_are_compared_at_64_pixels_and_at_their_own_size():
     assert set(other["patches"]) == {64}
 
 
+def test_images_without_nuclei_are_measured():
+    blank = correspondence_features(torch.full((2, 5, 64, 64), -1.), list(data.CHANNELS))
+    assert blank["size"].isnan().all() and (blank["count"] == 0).all()
+    assert [blank[f].shape for f in evaluate.FAMILIES] == [(2, n) for n in (2, 1, 4, 120, 10)]
+
+
 def test_correspondence_learns_what_belongs_together():
     """Four molecules, each with its own brightness: matched pairs are told apart, and retrieved."""
     graphs = evaluate.MOLECULE_ENCODERS["graph"]({}, 8, 8).featurise(
@@ -293,6 +303,7 @@ def test_latent_spaces_command(screen, cli, tmp_path, monkeypatch):
     assert status == 0, error
     first, second = json.loads((tmp_path / "o" / "vae.json").read_text())
     assert first["numbers"] == 2 * second["numbers"] == 256
+    assert first["numbers_per_pixel"] == .25  # 256 of 32x32 pixels
     assert first["originals"]["l1"] == 0 and first["baselines"]["patch PCA"]["l1"] > 0
     assert "small image" in out and (tmp_path / "o" / "rate_distortion.png").exists()
     before = (tmp_path / "o" / "vae.jsonl").read_text()
@@ -308,27 +319,118 @@ def test_latent_spaces_refuse_unknown_settings(refused, screen, tmp_path):
         assert len(lines) == 1
 
 
+def test_a_preset_brings_its_settings():
+    found = evaluate.parse_settings("preset=128x128x1 width=8")
+    assert (found["crop"], found["latent_channels"], found["width"]) == (512, 1, 8)
+    with pytest.raises(train_vae.UserError, match="one of 64x64x8, 128x128x1"):
+        evaluate.parse_settings("preset=64x64")
+
+
 # --- the benchmark's command ----------------------------------------------------------------------
 
-def test_benchmark_command_and_another_system(ldm_path, screen, cli, refused, tmp_path,
-                                              monkeypatch):
+@pytest.fixture(scope="session")
+def pixel_path(screen, ldm_config, tmp_path_factory):
+    """The tiny model in pixel space, through the real scripts."""
+    folded = train_vae.train(train_vae.Config(data=str(screen), pixels=True,
+                                              out=str(tmp_path_factory.mktemp("pixels_vae"))))
+    return train_ldm.train(replace(ldm_config, vae=str(folded),
+                                   out=str(tmp_path_factory.mktemp("pixels"))))
+
+
+def test_pixels_are_folded_and_nothing_is_lost(pixel_path):
+    model = sample.Model.load(pixel_path)
+    assert model.latent_shape == (80, 8, 8) and model.denoiser.unet.config.latent_channels == 80
+    x = torch.rand(2, 5, 32, 32) * 2 - 1
+    z = model.vae.to_latent(x, torch.randn(2, 80, 8, 8))
+    assert_close(model.vae.to_image(z), x, atol=1e-3, rtol=0.)  # no noise is added
+    assert not list(model.vae.parameters())
+
+
+@pytest.fixture
+def benchmark_words(ldm_path, tmp_path, monkeypatch):
     # this small screen has one well of each treatment: its sites stand in for wells
     monkeypatch.setattr(evaluate, "wells_of", lambda m: np.arange(len(m)).astype(str))
-    words = ("quality", "--mol2image", "--checkpoint", ldm_path, "--steps", 1,
-             "--images", 12, "--train_steps", 2, "--sets", "test_substituent", "--out", tmp_path)
-    status, out, error = cli(evaluate, *words, "--generated", screen)  # the real images, as its own
+    return ("quality", "--mol2image", "--checkpoint", ldm_path, "--steps", 1, "--images", 12,
+            "--train_steps", 2, "--sets", "test_substituent", "--out", tmp_path)
+
+
+def test_benchmark_command_with_other_systems(benchmark_words, pixel_path, screen, cli, tmp_path,
+                                              monkeypatch):
+    status, out, error = cli(evaluate, *benchmark_words, "--pixel_model", pixel_path,
+                             "--generated", screen)  # the real images, as another system's own
     assert status == 0, error
     table = json.loads((tmp_path / "mol2image.json").read_text())["table"]["test_substituent"]
     other, real = table["the other system"], table["real, another well"]
     assert other["swd"] == [0., 0.] and max(other["intensity_w1"]) == 0  # it is the real set itself
     assert_close(other["correlation"]["size"], [1., 1.])
     assert min(real["swd"]) > 0 and real["correlation"]["size"][0] < 1
+    assert table["same U-Net in pixels"]["swd"] != table["generated"]["swd"]
+    assert real["interval"]["size"][0] <= real["correlation"]["size"][0]
     assert "top-1" in out and (tmp_path / "mol2image.png").exists()
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("generated-*.npy")}
+    monkeypatch.setattr(evaluate, "generate", None)  # a second run finds both sets
+    assert len(made) == 2 and cli(evaluate, *benchmark_words)[0] == 0
+
+
+def test_another_system_must_have_made_every_image(benchmark_words, screen, refused, tmp_path):
     short = tmp_path / "short.csv"
     lines = screen.read_text().splitlines()
     short.write_text("\n".join(lines[:5]) + "\n")
     (tmp_path / "image.npy").symlink_to(screen.parent / "image.npy")
-    refused(evaluate, *words, "--generated", short, says=["has no image for"])
+    refused(evaluate, *benchmark_words, "--generated", short, says=["has no image for"])
+
+
+def test_images_of_another_system_need_no_crop(tmp_path):
+    """Its 64-pixel images are taken as they are beside crops of 128."""
+    rng = np.random.default_rng(0)
+    for name, side in (("real", 140), ("made", 64)):
+        np.save(tmp_path / f"{name}.npy", rng.integers(0, 255, (2, 1, side, side), np.uint8))
+        (tmp_path / f"{name}.csv").write_text("image,index,compound\n" + "".join(
+            f"{name}.npy,{i},{'ab'[i]}\n" for i in range(2)))
+    m = data.read_manifest(tmp_path / "real.csv", ("DNA",))
+    model = SimpleNamespace(channels=("DNA",), intensity={"low": [0.], "high": [255.]})
+    opened = SimpleNamespace(manifest=m, pixels=data.Pixels(m), model=model,
+                             settings=SimpleNamespace(crop=128, binning=1, flips=True))
+    read = evaluate.other_system(opened, tmp_path / "made.csv", np.array([1, 0]))
+    assert read(np.arange(2)).shape == (2, 1, 64, 64)
+    made = np.load(tmp_path / "made.npy")[::-1] / 127.5 - 1  # in the order of the rows
+    assert_close(read(np.arange(2)).numpy(), made.astype(np.float32), atol=1e-5, rtol=0.)
+
+
+def test_class_means_are_of_training_images_alone():
+    x = torch.arange(6.)[:, None, None, None].expand(6, 1, 4, 4)
+    columns = {"batch": ["A", "A", "A", "B", "B", "B"]}
+    m = SimpleNamespace(columns=columns)
+    opened = SimpleNamespace(manifest=m, train=np.array([0, 1, 3, 4]), pixels=x.numpy(),
+                             settings=SimpleNamespace(crop=0, flips=False),
+                             model=SimpleNamespace(intensity={"low": [0.], "high": [2.]}))
+    treatment = np.array(["p", "p", "q", "p", "r", "new"])
+    read = evaluate.class_means(opened, np.array([0, 5]), treatment)
+    scaled = torch.tensor([-1., 0., 1., 1., 1., 1.])  # values 0 to 2 as [-1, 1], clipped
+    assert_close(read(np.array([0]))[0, 0, 0, 0], scaled[[0, 1, 3]].mean())  # its treatment
+    assert_close(read(np.array([1]))[0, 0, 0, 0], scaled[[3, 4]].mean())     # its batch
+
+
+def test_nearest_images_share_dose_and_batch():
+    smiles = np.array(["CCO", "CCO", "CCO", "CCCCCCCC", "CCCO"])
+    dose, batch = ["1", "10", "10", "10", "10"], ["A", "B", "A", "A", "A"]
+    m = SimpleNamespace(columns={"batch": batch})
+    opened = SimpleNamespace(manifest=m, train=np.arange(4))
+    treatment = np.array([" x ".join(v) for v in zip(smiles, dose)])
+    assert evaluate.nearest_images(opened, np.array([4]), smiles, treatment) == [2]
+
+
+def test_sets_of_the_benchmark_by_name():
+    def sets(names, wanted=None):
+        m = SimpleNamespace(columns={"split": names}, path="m.csv")
+        return {k: v.tolist() for k, v in evaluate.benchmark_sets(m, wanted).items()}
+    assert sets(["train", "val", "test_scaffold", "test_substituent", "test_pair"]) == {
+        "easy": [1], "hard": [2, 3]}
+    published = ["train", "test_easy", "test_hard", "test_hard_ext10_unique"]
+    assert sets(published) == {"test_easy": [1], "test_hard": [2], "test_hard_ext10_unique": [3]}
+    assert sets(published, ["test_hard"]) == {"test_hard": [2]}
+    with pytest.raises(data.DataError, match="no hard2 rows"):
+        sets(published, ["hard2"])
 
 
 def test_twins_come_from_other_wells():
@@ -470,7 +572,11 @@ def test_the_real_split_tables_and_plate_maps_are_read(tmp_path, cli):
     assert f"{len(keys) - 3} listed images" in said
     manifest = data.read_manifest(out, ("Mito", "ER", "RNA", "AGP", "DNA"))
     assert set(manifest.columns["split"]) == {"test_easy"} and "" not in manifest.columns["dose"]
-    assert data.Pixels(manifest)[0].shape == (5, 520, 696)
+    pixels = data.Pixels(manifest)
+    assert pixels[0].shape == (5, 520, 696) and pixels.dtype_range(0) == 255
+    for k, name in enumerate(("Mito", "ERSyto", "ERSytoBleed", "Ph_golgi", "Hoechst")):
+        raw = tifffile.imread(SHARED / "bray2017" / f"{name}.tif").astype(float)
+        assert np.corrcoef(pixels[0][k].ravel(), raw.ravel())[0, 1] > .99  # each under its name
 
 
 @real
@@ -489,18 +595,33 @@ def test_jump_tables_join_a_load_data_table(tmp_path, cli):
     assert row["source"] == first["Metadata_Source"] and row["smiles"]
 
 
+def large_fields(folder):
+    """A manifest of four fields of at least 512 pixels: real ones of LINCS where they are, else
+    simulated ones side by side."""
+    path = folder / "manifest.csv"
+    if SHARED.exists():
+        rows = data.read_table(SHARED / "lincs" / "index.csv")[:4]
+        data.write_manifest(path, [{c: SHARED / "lincs" / row[c] for c in data.CHANNELS}
+                                   for row in rows])
+        return path
+    screen = data.Screen()
+    row = dict(row=8, column=12, site=1, batch="B1", plate="P01", true_mechanism="none",
+               true_effect=0.)
+    field = data.draw_field(row, screen, data.microscope(screen), [1], False)["image"]
+    np.save(folder / "image.npy", np.tile(field, (4, 1, 9, 9)))  # (4, 5, 576, 576)
+    data.write_manifest(path, [{"image": "image.npy", "index": i} for i in range(4)])
+    return path
+
+
 def test_presets_of_the_posters_size(tmp_path, cli, refused):
-    """512x512 pixels of five channels to 64x64x8 and to 128x128x1 numbers, through the real script:
-    one step."""
-    rng = np.random.default_rng(0)
-    np.save(tmp_path / "image.npy", rng.integers(0, 255, (4, 5, 520, 520), np.uint8))
-    (tmp_path / "manifest.csv").write_text("image,index,compound\n" + "".join(
-        f"image.npy,{i},{'ab'[i % 2]}\n" for i in range(4)))
-    words = ("--data", tmp_path / "manifest.csv", "--width", 8, "--blocks", 1, "--steps", 1,
+    """512x512 pixels of five channels to 64x64x8 and to 128x128x1 numbers, through the real
+    script: two steps."""
+    words = ("--data", large_fields(tmp_path), "--width", 8, "--blocks", 1, "--steps", 2,
              "--batch", 1, "--split", "image", "--holdout", .25)
     for preset in ("64x64x8", "128x128x1"):
-        status, _, error = cli(train_vae, "--preset", preset, "--out", tmp_path / preset, *words)
+        status, said, error = cli(train_vae, "--preset", preset, "--out", tmp_path / preset, *words)
         assert status == 0, error
+        assert "peak memory" in said
         found, content = train_vae.load_vae(tmp_path / preset / "model.pt")
         z = found.to_latent(torch.zeros(1, 5, 512, 512))
         assert "x".join(str(z.shape[k]) for k in (2, 3, 1)) == preset
