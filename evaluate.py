@@ -40,8 +40,8 @@ from conditioning import (MOLECULE_ENCODERS, blank_unseen, check_values, parse_n
 from diffusion import FORMS, SAMPLERS
 from sample import INTERVAL, STEPS, Model
 from train_ldm import cached_views
-from train_vae import (UserError, autocast, device, learning_rate, load_checkpoint, open_data,
-                       reconstruct, run, save_checkpoint, step_rng, views, write_log)
+from train_vae import (UserError, at_once, autocast, device, learning_rate, load_checkpoint,
+                       open_data, reconstruct, run, save_checkpoint, step_rng, views, write_log)
 from unet import UNet, UNetConfig
 
 NUCLEUS_RADIUS = 4.5  # pixels; what the segmentation looks for
@@ -123,11 +123,13 @@ def touches(labels, *sides):
 
 
 def count_objects(labels):
-    """Objects per image (B,). One that the border cuts counts half: as often as not its centre
-    lies outside."""
-    area = per_object(labels, torch.ones_like(labels))
-    cut = touches(labels, "top", "bottom", "left", "right")
-    return ((area > 0) * (1 - .5 * cut))[:, 1:].sum(1)
+    """Objects per image (B,). One that the border cuts counts if it shows at least half the mean
+    area of the image's whole ones, so that its centre lies inside (half where none is whole)."""
+    area = per_object(labels, torch.ones_like(labels))[:, 1:]
+    cut = touches(labels, "top", "bottom", "left", "right")[:, 1:]
+    mean = torch.where((area > 0) & ~cut, area, torch.nan).nanmean(1, keepdim=True)
+    inside = torch.where(mean.isnan(), .5, (area >= mean / 2).float())
+    return ((area > 0) * torch.where(cut, inside, 1.)).sum(1)
 
 
 def object_shapes(labels):
@@ -2092,19 +2094,19 @@ class PatchPCA:
 def feature_agreement(x, y, channels):
     """How well features of reconstructions y agree with those of the originals x, by channel and
     for the nuclei: {name: (correlation over images, bias in deviations)}, means over features."""
-    a, b = features(x, channels), features(y, channels)
+    a, b = (features(v, channels, at_once(v)) for v in (x, y))
     kept = a.isfinite() & b.isfinite()
     table = {}
     for name in ["nuclei", *channels]:
         found = []
         for k, feature in enumerate(feature_names(channels)):
             own = feature.startswith(f"{name}_") and not feature.endswith("_correlation")
-            if own or (name == "nuclei" and k < 5):
+            if (own or (name == "nuclei" and k < 5)) and kept[:, k].sum() > 2:
                 p, q = (v[:, k][kept[:, k]].double() for v in (a, b))
                 spread = p.std().clamp(min=1e-9)
                 found.append((torch.corrcoef(torch.stack([p, q]))[0, 1].nan_to_num(0.).item(),
                               ((q.mean() - p.mean()).abs() / spread).item()))
-        table[name] = tuple(float(v) for v in np.mean(found, 0))
+        table[name] = tuple(float(v) for v in np.mean(found or [[np.nan] * 2], 0))
     return table
 
 
@@ -2112,9 +2114,13 @@ def score_reconstruction(x, x_hat, channels, probe, rows):
     """All that compares reconstructions with the originals (N, C, H, W) in [-1, 1]."""
     p, q = (x + 1) / 2, (x_hat + 1) / 2
     found = train_vae.reconstruction_metrics(x, x_hat)
-    found |= {"ssim": structural_similarity(p, q).mean(0).tolist(),
+    power = power_spectrum(q) - power_spectrum(p)                        # (C, frequencies)
+    found |= {"ssim": torch.cat([structural_similarity(a, b) for a, b in zip(
+                  p.split(at_once(p)), q.split(at_once(q)))]).mean(0).tolist(),
+              "psnr_per_channel": (-10 * (p - q).square().mean((0, 2, 3)).clamp(min=1e-9)
+                                   .log10()).tolist(),
               "emd": earth_movers_distance(p, q).tolist(),
-              "spectrum": (power_spectrum(q) - power_spectrum(p)).mean(1).tolist(),
+              "fine_power": power[:, power.shape[1] // 2:].mean(1).tolist(),
               "features": feature_agreement(x, x_hat, channels)}
     if probe:
         hits = named_right(probe, x_hat, rows)
@@ -2126,7 +2132,7 @@ def score_reconstruction(x, x_hat, channels, probe, rows):
 
 def rates(vae, images):
     """Images encoded and decoded per second."""
-    x = images[:64].to(device())
+    x = images[:at_once(images)].to(device())
     found = []
     with torch.no_grad(), autocast():
         z = vae.to_latent(x)
@@ -2150,53 +2156,63 @@ def compare_latent_spaces(args):
     out = Path(args.out)
     results, lines, reconstructions = Results(out / "vae.jsonl"), [], {}
     for change in args.configs or LATENT_SPACES:
-        settings = parse_settings(change)
         name = change.replace(" ", ",") or "default"
         config = replace(train_vae.Config(), **{
             "data": args.data or train_vae.Config.data, "steps": args.train_steps,
-            "out": str(out / f"{name}-{args.train_steps}"), **settings})
+            "out": str(out / f"{name}-{args.train_steps}"), **parse_settings(change)})
         path = train_vae.trained(config)
         opened = open_autoencoder(path)
+        if opened.settings.data != config.data:
+            raise UserError(f"{path} was trained on {opened.settings.data}: use another --out")
         x, rows = held_out(opened, args.images)
         x_hat, kl = reconstruct(opened.vae, x)
-        reconstructions[name] = x_hat
-
-        def measured():
-            probe = probe_of(opened)
-            encode, decode = rates(opened.vae, x)
-            entry = {"label": name, "numbers": opened.vae.to_latent(x[:1].to(device())).numel(),
-                     "kl": kl.mean().item(), "encoded_per_s": encode, "decoded_per_s": decode,
-                     "parameters": sum(p.numel() for p in opened.vae.parameters())}
-            entry |= score_reconstruction(x, x_hat, opened.channels, probe, rows)
-            entry["baselines"] = baselines(opened, x, entry["numbers"], probe, rows)
-            return entry
-        line = results.get({"vae": change, "train_steps": args.train_steps, "images": len(x)},
-                           measured)
+        line = results.get({"vae": change, "autoencoder": finger(path), "images": len(x)},
+                           lambda: {"label": name} | measure_autoencoder(opened, x, x_hat, kl,
+                                                                         rows))
         if args.ldm_steps:
             line = line | results.get(
-                {"ldm_on": change, "train_steps": args.train_steps, "ldm_steps": args.ldm_steps,
-                 "images": args.images, "guidance": args.guidance, "interval": args.interval},
-                lambda: {"label": name} | generation_on(args, path, out / f"ldm-{name}"))
+                {"ldm_on": change, "autoencoder": finger(path), "ldm_steps": args.ldm_steps,
+                 "images": args.images, "guidance": args.guidance, "form": args.form,
+                 "interval": args.interval, "steps": args.steps},
+                lambda: generation_on(args, path, out / f"ldm-{name}-{args.train_steps}"))
         lines.append(line)
+        reconstructions.setdefault("original", x[0].numpy())
+        reconstructions[name] = x_hat[0].numpy()
     lines[0]["originals"] = score_reconstruction(x, x, opened.channels, probe_of(opened), rows)
     print_latent_spaces(lines, opened.channels)
-    draw_latent_spaces(out, lines, x, reconstructions, opened.channels)
+    draw_latent_spaces(out, lines, reconstructions, opened.channels)
     (out / "vae.json").write_text(json.dumps(lines, indent=1))
     print(f"wrote {out}/vae.json, vae.png and rate_distortion.png")
+
+
+def measure_autoencoder(opened, x, x_hat, kl, rows):
+    """One line of the table: size, rates, reconstruction, and the baselines beside it."""
+    probe, (encode, decode) = probe_of(opened), rates(opened.vae, x)
+    numbers = opened.vae.to_latent(x[:1].to(device())).numel()
+    return {"numbers": numbers, "numbers_per_pixel": numbers / x[0, 0].numel(),
+            "kl": kl.mean().item(), "encoded_per_s": encode, "decoded_per_s": decode,
+            "parameters": sum(p.numel() for p in opened.vae.parameters()),
+            **score_reconstruction(x, x_hat, opened.channels, probe, rows),
+            "baselines": baselines(opened, x, numbers, probe, rows)}
 
 
 def parse_settings(change):
     """"latent_channels=8 kl_weight=1e-3" to settings of train_vae.Config."""
     kinds, settings = {f.name: f.type for f in dataclasses.fields(train_vae.Config)}, {}
+    for name in ("data", "out"):  # options of their own
+        del kinds[name]
     for word in change.split():
         name, _, value = word.partition("=")
-        if name not in kinds or name in ("data", "out"):
+        if name not in kinds or kinds[name] is bool:
             raise UserError(f"--configs {word}: no setting of train_vae.py")
         try:
             settings[name] = kinds[name](value)
         except ValueError:
             raise UserError(f"--configs {word}: not a value for {name}") from None
-    return settings
+    preset = settings.get("preset", "")
+    if preset not in ("", *train_vae.PRESETS):
+        raise UserError(f"--configs preset={preset}: one of {', '.join(train_vae.PRESETS)}")
+    return train_vae.PRESETS.get(preset, {}) | settings
 
 
 def open_autoencoder(path):
@@ -2224,10 +2240,10 @@ def probe_of(opened):
 def baselines(opened, x, numbers, probe, rows):
     """What needs no network, at the same compression: a small image (area downsampling, bicubic
     upsampling) and patches in principal components."""
-    some = np.random.default_rng(1).permutation(opened.train)[:1000]
+    some = np.random.default_rng(1).permutation(opened.train)[:15 * at_once(x)]
     f = opened.settings.downsampling
     training = views(opened.pixels, some, opened.settings, opened.intensity)
-    pca = PatchPCA(training, f, opened.settings.latent_channels)
+    pca = PatchPCA(training, f, numbers // (x[0, 0].numel() // f ** 2))
     return {"small image": score_reconstruction(
         x, train_vae.through_small_image(x, numbers), opened.channels, probe, rows),
         "patch PCA": score_reconstruction(x, pca(x), opened.channels, probe, rows)}
@@ -2243,7 +2259,8 @@ def generation_on(args, vae, out):
     if "true_mechanism" not in m.columns:
         return {}
     cells = cells_of(m, ["true_mechanism", "batch"])
-    a, b = halves(m, heldout_sets(opened, ["val"])["val"], cells, args.images)
+    held, = heldout_sets(opened, ["val"]).values()
+    a, b = halves(m, held, cells, args.images)
     request = Request(opened.model.weights(args.guidance), args.form, args.interval,
                       steps=args.steps)
     entry, _ = quality_of(opened, a, b, cells, feature_scale(opened),
@@ -2254,46 +2271,57 @@ def generation_on(args, vae, out):
 
 
 def print_latent_spaces(lines, channels):
-    """One line per autoencoder and baseline: reconstruction; then per channel; then generation."""
-    print(f"\n{'':36s}{'numbers':>8s}{'KL':>7s}{'L1':>8s}{'PSNR':>6s}{'SSIM':>7s}{'EMD':>8s}"
-          f"{'mechanism':>11s}{'batch':>7s}  feature correlation: nuclei " + " ".join(
-              f"{c:>5s}" for c in channels))
-
-    def row(label, e, numbers, kl):
-        print(f"{label:36s}{numbers:>8}{kl:>7s}{e['l1']:8.4f}{e['psnr']:6.1f}"
-              f"{np.mean(e['ssim']):7.3f}{np.mean(e['emd']):8.4f}"
-              f"{e.get('probe_mechanism', np.nan):11.2f}{e.get('probe_batch', np.nan):7.2f}"
-              f"{'':23s}{e['features']['nuclei'][0]:6.2f} " + " ".join(
-                  f"{e['features'][c][0]:5.2f}" for c in channels))
-    for e in lines:
-        row(e["label"], e, e["numbers"], f"{e['kl']:.0f}")
-        for name, b in e["baselines"].items():
-            row(f"    {name}", b, e["numbers"], "")
-    row("the originals", lines[0]["originals"], "", "")
-    print(f"\n{'L1 by channel':36s}" + " ".join(f"{c:>7s}" for c in channels)
-          + f"{'M parameters':>14s}{'encoded/s':>11s}{'decoded/s':>11s}")
-    for e in lines:
-        print(f"{e['label']:36s}" + " ".join(f"{v:7.4f}" for v in e["l1_per_channel"])
-              + f"{e['parameters'] / 1e6:14.2f}{e['encoded_per_s']:11.0f}"
+    """One line per autoencoder and baseline: reconstruction; then by channel; then generation."""
+    every = [(e["label"], e) for e in lines]
+    beside = [(label, e) for e in lines for label, e in (
+        (e["label"], e), *((f"    {name}", b) for name, b in e["baselines"].items()))]
+    beside.append(("the originals", lines[0]["originals"]))
+    print(f"\n{'':36s}{'numbers':>8s}{'a pixel':>9s}{'KL':>7s}{'L1':>8s}{'PSNR':>6s}{'SSIM':>7s}"
+          f"{'EMD':>8s}{'mechanism':>11s}{'batch':>7s}")
+    for label, e in beside:
+        size = (f"{e['numbers']:8d}{e['numbers_per_pixel']:9.3f}{e['kl']:7.0f}" if "kl" in e
+                else " " * 24)
+        print(f"{label:36s}{size}{e['l1']:8.4f}{e['psnr']:6.1f}{np.mean(e['ssim']):7.3f}"
+              f"{np.mean(e['emd']):8.4f}{e.get('probe_mechanism', np.nan):11.2f}"
+              f"{e.get('probe_batch', np.nan):7.2f}")
+    for title, key, form in (("L1", "l1_per_channel", "8.4f"), ("PSNR", "psnr_per_channel", "8.1f"),
+                             ("structural similarity", "ssim", "8.3f"),
+                             ("earth mover's distance", "emd", "8.4f"),
+                             ("log power of fine structure, lost", "fine_power", "8.2f")):
+        print(f"\n{title:36s}" + "".join(f"{c:>8s}" for c in channels))
+        for label, e in beside[:-1]:
+            print(f"{label:36s}" + "".join(f"{v:{form}}" for v in e[key]))
+    names = ["nuclei", *channels]
+    print(f"\n{'features: correlation (bias)':36s}" + "".join(f"{n:>13s}" for n in names))
+    for label, e in beside[:-1]:
+        print(f"{label:36s}" + "".join("{:6.2f} ({:4.2f})".format(*e["features"][n])
+                                       for n in names))
+    print(f"\n{'':36s}{'M parameters':>14s}{'encoded/s':>11s}{'decoded/s':>11s}")
+    for label, e in every:
+        print(f"{label:36s}{e['parameters'] / 1e6:14.2f}{e['encoded_per_s']:11.0f}"
               f"{e['decoded_per_s']:11.0f}")
-    made = [e for e in lines if "generated" in e]
+    print_generation([(label, e) for label, e in every if "generated" in e])
+
+
+def print_generation(made):
+    """What each autoencoder does to generation."""
     if made:
         print(f"\n{'generated on held-out wells':36s}{'mechanism':>10s}{'batch':>8s}"
               f"{'distance':>10s}{'(floor, ceiling)':>20s}{'variance':>10s}")
-    for e in made:
+    for label, e in made:
         g, limits = e["generated"], (e["generated_floor"], e["generated_ceiling"])
-        print(f"{e['label']:36s}{g['true_mechanism']:10.2f}{g['batch']:8.2f}"
+        print(f"{label:36s}{g['true_mechanism']:10.2f}{g['batch']:8.2f}"
               f"{1000 * g['distance']:10.0f}"
               f"{'({:.0f}, {:.0f})'.format(*(1000 * v for v in limits)):>20s}"
               f"{g['variance_ratio']:10.2f}")
 
 
-def draw_latent_spaces(out, lines, x, reconstructions, channels):
-    """By channel, the same image through each autoencoder; and distortion against rate."""
+def draw_latent_spaces(out, lines, images, channels):
+    """By channel, the same image {name: (C, H, W)} through each autoencoder; and distortion against
+    rate."""
     import matplotlib.pyplot as plt
-    data.picture(out / "vae.png", [[image[0].numpy(), *image[0].numpy()] for image in (
-        x, *reconstructions.values())], channels, ["original", *reconstructions],
-        ["all", *channels])
+    data.picture(out / "vae.png", [[image, *image] for image in images.values()], channels,
+                 list(images), ["all", *channels])
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for k, e in enumerate(lines):
         for axis, rate in zip(axes, (e["numbers"], e["kl"])):
@@ -2314,6 +2342,7 @@ def draw_latent_spaces(out, lines, x, reconstructions, channels):
 # ------------------------------------------------------------------------------------------------
 
 BINOMIAL = torch.tensor([1., 4., 6., 4., 1.]) / 16
+REACH = 16.  # of the histograms of projections, in deviations
 
 
 def laplacian_pyramid(x, smallest=16):
@@ -2350,35 +2379,65 @@ def random_patches(bands, seeds, patches=128, side=7):
     return found
 
 
-def wasserstein_along(a, b, directions=128, repeats=4, seed=0):
-    """Sliced Wasserstein distance of two sets of points (n, D), n alike: the mean distance between
-    sorted projections on random unit vectors. For Gaussians of one covariance s^2 I whose means
-    differ by d, |d . u| averaged over directions u."""
-    rng, total = torch.Generator().manual_seed(seed), 0.
-    for _ in range(repeats):
-        u = F.normalize(torch.randn(a.shape[1], directions, generator=rng), dim=0)
-        total += ((a @ u).sort(0).values - (b @ u).sort(0).values).abs().mean().item() / repeats
-    return total
+def histogram(values, low, high, bins=4096):
+    """Counts (R, bins) of each row of values (R, n); what lies outside counts at the ends."""
+    place = ((values - low) * (bins / (high - low))).clamp(0, bins - 1).long()
+    counts = torch.zeros(len(values), bins, dtype=torch.long, device=values.device)
+    return counts.scatter_add_(1, place, torch.ones_like(place))
 
 
-def sliced_wasserstein(a, b, batch=256):
-    """Sliced Wasserstein distance x 1000 of images (N, C, H, W) on [0, 1] by level, finest first
-    (Karras et al. 2018, arXiv:1710.10196, section 5): 128 patches of 7x7 pixels per image and
-    level, each set standardised per channel by itself, which makes it blind to brightness and
-    contrast. N alike. One level of both sets is in memory at a time: 125 KB an image and set."""
-    levels, distances = len(laplacian_pyramid(a[:1])), []
-    for level in range(levels):
-        sets = []
-        for images in (a, b):
-            parts = [random_patches(laplacian_pyramid(images[i:i + batch] * 255), range(
-                i, min(i + batch, len(images))))[level].flatten(0, 1)
-                for i in tqdm(range(0, len(images), batch), desc="patches", delay=3, leave=False)]
-            patches = torch.cat(parts)                                   # (128 N, C, 7, 7)
-            mean = patches.mean((0, 2, 3), keepdim=True)
-            std = patches.std((0, 2, 3), keepdim=True).clamp(min=1e-8)
-            sets.append(((patches - mean) / std).flatten(1))
-        distances.append(1000 * wasserstein_along(*sets))
-    return distances
+def area_between(one, other, low, high):
+    """Wasserstein-1 distance (R,) of two histograms, row by row: the area between the distribution
+    functions is the mean distance of sorted values, and memory does not grow with their number."""
+    one, other = (h.double().cumsum(1) / h.sum(1, keepdim=True) for h in (one, other))
+    return (one - other).abs().mean(1) * (high - low)
+
+
+def along_directions(points, count=4 * 128, seed=0):
+    """Histograms of points (n, D) projected on random unit vectors, always the same ones."""
+    rng = torch.Generator().manual_seed(seed)
+    u = F.normalize(torch.randn(count, points.shape[1], generator=rng), dim=1).to(points)
+    return histogram(u @ points.T, -REACH, REACH)
+
+
+def wasserstein_along(a, b):
+    """Sliced Wasserstein distance of two histograms from `along_directions`. For Gaussians of one
+    covariance s^2 I whose means differ by d, |d . u| averaged over directions u."""
+    return area_between(a, b, -REACH, REACH).mean().item()
+
+
+def patches_of(stream):
+    """[(128 B, C, 7, 7) by level] of each batch of images on [0, 1] that stream() yields."""
+    first = 0
+    for x in stream():
+        bands = laplacian_pyramid(255 * x.to(device()))
+        yield [p.flatten(0, 1) for p in random_patches(bands, range(first, first + len(x)))]
+        first += len(x)
+
+
+def patch_histograms(stream):
+    """What sliced Wasserstein distance needs of a set of images (Karras et al. 2018,
+    arXiv:1710.10196, section 5), by level, finest first: 128 patches of 7x7 pixels per image and
+    level, standardised per channel by the set itself, along random directions. stream() yields the
+    images twice, the same batches (B, C, H, W) on [0, 1]."""
+    sums, counts = 0, 0
+    for levels in patches_of(stream):
+        sums = sums + torch.stack([torch.stack([p.double().pow(k).sum((0, 2, 3)) for k in range(3)])
+                                   for p in levels])                     # (levels, 3, C)
+    n, mean, square = sums[:, 0], sums[:, 1] / sums[:, 0], sums[:, 2] / sums[:, 0]
+    std = (square - mean ** 2).clamp(min=0).sqrt().clamp(min=1e-8)
+    for levels in patches_of(stream):
+        counts = counts + torch.stack([
+            along_directions(((p - m[:, None, None]) / s[:, None, None]).flatten(1).float())
+            for p, m, s in zip(levels, mean, std)])                      # (levels, 512, bins)
+    return counts
+
+
+def sliced_wasserstein(a, b):
+    """Sliced Wasserstein distance x 1000 by level, finest first, of two sets of images from
+    `patch_histograms`. As each set was standardised by itself, it is blind to brightness and
+    contrast."""
+    return [1000 * wasserstein_along(p, q) for p, q in zip(a, b)]
 
 
 def minimum_cross_entropy(x, bins=128):
@@ -2387,15 +2446,24 @@ def minimum_cross_entropy(x, bins=128):
     place = (x.flatten(1).clamp(0, 1) * (bins - 1)).round().long()
     count = torch.zeros(len(x), bins, device=x.device).scatter_add_(
         1, place, torch.ones_like(place, dtype=torch.float))
-    value = (torch.arange(bins, device=x.device) + .5) / bins
+    value = torch.arange(bins, device=x.device) / (bins - 1)
     n0, m0 = count.cumsum(1), (count * value).cumsum(1)
     n1, m1 = n0[:, -1:] - n0, m0[:, -1:] - m0
     told = (m0 * (m0 / n0.clamp(min=1)).clamp(min=1e-9).log()
             + m1 * (m1 / n1.clamp(min=1)).clamp(min=1e-9).log())
-    return told[:, :-1].argmax(1) / (bins - 1)
+    # between two distant classes every cut is as good: the middle of the plateau
+    best = told >= told.max(1, keepdim=True).values * (1 + 1e-6)         # told is negative
+    return ((best * value).sum(1) / best.sum(1).clamp(min=1)).add(.5 / (bins - 1))
 
 
 ZERNIKE = [(n, m) for n in range(10) for m in range(n + 1) if (n - m) % 2 == 0]   # 30 moments
+
+
+def radial_polynomial(rho, n, m):
+    """R_n^m of Zernike (1934) at radii in [0, 1]."""
+    return sum((-1) ** k * math.factorial(n - k) / (
+        math.factorial(k) * math.factorial((n + m) // 2 - k) * math.factorial((n - m) // 2 - k))
+        * rho ** (n - 2 * k) for k in range((n - m) // 2 + 1))
 
 
 def zernike_moments(labels):
@@ -2403,30 +2471,26 @@ def zernike_moments(labels):
     polynomials over the object, on the disc about its centre of mass that encloses it, over the
     area of the disc; a disc is (1, 0, 0, ...), and turning an object changes nothing.
     NaN where there is no object or the border cuts it."""
-    h, w = labels.shape[1:]
-    y, x = (v.expand_as(labels).float() for v in torch.meshgrid(
-        torch.arange(h, device=labels.device), torch.arange(w, device=labels.device),
-        indexing="ij"))
-    area = per_object(labels, torch.ones_like(x))
-    my, mx = (per_object(labels, v) / area.clamp(min=1) for v in (y, x))
-    flat = labels.flatten(1)
+    count = int(labels.max()) + 1
+    b, y, x = labels.nonzero(as_tuple=True)                              # the objects' pixels
+    own = b * count + labels[b, y, x]                                    # the object of each
 
-    def of_object(v):  # (B, L) to its pixels (B, H, W)
-        return v.gather(1, flat).view_as(labels)
-    dy, dx = y - of_object(my), x - of_object(mx)
-    r = (dy ** 2 + dx ** 2).sqrt()
-    radius = torch.zeros_like(area).scatter_reduce(1, flat, r.flatten(1), "amax") + .5
-    rho, theta = (r / of_object(radius)).clamp(max=1), torch.atan2(dy, dx)
-    moments = []
+    def total(values):                                                   # (pixels,) to (B L,)
+        zeros = torch.zeros(len(labels) * count, device=labels.device)
+        return zeros.index_add_(0, own, values.float())
+    area = total(torch.ones_like(y))
+    dy, dx = (v - (total(v) / area.clamp(min=1))[own] for v in (y, x))
+    r, theta = (dy ** 2 + dx ** 2).sqrt(), torch.atan2(dy, dx)
+    radius = torch.zeros_like(area).scatter_reduce(0, own, r, "amax") + .5
+    rho, moments = r / radius[own], []
     for n, m in ZERNIKE:
-        radial = sum((-1) ** k * math.factorial(n - k) / (
-            math.factorial(k) * math.factorial((n + m) // 2 - k) * math.factorial((n - m) // 2 - k))
-            * rho ** (n - 2 * k) for k in range((n - m) // 2 + 1))
-        real, imaginary = (per_object(labels, radial * f(m * theta))
-                           for f in (torch.cos, torch.sin))
+        radial = radial_polynomial(rho, n, m)
+        real, imaginary = (total(radial * f(m * theta)) for f in (torch.cos, torch.sin))
         moments.append((real ** 2 + imaginary ** 2).sqrt() / (math.pi * radius ** 2))
-    there = (area > 0) & ~touches(labels, "top", "bottom", "left", "right")
-    return torch.where(there[..., None], torch.stack(moments, 2), torch.nan)[:, 1:]
+    moments = torch.stack(moments, 1).view(len(labels), count, len(ZERNIKE))
+    there = per_object(labels, torch.ones_like(labels)) > 0
+    there &= ~touches(labels, "top", "bottom", "left", "right")
+    return torch.where(there[..., None], moments, torch.nan)[:, 1:]
 
 
 def lower_of_three(x, bins=64):
@@ -2447,7 +2511,8 @@ def lower_of_three(x, bins=64):
 
 
 def grow_cells(labels, rna, steps):
-    """Cells: the nuclei's labels spread over the stained area of the RNA channel (B, H, W)."""
+    """Cells: the nuclei's labels spread, a pixel at a time, over the stained area of the RNA
+    channel (B, H, W)."""
     blurred = gaussian_blur(rna[:, None], 1.)[:, 0]
     stained = blurred > lower_of_three(blurred)[:, None, None]
     cells = labels.float()
@@ -2458,93 +2523,116 @@ def grow_cells(labels, rna, steps):
 
 
 def middle(x):
-    """Median of (B, L) over L without NaN; NaN where there is nothing."""
-    return F.pad(x, (0, 1), value=torch.nan).nanmedian(1).values
+    """Median of (B, L, ...) over L without NaN; NaN where there is nothing."""
+    nothing = x.new_full((len(x), 1, *x.shape[2:]), torch.nan)
+    return torch.cat([x, nothing], 1).nanmedian(1).values
 
 
 FAMILIES = ("coverage", "count", "size", "Zernike shape", "intensity")
 
 
-def correspondence_features(images, channels, batch=64, radius=NUCLEUS_RADIUS):
+def correspondence_features(images, channels, radius=NUCLEUS_RADIUS):
     """{family: (N, features)} of images (N, C, H, W) in [-1, 1], as CellProfiler's are grouped in
-    Mol2Image's benchmark: share of the field covered by nuclei and cells; nuclei; mean and median
-    area of nuclei and cells; 30 Zernike moments of nuclei and of cells; mean and median intensity
-    of each channel in cells."""
+    Mol2Image's benchmark: share of the field covered by nuclei and by cells; number of nuclei; mean
+    and median over nuclei and over cells of area and of 30 Zernike moments; mean and median
+    intensity of each channel in cells. Nuclei that the border cuts are discarded with their cells,
+    but for the count, which `count_objects` keeps without bias."""
     nucleus, rna = (channels.index(c) if c in channels else 0 for c in ("DNA", "RNA"))
-    found = []
-    for x in images.split(batch):
-        x = (x.to(device()).float() + 1) / 2
-        nuclei = segment_nuclei(x[:, nucleus], radius, threshold=minimum_cross_entropy)
-        cells = grow_cells(nuclei, x[:, rna], round(3 * radius))
-        sizes = [f(object_shapes(v)[0]) for v in (nuclei, cells)
-                 for f in (lambda a: a.nanmean(1), middle)]
-        inside = torch.where(cells[:, None] > 0, x, torch.nan).flatten(2)
-        found.append({
-            "coverage": torch.stack([(v > 0).float().mean((1, 2)) for v in (nuclei, cells)], 1),
-            "count": count_objects(nuclei)[:, None], "size": torch.stack(sizes, 1),
-            "Zernike shape": torch.cat([zernike_moments(v).nanmean(1) for v in (nuclei, cells)], 1),
-            "intensity": torch.cat([inside.nanmean(2), inside.nanmedian(2).values], 1)})
-    return {name: torch.cat([f[name] for f in found]).cpu() for name in FAMILIES}
+    x = (images.to(device()).float() + 1) / 2
+    nuclei = segment_nuclei(x[:, nucleus], radius, threshold=minimum_cross_entropy)
+    cells = grow_cells(nuclei, x[:, rna], round(3 * radius))
+    count = count_objects(nuclei)[:, None]
+    cut = touches(nuclei, "top", "bottom", "left", "right")
+    nuclei, cells = (v * ~cut.gather(1, v.flatten(1)).view_as(v) for v in (nuclei, cells))
+    sizes = [object_shapes(v)[0] for v in (nuclei, cells)]                # (N, L) each
+    shapes = [zernike_moments(v) for v in (nuclei, cells)]               # (N, L, 30)
+    inside = torch.where(cells[:, None] > 0, x, torch.nan).flatten(2)    # (N, C, H W)
+    found = {"coverage": torch.stack([(v > 0).float().mean((1, 2)) for v in (nuclei, cells)], 1),
+             "count": count,
+             "size": torch.stack([f(v) for v in sizes for f in (mean_of, middle)], 1),
+             "Zernike shape": torch.cat([f(v) for v in shapes for f in (mean_of, middle)], 1),
+             "intensity": torch.cat([inside.nanmean(2), inside.nanmedian(2).values], 1)}
+    return {name: values.cpu() for name, values in found.items()}
+
+
+def mean_of(x):
+    """Mean of (B, L, ...) over L without NaN."""
+    return x.nanmean(1)
 
 
 def ranks(x):
-    """Ranks along dimension 0, ties sharing their mean rank."""
-    x = x.double()
-    less, equal = (x[None] < x[:, None]).sum(1), (x[None] == x[:, None]).sum(1)
-    return less + (equal - 1) / 2
+    """Ranks of (n,), from 0, ties sharing their mean rank."""
+    ordered = x.sort().values
+    first, after = (torch.searchsorted(ordered, x, right=right) for right in (False, True))
+    return (first + after - 1).double() / 2
 
 
-def correlation_by_family(a, b, molecules):
-    """{family: (Pearson, Spearman)} over molecules: features of two sets of images, {family: (N,
-    F)}, each averaged per molecule, correlated, and averaged over the family's features (those that do
-    not vary are left out)."""
-    names, place = np.unique(molecules, return_inverse=True)
+def by_molecule(found, place):
+    """Features {family: (N, F)} averaged over the images of each molecule, {family: (M, F)}, NaN
+    left out. place (N,): the number of each image's molecule."""
+    place = torch.as_tensor(place)
+    count = int(place.max()) + 1
+
+    def total(values):
+        return torch.zeros(count, values.shape[1]).index_add_(0, place, values)
+    return {family: total(v.nan_to_num(0.)) / total(v.isfinite().float())
+            for family, v in found.items()}
+
+
+def correlations(p, q):
+    """Pearson correlation (F,) of the columns of two (M, F), rows with NaN in either left out; NaN
+    where a column does not vary."""
+    kept = p.isfinite() & q.isfinite()
+    p, q = (torch.where(kept, v.double(), torch.nan) for v in (p, q))
+    p, q = ((v - v.nanmean(0)).nan_to_num(0.) for v in (p, q))
+    size = p.norm(dim=0) * q.norm(dim=0)
+    return torch.where((kept.sum(0) > 2) & (size > 1e-12), (p * q).sum(0) / size, torch.nan)
+
+
+def correlation_by_family(a, b):
+    """{family: (Pearson, Spearman)} over molecules: features {family: (M, F)} of two sets
+    correlated, averaged over the family's features that vary."""
     table = {}
     for family in FAMILIES:
-        x, y = (torch.stack([v[family][place == k].nanmean(0) for k in range(len(names))])
-                for v in (a, b))                                          # (molecules, F)
-        found = []
-        for p, q in zip(x.T, y.T):
-            kept = p.isfinite() & q.isfinite()
-            if kept.sum() > 2 and p[kept].std() > 0 and q[kept].std() > 0:
-                pairs = [torch.corrcoef(torch.stack([f(p[kept]), f(q[kept])]))[0, 1].item()
-                         for f in (torch.Tensor.double, ranks)]
-                found.append(pairs)
-        table[family] = tuple(np.mean(found, 0)) if found else (np.nan, np.nan)
+        p, q = a[family], b[family]
+        ranked = [torch.full_like(v, torch.nan, dtype=torch.double) for v in (p, q)]
+        for k, kept in enumerate((p.isfinite() & q.isfinite()).T):
+            for v, into in zip((p, q), ranked):
+                into[kept, k] = ranks(v[kept, k])
+        table[family] = tuple(correlations(*pair).nanmean().item() for pair in ((p, q), ranked))
     return table
 
 
 class Correspondence(nn.Module):
     """Do this image and this molecule belong together? A residual network over the image, message
-    passing over the molecule, and one number from both."""
+    passing over the molecule, 512 numbers of each, and one number from both."""
 
-    def __init__(self, channels, width=128):
+    def __init__(self, channels, width=512):
         super().__init__()
         self.image = Probe(channels, {"code": range(width)})
         self.molecule = MOLECULE_ENCODERS["graph"]({}, width, 16)
-        self.head = nn.Sequential(nn.Linear(3 * width, 256), nn.SiLU(), nn.Linear(256, 1))
+        self.head = nn.Sequential(nn.Linear(2 * width, 256), nn.SiLU(), nn.Linear(256, 1))
 
     def forward(self, images, graphs):                           # (B, C, H, W), (B, A, 6 + A)
-        a, b = self.image(images)["code"], self.molecule(graphs)[0]
-        return self.score(a, b)
+        return self.score(self.image(images)["code"], self.molecule(graphs)[0])
 
-    def score(self, a, b):
-        return self.head(torch.cat([a, b, a * b], -1))[..., 0]
+    def score(self, a, b):                                       # (B, 512) each
+        return self.head(torch.cat([a, b], -1))[..., 0]
 
 
-def train_correspondence(images, graphs, molecule, steps, seed=0, batch=64, lr=1e-3):
-    """Binary cross-entropy on half matched, half mismatched pairs. images (N, C, H, W), graphs
-    (M, A, 6 + A), molecule (N,) the place of each image's own."""
+def train_correspondence(read, rows, graphs, molecule, steps, seed=0, batch=32, lr=1e-3):
+    """Binary cross-entropy on half matched, half mismatched pairs. read(rows): images
+    (B, C, H, W); graphs (M, A, 6 + A); molecule (N,) the place of each row's own."""
     torch.manual_seed(seed)
-    network = Correspondence(images.shape[1]).to(device())
+    network = Correspondence(read(rows[:1]).shape[1]).to(device())
     optimiser = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=.02)
     for step in tqdm(range(steps), desc="training the correspondence", mininterval=1):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, steps, lr)
         rng, _ = step_rng(seed, step)
-        chosen, matched = rng.integers(len(images), size=batch), np.arange(batch) < batch // 2
+        chosen, matched = rng.integers(len(rows), size=batch), np.arange(batch) < batch // 2
         other = (molecule[chosen] + rng.integers(1, len(graphs), size=batch)) % len(graphs)
-        x = torch.rot90(images[torch.from_numpy(chosen)], int(rng.integers(4)), (2, 3))
+        x = torch.rot90(read(rows[chosen]), int(rng.integers(4)), (2, 3))
         with autocast():
             out = network(x.to(device()), graphs[np.where(matched, molecule[chosen], other)].to(
                 device())).float()
@@ -2556,32 +2644,33 @@ def train_correspondence(images, graphs, molecule, steps, seed=0, batch=64, lr=1
 
 
 @torch.no_grad()
-def correspondence_scores(network, images, graphs, molecule, candidates=100, seed=0):
-    """Accuracy on one matched and one mismatched pair per image (zero is the cut), and how often
-    the true molecule is among the first 1, 5 and 10 of `candidates`."""
-    a = torch.cat([network.image(x.to(device()))["code"] for x in images.split(256)])
+def correspondence_hits(network, codes, graphs, molecule, candidates=100, seed=0):
+    """Of each image, by its code (N, 512): {"accuracy": (N,) the share of one matched and one
+    mismatched pair that is told (zero is the cut), "top_1", "top_5", "top_10": (N,) whether the
+    true molecule is among the first of `candidates`}."""
     b = torch.cat([network.molecule(g.to(device()))[0] for g in graphs.split(256)])
     rng, right, places = np.random.default_rng(seed), [], []
-    for code, own in zip(a, molecule):
+    for code, own in zip(codes.to(b), molecule):
         others = rng.permutation(np.delete(np.arange(len(b)), own))[:candidates - 1]
         scores = network.score(code.expand(1 + len(others), -1), b[[own, *others]]).float()
-        right += [scores[0] > 0, scores[1] <= 0]
+        right.append(((scores[0] > 0).float() + (scores[1] <= 0).float()).item() / 2)
         places.append((scores[1:] > scores[0]).sum().item()
                       + .5 * (scores[1:] == scores[0]).sum().item())
-    found = {"accuracy": torch.stack(right).float().mean().item(), "candidates": 1 + len(others)}
-    return found | {f"top_{k}": float(np.mean(np.array(places) < k)) for k in (1, 5, 10)}
+    return {"accuracy": np.array(right)} | {f"top_{k}": np.array(places) < k for k in (1, 5, 10)}
 
+
+# --- the sets that are compared -------------------------------------------------------------------
 
 def benchmark_sets(manifest, wanted):
-    """{"easy": rows, "hard": rows}: unseen wells of training molecules, and unseen molecules."""
-    label = np.array(manifest.columns.get("split", [""] * len(manifest)))
+    """{name: rows} of what is not trained on: each set of Mol2Image's whose name says easy (unseen
+    images of training molecules) or hard (unseen molecules); of a simulated screen, the same."""
+    label = np.array(manifest.columns.get("split", []))
     names = sorted(set(label) - {"train", ""})
-    sets = {"easy": [n for n in names if "easy" in n] or [n for n in names if n == "val"],
-            "hard": [n for n in names if "hard" in n]
-            or [n for n in names if n in ("test_substituent", "test_scaffold")]}
-    sets = sets if wanted is None else {name: [name] for name in wanted}
+    sets = {n: [n] for n in names if "easy" in n or "hard" in n} or {
+        "easy": ["val"], "hard": ["test_substituent", "test_scaffold"]}
+    sets = sets if wanted is None else {name: sets.get(name, [name]) for name in wanted}
     for name, parts in sets.items():
-        if not parts or not set(parts) <= set(names):
+        if not set(parts) & set(names):
             raise data.DataError(f"{manifest.path}, column split: no {name} rows; there are "
                                  + ", ".join(names))
     return {name: np.flatnonzero(np.isin(label, parts)) for name, parts in sets.items()}
@@ -2592,12 +2681,10 @@ def twins(manifest, rows, treatment, per_molecule, limit, seed=0):
     anywhere in the manifest), `per_molecule` each at most. Treatments in one well only fall
     out."""
     rng, wells = np.random.default_rng(seed), wells_of(manifest)
-    everywhere = defaultdict(list)
-    for i, name in enumerate(treatment):
-        everywhere[name].append(i)
+    everywhere, mine_of = rows_by(treatment, range(len(manifest))), rows_by(treatment, rows)
     a, b = [], []
-    for name in rng.permutation(np.unique(treatment[rows])):
-        mine = rng.permutation(rows[treatment[rows] == name])
+    for name in rng.permutation(sorted(mine_of)):
+        mine = rng.permutation(mine_of[name])
         mine = mine[wells[mine] == wells[mine[0]]][:per_molecule]
         others = np.array(everywhere[name])
         others = rng.permutation(others[wells[others] != wells[mine[0]]])[:len(mine)]
@@ -2605,63 +2692,172 @@ def twins(manifest, rows, treatment, per_molecule, limit, seed=0):
         b += list(others)
         if len(a) >= limit:
             break
-    return np.array(a, int), np.array(b, int)
+    return np.array(a[:limit], int), np.array(b[:limit], int)
 
 
-def nearest_molecules(smiles, training, chosen=1):
-    """For each SMILES the training molecules in order of Tanimoto similarity, nearest first
-    (Morgan fingerprints, radius 2)."""
-    generator = rdFingerprintGenerator.GetMorganGenerator(radius=2, fpSize=2048,
-                                                          includeChirality=True)
-    known = [generator.GetFingerprint(parse_smiles(s)) for s in training]
-    found = {}
-    for s in set(smiles):
-        similarity = DataStructs.BulkTanimotoSimilarity(
-            generator.GetFingerprint(parse_smiles(s)), known)
-        found[s] = [training[k] for k in np.argsort(similarity, kind="stable")[::-1][:chosen]]
+def rows_by(names, rows):
+    """{name: its rows} among these rows."""
+    found = defaultdict(list)
+    for i in rows:
+        found[names[i]].append(i)
     return found
 
 
-def nearest_images(opened, rows, molecule_column, dose_column):
-    """For each row a real training row of the nearest training molecule, at the same dose and,
-    where there is one, in the same batch."""
+def nearest_molecules(smiles, training):
+    """{SMILES: the training molecule of the greatest Tanimoto similarity} (Morgan fingerprints,
+    radius 2)."""
+    generator = rdFingerprintGenerator.GetMorganGenerator(radius=2, fpSize=2048,
+                                                          includeChirality=True)
+    known = [generator.GetFingerprint(parse_smiles(s)) for s in training]
+    return {s: training[int(np.argmax(DataStructs.BulkTanimotoSimilarity(
+        generator.GetFingerprint(parse_smiles(s)), known)))] for s in sorted(set(smiles))}
+
+
+def nearest_images(opened, rows, smiles, treatment):
+    """For each row a real training row of the nearest training molecule, at the same dose where it
+    has it and, where there is one, in the same batch. smiles, treatment: columns."""
     m, rng = opened.manifest, np.random.default_rng(2)
-    smiles, dose = m.columns[molecule_column], m.columns.get(dose_column, [""] * len(m))
-    batch = m.columns.get("batch", m.columns.get("plate", [""] * len(m)))
-    by_treatment = defaultdict(list)
-    for i in opened.train:
-        by_treatment[smiles[i], dose[i]].append(i)
-    known = sorted({s for s, _ in by_treatment if s})
-    nearest, found = nearest_molecules([smiles[i] for i in rows], known, len(known)), []
+    batch = batches_of(m)
+    trained = [i for i in opened.train if smiles[i]]
+    nearest = nearest_molecules([smiles[i] for i in rows], sorted({smiles[i] for i in trained}))
+    by_molecule, by_treatment = rows_by(smiles, trained), rows_by(treatment, trained)
+    found = []
     for i in rows:
-        candidates = next(by_treatment[s, dose[i]] for s in nearest[smiles[i]]
-                          if (s, dose[i]) in by_treatment)
-        same = [j for j in candidates if batch[j] == batch[i]] or candidates
-        found.append(int(rng.choice(same)))
+        near = nearest[smiles[i]]
+        same_dose = near + treatment[i].removeprefix(smiles[i])  # "CCO x 10" to "CCN x 10"
+        candidates = by_treatment.get(same_dose) or by_molecule[near]
+        found.append(int(rng.choice([j for j in candidates if batch[j] == batch[i]] or candidates)))
     return np.array(found)
 
 
+def batches_of(manifest):
+    """The experiment of each row: its batch, or plate, or none."""
+    name = next((n for n in ("batch", "plate") if n in manifest.columns), None)
+    return np.array(manifest.columns[name] if name else [""] * len(manifest))
+
+
+def class_means(opened, rows, treatment):
+    """read(places): the mean of (at most 50) training images of each row's class, its treatment
+    where that was trained on, else its batch."""
+    batch = batches_of(opened.manifest)
+    by_treatment, by_batch = rows_by(treatment, opened.train), rows_by(batch, opened.train)
+
+    @functools.lru_cache(64)  # rows of one treatment follow each other
+    def mean(name, place):
+        inside = by_treatment.get(name) or by_batch.get(place) or opened.train
+        return real_images(opened, np.random.default_rng(0).permutation(inside)[:50]).mean(0)
+    return lambda k: torch.stack([mean(treatment[i], batch[i]) for i in rows[k]])
+
+
 def other_system(opened, path, rows):
-    """Images that another system made for these rows: a manifest with the same columns plate, well
-    and site (or compound, where those are not given), read and scaled as the real ones are."""
+    """read(places): images that another system made for these rows, from a manifest with the same
+    columns plate, well and site (or compound, where those are not given). Images of the model's
+    size or of 64 pixels are taken as they are, others binned and cropped as the real ones are."""
     made = data.read_manifest(path, opened.model.channels)
     by = [n for n in ("plate", "well", "site") if n in made.columns] or ["compound"]
-    names = cells_of(made, by)
-    place = {name: i for i, name in enumerate(names)}
-    wanted = cells_of(opened.manifest, by)[rows]
-    missing = sorted(set(wanted) - set(place))
+    for manifest in (made, opened.manifest):
+        if not set(by) <= set(manifest.columns):
+            raise data.DataError(f"--generated: {manifest.path} has no column {', '.join(by)}")
+    place = {name: i for i, name in enumerate(cells_of(made, by))}
+    wanted = cells_of(opened.manifest, by)
+    missing = sorted(set(wanted[rows]) - set(place))
     if missing:
         raise data.DataError(f"{path} has no image for {len(missing)} of the rows to compare, such "
                              f"as {' x '.join(by)} = {missing[0]}")
-    return views(data.Pixels(made, opened.settings.binning), [place[n] for n in wanted],
-                 opened.settings, opened.model.intensity)
+    settings, side = opened.settings, real_images(opened, rows[:1]).shape[-1]
+    if set(made.sizes) <= {(side, side), (64, 64)}:
+        settings = SimpleNamespace(binning=1, crop=0, flips=False)
+    pixels = data.Pixels(made, settings.binning)
+    return lambda k: views(pixels, [place[wanted[i]] for i in rows[k]], settings,
+                           opened.model.intensity)
 
 
-def halved(images, size):
+def generated_images(opened, model, checkpoint, rows, args, folder):
+    """read(places): images of a model under the conditions of these rows, one seed each. They lie
+    in a file, float16, so that memory does not grow with their number and a second run finds them.
+    """
+    columns = blank_unseen(model.fields, {f.name: opened.manifest.rows(rows, f.name)
+                                          for f in model.fields})
+    request = Request(model.weights(args.guidance), args.form, args.interval, steps=args.steps)
+    key = f"{finger(checkpoint)}{opened.manifest.path.resolve()}{list(rows)}{request}"
+    path = Path(folder) / f"generated-{hashlib.sha1(key.encode()).hexdigest()[:12]}.npy"
+
+    def batches():
+        for i in range(0, len(rows), 64):
+            part = slice(i, i + 64)
+            yield generate(model, {name: values[part] for name, values in columns.items()},
+                           range(len(rows))[part], request)
+    made = train_ldm.cache(path, batches(), len(rows), "generated images")
+    return lambda k: torch.from_numpy(made[k].astype(np.float32))
+
+
+# --- the benchmark --------------------------------------------------------------------------------
+
+def halved(images, size=64):
     """Images averaged over 2x2 pixels until they are `size` pixels wide."""
     while images.shape[-1] >= 2 * size:
         images = F.avg_pool2d(images, 2)
     return images
+
+
+@torch.no_grad()
+def measured(read, n, channels, network, what, batch=64):
+    """What the benchmark compares, of the images read(places), places 0 to n - 1, in [-1, 1]. They
+    are read in batches, once for features and twice for patches: no image is kept."""
+    def stream(size=64):
+        for i in tqdm(range(0, n, batch), desc=what, leave=False):
+            yield (halved(read(np.arange(i, min(i + batch, n))), size) + 1) / 2
+    features, codes, intensity = [], [], 0
+    for x in stream():
+        features.append(correspondence_features(2 * x - 1, channels))
+        codes.append(network.image((2 * x - 1).to(device()))["code"].float().cpu())
+        intensity = intensity + histogram(x.transpose(0, 1).flatten(1), 0., 1.)
+    side = read(np.arange(1)).shape[-1]
+    patches = {s: patch_histograms(functools.partial(stream, s)) for s in {x.shape[-1], side}}
+    return {"features": {f: torch.cat([v[f] for v in features]) for f in FAMILIES},
+            "codes": torch.cat(codes), "intensity": intensity, "patches": patches}
+
+
+def score_benchmark(made, real, network, graphs, place):
+    """The benchmark's figures of images beside real ones of the same conditions, both `measured`:
+    at 64 pixels, and sliced Wasserstein distance at their own size where both are larger. 5 to
+    95 % over half samples of the molecules. place (N,): each image's molecule among graphs."""
+    levels = {side: sliced_wasserstein(made["patches"][side], real["patches"][side])
+              for side in sorted(set(made["patches"]) & set(real["patches"]))}
+    found = {"swd": levels.pop(min(levels)), "intensity_w1": area_between(
+        made["intensity"], real["intensity"], 0., 1.).tolist()}
+    if levels:
+        found["swd_native"] = levels.popitem()[1]
+    a, b = (by_molecule(v["features"], place) for v in (made, real))
+    hits = correspondence_hits(network, made["codes"], graphs, place)
+    found["correlation"] = correlation_by_family(a, b)
+    found |= {name: float(v.mean()) for name, v in hits.items()}
+    rng, spread = np.random.default_rng(0), defaultdict(list)
+    for _ in range(100):
+        half = rng.permutation(len(graphs))[:max(3, len(graphs) // 2)]
+        for family in FAMILIES:
+            spread[family].append(correlations(a[family][half], b[family][half]).nanmean().item())
+        spread["accuracy"].append(hits["accuracy"][np.isin(place, half)].mean())
+    estimates = {f: found["correlation"][f][0] for f in FAMILIES} | {"accuracy": found["accuracy"]}
+    return found | {"candidates": min(100, len(graphs)), "interval": {
+        name: around(estimate, spread[name]) if np.isfinite(spread[name]).any() else [np.nan] * 2
+        for name, estimate in estimates.items()}}
+
+
+def treatments(opened, checkpoint):
+    """What the benchmark compares over: (SMILES of each row, its treatment as molecule and dose,
+    rows with a molecule at a quarter of the highest dose or more)."""
+    m, fields = opened.manifest, opened.model.fields
+    molecule = next((f.name for f in fields if f.kind == "molecule"), None)
+    dose = next((f.name for f in fields if f.kind == "log"), None)
+    if not molecule:
+        raise UserError(f"{checkpoint} was told no molecule")
+    smiles = np.array(m.columns[molecule])
+    if not dose:
+        return smiles, smiles, np.flatnonzero(smiles != "")
+    doses = np.array([float(d) if d else 0. for d in m.columns[dose]])
+    strong = (4 * doses >= doses.max()) & (doses > 0)
+    return smiles, cells_of(m, [molecule, dose]), np.flatnonzero(strong & (smiles != ""))
 
 
 def benchmark(opened, args, out):
@@ -2669,104 +2865,101 @@ def benchmark(opened, args, out):
     model, m = opened.model, opened.manifest
     if args.quick:
         args.images, args.train_steps = min(args.images, 96), 200
-    molecule = next((f.name for f in model.fields if f.kind == "molecule"), None)
-    dose = next((f.name for f in model.fields if f.kind == "log"), None)
-    if not molecule:
-        raise UserError(f"{args.checkpoint} was told no molecule")
-    doses = m.columns.get(dose, [""] * len(m))
-    strong = {d for d in set(doses) if d and float(d) > 0}
-    strong = {d for d in strong if float(d) * 4 >= max(map(float, strong))} or {""}
-    usable = np.array([d in strong and s != "" for d, s in zip(doses, m.columns[molecule])])
-    treatment = cells_of(m, [molecule, *([dose] if dose else [])])
-    print("molecule and image: training on real images")
-    seen = opened.train[usable[opened.train]]
-    smiles = sorted(set(m.rows(range(len(m)), molecule)) - {""})
-    graphs = MOLECULE_ENCODERS["graph"]({}, 8, 8).featurise(smiles)
-    place = {s: k for k, s in enumerate(smiles)}
-
-    def molecules_of(rows):
-        return np.array([place[m.columns[molecule][i]] for i in rows])
-    known = np.unique(molecules_of(seen))
-    network = train_correspondence(real_images(opened, seen), graphs[known],
-                                   np.searchsorted(known, molecules_of(seen)), args.train_steps)
-    request = Request(model.weights(args.guidance), args.form, args.interval, steps=args.steps)
+    smiles, treatment, usable = treatments(opened, args.checkpoint)
+    pixel = args.pixel_model and pixel_model(opened, args)
+    distinct = sorted(set(smiles) - {""})
+    graphs = MOLECULE_ENCODERS["graph"]({}, 8, 8).featurise(distinct)
+    number = {s: k for k, s in enumerate(distinct)}
+    own = np.array([number.get(s, -1) for s in smiles])
+    seen = np.intersect1d(opened.train, usable)
+    if not len(seen):
+        raise data.DataError(f"{m.path}: no training row has a molecule at a dose above 0")
+    known, place = np.unique(own[seen], return_inverse=True)
+    network = train_correspondence(lambda rows: halved(real_images(opened, rows)), seen,
+                                   graphs[known], place, args.train_steps)
     table, pictures = {}, {}
     for name, rows in benchmark_sets(m, args.sets).items():
-        a, b = twins(m, rows[usable[rows]], treatment, args.per_molecule, args.images)
-        if len(np.unique(molecules_of(a))) < 3:
+        a, b = twins(m, np.intersect1d(rows, usable), treatment, args.per_molecule, args.images)
+        inside, place = np.unique(own[a], return_inverse=True)
+        if len(inside) < 3:
             print(f"{name}: fewer than three molecules have two wells, left out")
             continue
-        columns = blank_unseen(model.fields, {f.name: m.rows(a, f.name) for f in model.fields})
-        near = nearest_images(opened, a, molecule, dose)
-        own = molecules_of(a)
-        mixed = np.random.default_rng(3).permutation(len(b))
-        sets = {"real, another well": real_images(opened, b),
-                "real, molecules permuted": real_images(opened, b[mixed]),
-                "generated": generate(model, columns, range(len(a)), request),
-                "nearest training molecule": real_images(opened, near),
-                "mean of training images": mean_of_batch(opened, a)}
+        mixed = np.random.default_rng(3).permutation(b)
+        near = nearest_images(opened, a, smiles, treatment)
+        sets = {"real": rows_reader(opened, a), "real, another well": rows_reader(opened, b),
+                "real, molecules permuted": rows_reader(opened, mixed),
+                "generated": generated_images(opened, model, args.checkpoint, a, args, out),
+                "nearest training molecule": rows_reader(opened, near),
+                "class mean": class_means(opened, a, treatment)}
+        if pixel:
+            sets["same U-Net in pixels"] = generated_images(opened, pixel, args.pixel_model, a,
+                                                            args, out)
         if args.generated:
             sets["the other system"] = other_system(opened, args.generated, a)
-        real, inside = real_images(opened, a), np.unique(own)
-        table[name] = {"images": len(a), "molecules": len(inside)} | {
-            kind: score_benchmark(images, real, model.channels, own, network, graphs[inside],
-                                  np.searchsorted(inside, own))
-            for kind, images in sets.items()}
-        pictures[name] = {"real": real} | sets
+        pictures[name] = {kind: read(np.arange(min(8, len(a)))) for kind, read in sets.items()}
+        real, table[name] = None, {"images": len(a), "molecules": len(inside)}
+        for kind, read in sets.items():
+            found = measured(read, len(a), model.channels, network, f"{name}, {kind}")
+            real = real or found
+            if kind != "real":
+                table[name][kind] = score_benchmark(found, real, network, graphs[inside], place)
     if not table:
         raise UserError("nothing to compare")
+    write_benchmark(table, pictures, args, model, out)
+
+
+def rows_reader(opened, rows):
+    return lambda k: real_images(opened, rows[k])
+
+
+def pixel_model(opened, args):
+    """The diffusion model of `--pixel_model`, which must see images as the other one does."""
+    pixel = Model.load(args.pixel_model)
+    for name, one, other in (("channels", pixel.channels, opened.model.channels),
+                             ("intensities", pixel.intensity, opened.model.intensity)):
+        if one != other:
+            raise UserError(f"{args.pixel_model} has other {name} than {args.checkpoint}: train "
+                            "both on the same data with the same settings")
+    return pixel
+
+
+def write_benchmark(table, pictures, args, model, out):
+    """The tables printed, mol2image.json and mol2image.png."""
     print_benchmark(table, model.channels)
     (out / "mol2image.json").write_text(json.dumps({
-        "checkpoint": args.checkpoint, "guidance": request.guidance, "steps": args.steps,
-        "table": table}, indent=1))
-    data.picture(out / "mol2image.png", [list(v[:8].numpy()) for kinds in pictures.values()
+        "checkpoint": args.checkpoint, "guidance": model.weights(args.guidance),
+        "steps": args.steps, "train_steps": args.train_steps, "table": table}, indent=1))
+    data.picture(out / "mol2image.png", [list(v.numpy()) for kinds in pictures.values()
                                          for v in kinds.values()], model.channels,
                  [f"{name}\n{kind}" for name, kinds in pictures.items() for kind in kinds],
                  pixel_um=model.pixel_um)
     print(f"wrote {out}/mol2image.json and mol2image.png")
 
 
-def mean_of_batch(opened, rows):
-    """For each row the mean of (at most 200) training images of its batch, or plate, or of all."""
-    m = opened.manifest
-    batch = np.array(m.columns.get("batch", m.columns.get("plate", [""] * len(m))))
-    means = {}
-    for name in np.unique(batch[rows]):
-        inside = opened.train[batch[opened.train] == name]
-        inside = np.random.default_rng(0).permutation(inside if len(inside) else opened.train)[:200]
-        means[name] = real_images(opened, inside).mean(0)
-    return torch.stack([means[batch[i]] for i in rows])
-
-
-def score_benchmark(images, real, channels, molecules, network, graphs, place):
-    """The benchmark's figures of images (N, C, H, W) beside real ones of the same conditions: at 64
-    pixels, and sliced Wasserstein distance at their own size where they are larger."""
-    x, y = (halved(v, 64) for v in (images, real))
-    found = {"swd": sliced_wasserstein((x + 1) / 2, (y + 1) / 2),
-             "intensity_w1": earth_movers_distance((x + 1) / 2, (y + 1) / 2).tolist(),
-             "correlation": correlation_by_family(*(correspondence_features(v, channels)
-                                                    for v in (x, y)), molecules)}
-    if images.shape[-1] > x.shape[-1]:
-        found["swd_native"] = sliced_wasserstein((images + 1) / 2, (real + 1) / 2)
-    return found | correspondence_scores(network, images, graphs, place)
-
-
 def print_benchmark(table, channels):
+    """By set: distances; correlations and accuracies; their intervals."""
     for name, entry in table.items():
         print(f"\n{name}: {entry['images']} images of {entry['molecules']} molecules")
         kinds = {k: v for k, v in entry.items() if isinstance(v, dict)}
-        levels = len(next(iter(kinds.values()))["swd"])
-        print(f"{'':28s}{'sliced Wasserstein x 1000':>{8 * levels + 8}s}   "
-              + f"{'intensity W1 x 1000':>{6 * len(channels) + 2}s}   "
-              + " ".join(f"{f:>13s}" for f in FAMILIES) + "   pairs  top-1 5 10 of "
-              + f"{next(iter(kinds.values()))['candidates']}")
+        first = next(iter(kinds.values()))
+        print(f"{'':28s}{'sliced Wasserstein x 1000, mean':>{8 * len(first['swd']) + 8}s}   "
+              f"{'intensity W1 x 1000':>{6 * len(channels) + 2}s}   "
+              + " ".join(f"{f:>13s}" for f in FAMILIES)
+              + f"   pairs  top-1     5    10 of {first['candidates']}")
         for kind, e in kinds.items():
             print(f"{kind:28s}" + "".join(f"{v:8.0f}" for v in (*e["swd"], np.mean(e["swd"])))
                   + "     " + "".join(f"{1000 * v:6.0f}" for v in e["intensity_w1"]) + "   "
                   + " ".join(f"{p:6.2f} {s:6.2f}" for p, s in (e["correlation"][f]
                                                               for f in FAMILIES))
                   + f"{e['accuracy']:8.2f}" + "".join(f"{e[f'top_{k}']:6.2f}" for k in (1, 5, 10)))
-    print("(correlations over molecules: Pearson, Spearman)")
+            if "swd_native" in e:
+                print(f"{'   at native size':28s}" + "".join(
+                    f"{v:8.0f}" for v in (*e["swd_native"], np.mean(e["swd_native"]))))
+        print("5 to 95 % over molecules    " + " ".join(f"{f:>15s}" for f in (*FAMILIES, "pairs")))
+        for kind, e in kinds.items():
+            print(f"{kind:28s}" + " ".join("{:6.2f} to {:5.2f}".format(*e["interval"][f])
+                                           for f in (*FAMILIES, "accuracy")))
+    print("(correlations over molecules: Pearson, Spearman; intervals: Pearson)")
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -2876,6 +3069,8 @@ def main():
     q.add_argument("--mol2image", action="store_true", help="Mol2Image's benchmark")
     q.add_argument("--generated", default=None, help="with --mol2image: a manifest of images that "
                    "another system made for the same plates, wells and sites")
+    q.add_argument("--pixel_model", default=None, help="with --mol2image: the same U-Net "
+                   "trained on pixels, for a row of its own")
     q.add_argument("--per_molecule", type=int, default=4, help="with --mol2image: images, at most")
     q.add_argument("--train_steps", type=int, default=1500, help="with --mol2image: of the network "
                    "that tells whether molecule and image match")

@@ -4,6 +4,7 @@ settings from the command line, the device, checkpoints, and how a user's mistak
     python train_vae.py                                   # the simulated screen
     python train_vae.py --data plates/index.csv --binning 2 --crop 64 --out runs/plates_vae
     torchrun --nproc_per_node=2 train_vae.py              # two GPUs
+    python train_vae.py --pixels --out runs/pixels_vae    # none: the baseline that needs no latents
 """
 import argparse
 import contextlib
@@ -64,6 +65,7 @@ class Config:
     fold: int = 2                         # pixels folded into channels by the stem
     width: int = 32                       # channels at the finest level
     blocks: int = 2                       # residual blocks per level
+    pixels: bool = False                  # no autoencoder: diffusion in pixels on the latents' grid
     kl_weight: float = 1e-2               # weight of the KL, both terms per pixel value
     spectral_weight: float = 0.           # of the difference of Fourier amplitudes
     multiscale_weight: float = 0.         # of the L1 between bands of a Laplacian pyramid
@@ -535,11 +537,16 @@ def measure_latents(vae, batches):
     vae.latent_std.copy_(samples.std((0, 2, 3), keepdim=True))
 
 
+def at_once(images):
+    """How many images (N, C, H, W) a network sees at a time: 64 of 64 pixels, one of 512."""
+    return min(64, max(1, 2 ** 18 // (images.shape[2] * images.shape[3])))
+
+
 @torch.no_grad()
-def reconstruct(vae, images, batch=64):
+def reconstruct(vae, images):
     """Images through the autoencoder by the posterior's mean: (x_hat, kl in nats per image)."""
     out, kl = [], []
-    for x in images.split(batch):
+    for x in images.split(at_once(images)):
         mean, logvar = vae.encode(x.to(device()))
         out.append(vae.decoder(mean).float().clamp(-1, 1).cpu())
         kl.append(kl_divergence(mean, logvar).cpu())
@@ -583,14 +590,33 @@ def draw_reconstruction(path, images, x_hat, channels):
     data.picture(path, rows, channels, labels, ["all", *channels])
 
 
-def prepare(config):
-    """What is known before the first step: shape, data, intensities, held-out views."""
-    shape = VAEConfig(len(config.channels.split(",")), config.latent_channels, config.downsampling,
-                      config.fold, config.width, config.blocks)
+def peak_memory():
+    """The most memory that this process has held, in GB: of the GPU where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    if sys.platform == "win32":
+        return math.nan
+    import resource
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def shape_of(config):
+    """The VAEConfig of a Config, checked."""
+    channels = len(config.channels.split(","))
+    numbers = channels * config.downsampling ** 2 if config.pixels else config.latent_channels
+    shape = VAEConfig(channels, numbers, config.downsampling, config.fold, config.width,
+                      config.blocks, config.pixels)
     try:
         shape.widths()
     except ValueError as fault:
         raise UserError(str(fault)) from None
+    return shape
+
+
+def prepare(config):
+    """What is known before the first step: shape, data, intensities, held-out views."""
+    shape = shape_of(config)
     manifest, pixels, train_rows, held_rows = open_data(config)
     intensity = data.fit_intensity(config.intensity, pixels, train_rows)
     held_rows = np.random.default_rng(0).permutation(held_rows)  # from all plates
@@ -635,6 +661,12 @@ def train(config=Config()):
     vae = VAE(p.shape).to(device())
     if config.checkpointing:
         save_activations(vae)
+    if config.pixels:  # nothing to train
+        start_anew(out)
+        finish(vae, p, config, p.held[0].numel(), lambda step, **more: save_checkpoint(
+            out / "model.pt", "vae", p.constant | {"weights": vae.state_dict(), "step": step}
+            | more))
+        return out / "model.pt"
     model = for_training(vae, config.compile)
     optimiser = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(.9, .99), fused=True)
     count = sum(w.numel() for w in vae.parameters()) / 1e6
@@ -711,7 +743,8 @@ def finish(vae, p, config, numbers, save):
           f"L1 {baseline['l1']:.4f}, PSNR {baseline['psnr']:.1f} dB")
     draw_reconstruction(out / "reconstruction.png", p.held, x_hat, channels)
     (out / "result.json").write_text(json.dumps(
-        {"held_out": found, "small_image": baseline, "settings": asdict(config)}, indent=1))
+        {"held_out": found, "small_image": baseline, "peak_memory_gb": peak_memory(),
+         "settings": asdict(config)}, indent=1))
     save(config.steps, result=found)
     p.pixels.report()
     print(f"wrote {out}/model.pt and {out}/reconstruction.png")

@@ -23,6 +23,7 @@ class VAEConfig:
     fold: int = 2             # the stem folds fold x fold pixels into channels: cheap, no loss
     width: int = 64           # channels of the finest level; doubled at each coarser one, to 4x
     blocks: int = 2           # residual blocks per level
+    pixels: bool = False      # no network: latents are the pixels, folded into channels
 
     # 512x512x5 images: downsampling=8, latent_channels=8 gives 64x64x8 latents,
     #                   downsampling=4, latent_channels=1 gives 128x128x1.
@@ -99,13 +100,28 @@ class Decoder(nn.Module):
         return self.unfold(self.out(h))             # (B, C, H, W)
 
 
+class FoldedPixels(nn.Module):
+    """The encoder that does nothing: diffusion in pixel space, on the grid of the latents."""
+
+    def __init__(self, c: VAEConfig):
+        super().__init__()
+        self.fold = nn.PixelUnshuffle(c.downsampling)
+
+    def forward(self, x):                           # (B, C, H, W)
+        z = self.fold(x)                            # (B, C f f, H/f, W/f)
+        return torch.cat([z, torch.full_like(z, -20.)], 1)   # mean, and no variance
+
+
 class VAE(nn.Module):
     """x (B, C, H, W) in [-1, 1], H and W multiples of `downsampling`, to latents (B, Z, h, w)."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
         self.config = config
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        if config.pixels:
+            self.encoder, self.decoder = FoldedPixels(config), nn.PixelShuffle(config.downsampling)
+        else:
+            self.encoder, self.decoder = Encoder(config), Decoder(config)
         # statistics of sampled raw latents over the training data: no magic 0.18215
         self.register_buffer("latent_mean", torch.zeros(1, config.latent_channels, 1, 1))
         self.register_buffer("latent_std", torch.ones(1, config.latent_channels, 1, 1))

@@ -4,6 +4,8 @@ import csv
 import gzip
 import json
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +15,14 @@ from torch.testing import assert_close
 
 import data
 import evaluate
+import sample
+import train_ldm
 import train_vae
 import vae
 from conftest import SHARED
-from evaluate import (correlation_by_family, correspondence_features, earth_movers_distance,
-                      minimum_cross_entropy, ranks, sliced_wasserstein, wasserstein_along,
+from evaluate import (along_directions, area_between, by_molecule, correlation_by_family,
+                      correspondence_features, earth_movers_distance, histogram,
+                      minimum_cross_entropy, patch_histograms, ranks, wasserstein_along,
                       zernike_moments)
 
 
@@ -28,6 +33,10 @@ def images(n=12, side=64, seed=0):
 
 
 # --- sliced Wasserstein and earth mover's distance ------------------------------------------------
+
+def sliced_wasserstein(a, b, batch=4):
+    return evaluate.sliced_wasserstein(*(patch_histograms(lambda: x.split(batch)) for x in (a, b)))
+
 
 def test_distance_of_a_set_with_itself_is_zero_and_of_another_is_not():
     a = images()
@@ -41,12 +50,40 @@ def test_distance_between_gaussians_is_known():
     rng, dimension = torch.Generator().manual_seed(0), 20
     a = torch.randn(4000, dimension, generator=rng)
     shift = torch.full((dimension,), .7)
+    wide = 2 * torch.randn(a.shape, generator=rng)
+
+    def distance(a, b):
+        return wasserstein_along(along_directions(a), along_directions(b))
     wanted = shift.norm().item() * math.gamma(dimension / 2) / (
         math.pi ** .5 * math.gamma((dimension + 1) / 2))
-    assert_close(wasserstein_along(a, a + shift), wanted, rtol=.05, atol=0.)
-    wide = math.sqrt(2 / math.pi)  # the same mean, twice as wide: E|N(0, 1)|
-    assert_close(wasserstein_along(a, 2 * torch.randn(a.shape, generator=rng)), wide, rtol=.05,
-                 atol=0.)
+    assert_close(distance(a, a + shift), wanted, rtol=.05, atol=0.)
+    # the same mean, twice as wide: E|N(0, 1)|
+    assert_close(distance(a, wide), math.sqrt(2 / math.pi), rtol=.05, atol=0.)
+
+
+def test_area_between_histograms_is_the_distance_of_sorted_values():
+    """Karras et al. sort the projections; histograms give the same in memory that does not grow."""
+    rng = torch.Generator().manual_seed(0)
+    a, b = torch.randn(3, 500, generator=rng), torch.randn(3, 500, generator=rng) * 1.1 + .05
+    found = area_between(histogram(a, -8., 8.), histogram(b, -8., 8.), -8., 8.)
+    wanted = (a.sort(1).values - b.sort(1).values).abs().mean(1)
+    assert_close(found, wanted.double(), rtol=.01, atol=0.)
+
+
+def test_patches_are_standardised_per_channel_along_all_directions():
+    """The whole of one level by definition: patches, standardised, projected, sorted."""
+    a, b = images(6), images(6, seed=1) ** 2
+    projections = []
+    rng = torch.Generator().manual_seed(0)
+    u = torch.nn.functional.normalize(torch.randn(512, 245, generator=rng), dim=1)
+    for x in (a, b):
+        patches = evaluate.random_patches(evaluate.laplacian_pyramid(255 * x), range(6))[0]
+        assert patches.shape == (6, 128, 5, 7, 7)
+        channels = patches.flatten(0, 1).transpose(0, 1).flatten(1)        # (5, values)
+        mean, std = (v[:, None, None] for v in (channels.mean(1), channels.std(1)))
+        projections.append((u @ ((patches.flatten(0, 1) - mean) / std).flatten(1).T).sort(1).values)
+    wanted = 1000 * (projections[0] - projections[1]).abs().mean().item()
+    assert_close(sliced_wasserstein(a, b)[0], wanted, rtol=.01, atol=0.)
 
 
 def test_distance_is_blind_to_brightness_and_says_so_beside_it():
@@ -59,7 +96,8 @@ def test_distance_is_blind_to_brightness_and_says_so_beside_it():
 
 def test_distance_does_not_depend_on_the_batch():
     a, b = images(10), images(10, seed=1)
-    assert_close(sliced_wasserstein(a, b, batch=3), sliced_wasserstein(a, b, batch=10))
+    assert_close(sliced_wasserstein(a, b, batch=3), sliced_wasserstein(a, b, batch=10), rtol=1e-3,
+                 atol=0.)
 
 
 def test_earth_movers_distance_in_closed_form():
@@ -109,37 +147,100 @@ def test_thresholds_part_levels():
     assert .1 < evaluate.lower_of_three(x) < .4 < evaluate.otsu(x)
 
 
-def test_counts_with_cross_entropy_agree_with_the_simulator():
-    """The default density, 40 fields: error of the total under 5 %."""
+def test_cross_entropy_threshold_is_the_least_of_its_definition():
+    """Li & Lee 1993: the cut with the least -sum of x log(mean of its class), trying them all."""
+    x = torch.cat([torch.rand(300, generator=torch.Generator().manual_seed(0)) * .3 + .1,
+                   torch.rand(60, generator=torch.Generator().manual_seed(1)) * .5 + .4])
+    x = (x * 127).round() / 127
+
+    def cross_entropy(cut):
+        return -sum((v.sum() * v.mean().log()).item() for v in (x[x <= cut], x[x > cut]) if len(v))
+    least = min(cross_entropy(k / 127) for k in range(127))
+    cut = minimum_cross_entropy(x.view(1, 18, 20)).item()
+    assert abs(cross_entropy(cut) - least) < 1e-4 and 0 < (x > cut).sum() < 360
+
+
+@pytest.fixture(scope="module")
+def fields():
+    """60 fields of the simulator at the default density, under all microscopes: (images in [-1, 1],
+    nuclei)."""
     screen = data.Screen()
     optics = data.microscope(screen)
-    row = dict(row=8, column=12, site=1, batch="B1", plate="P01", true_mechanism="none",
-               true_effect=0.)
-    drawn = [data.draw_field(row, screen, optics, [11, i], counterpart=False) for i in range(40)]
-    x = torch.from_numpy(np.stack([d["image"] for d in drawn])).float() / 127.5 - 1
-    counted = correspondence_features(x, list(data.CHANNELS))["count"].sum().item()
-    assert abs(counted / sum(d["truth"]["true_nuclei"] for d in drawn) - 1) < .05
+    drawn = [data.draw_field(dict(row=8, column=12, site=1, batch=f"B{i % 6 + 1}", plate="P01",
+                                  true_mechanism="none", true_effect=0.), screen, optics, [11, i],
+                             counterpart=False) for i in range(60)]
+    return (torch.from_numpy(np.stack([d["image"] for d in drawn])).float() / 127.5 - 1,
+            torch.tensor([d["truth"]["true_nuclei"] for d in drawn]))
+
+
+def test_counts_agree_with_the_simulator(fields):
+    """Error of the total under 5 %, with either threshold, and no bias that half counts have."""
+    x, nuclei = fields
+    for count in (correspondence_features(x, list(data.CHANNELS))["count"][:, 0],
+                  evaluate.features(x, list(data.CHANNELS))[:, 0]):
+        assert abs(count.sum() / nuclei.sum() - 1) < .03
+        assert (count - nuclei).abs().mean() < .7
+
+
+def test_border_objects_are_discarded_but_for_the_count(fields):
+    x, _ = fields
+    x = x[:4].clone()
+    before = correspondence_features(x, list(data.CHANNELS))
+    labels = evaluate.segment_nuclei((x[:, 0] + 1) / 2, threshold=minimum_cross_entropy)
+    cut = evaluate.touches(labels, "top", "bottom", "left", "right")
+    whole = ((labels > 0) & ~cut.gather(1, labels.flatten(1)).view_as(labels)).float().mean((1, 2))
+    assert_close(before["coverage"][:, 0], whole)
+    assert (whole < (labels > 0).float().mean((1, 2))).all()
+    assert [before[f].shape[1] for f in evaluate.FAMILIES] == [2, 1, 4, 120, 10]
 
 
 def test_correlation_over_molecules_knows_its_limits():
     rng = torch.Generator().manual_seed(0)
     molecules = np.repeat(np.arange(30), 3)
     own = {f: torch.randn(30, 4, generator=rng)[molecules] for f in evaluate.FAMILIES}
-    table = correlation_by_family(own, own, molecules)
-    assert_close(table["size"], (1., 1.), atol=1e-9, rtol=0.)
+
+    def table(a, b):
+        return correlation_by_family(*(by_molecule(v, molecules) for v in (a, b)))
+    assert_close(table(own, own)["size"], (1., 1.), atol=1e-9, rtol=0.)
     stretched = {f: v.exp() for f, v in own.items()}  # the order stays
-    pearson, spearman = correlation_by_family(own, stretched, molecules)["count"]
+    pearson, spearman = table(own, stretched)["count"]
     assert pearson < .97 and spearman > 1 - 1e-9
     other = {f: torch.randn(30, 4, generator=rng)[molecules] for f in evaluate.FAMILIES}
-    assert abs(correlation_by_family(own, other, molecules)["count"][0]) < .4
+    assert abs(table(own, other)["count"][0]) < .4
     assert ranks(torch.tensor([3., 1., 3., 0.])).tolist() == [2.5, 1., 2.5, 0.]
+    blank = {f: v.clone() for f, v in own.items()}
+    blank["size"][::3] = torch.nan  # one image of each molecule without whole nuclei
+    assert_close(table(own, blank)["size"], (1., 1.), atol=1e-6, rtol=0.)
 
 
-def test_features_do_not_depend_on_the_batch():
-    x = images(6) * 2 - 1
-    one, six = (correspondence_features(x, list(data.CHANNELS), batch=b) for b in (1, 6))
+def test_nothing_measured_depends_on_the_batch(fields):
+    x, _ = fields
+    torch.manual_seed(0)
+    network = evaluate.Correspondence(5, 8).eval()
+    one, many = (evaluate.measured(lambda k: x[k], 10, list(data.CHANNELS), network, "", batch=b)
+                 for b in (3, 10))
     for family in evaluate.FAMILIES:
-        assert_close(one[family], six[family], equal_nan=True)
+        assert_close(one["features"][family], many["features"][family], equal_nan=True, rtol=1e-4,
+                     atol=1e-4)
+    assert_close(one["codes"], many["codes"], rtol=1e-4, atol=1e-4)
+    assert (one["intensity"] == many["intensity"]).all()
+    assert max(evaluate.sliced_wasserstein(one["patches"][64], many["patches"][64])) < .01
+
+
+def test_large_images_are_compared_at_64_pixels_and_at_their_own_size():
+    x = images(4, 128) * 2 - 1
+    network = evaluate.Correspondence(5, 8).eval()
+    one, other = (evaluate.measured(lambda k: v[k], 4, list(data.CHANNELS), network, "")
+                  for v in (x, evaluate.halved(x)))
+    assert [len(one["patches"][side]) for side in (64, 128)] == [3, 4]
+    assert_close(one["patches"][64], other["patches"][64])
+    assert set(other["patches"]) == {64}
+
+
+def test_images_without_nuclei_are_measured():
+    blank = correspondence_features(torch.full((2, 5, 64, 64), -1.), list(data.CHANNELS))
+    assert blank["size"].isnan().all() and (blank["count"] == 0).all()
+    assert [blank[f].shape for f in evaluate.FAMILIES] == [(2, n) for n in (2, 1, 4, 120, 10)]
 
 
 def test_correspondence_learns_what_belongs_together():
@@ -149,11 +250,13 @@ def test_correspondence_learns_what_belongs_together():
     molecule = np.arange(64) % 4
     x = torch.from_numpy(molecule)[:, None, None, None] / 2 - .75 + .1 * torch.randn(
         64, 5, 16, 16, generator=torch.Generator().manual_seed(0))
-    network = evaluate.train_correspondence(x, graphs, molecule, 120, lr=3e-3)
-    found = evaluate.correspondence_scores(network, x, graphs, molecule)
-    assert found["accuracy"] > .9 and found["top_1"] > .85 and found["candidates"] == 4
-    wrong = evaluate.correspondence_scores(network, x, graphs, (molecule + 1) % 4)
-    assert wrong["accuracy"] < .6 and wrong["top_1"] < .2
+    network = evaluate.train_correspondence(lambda rows: x[rows], np.arange(64), graphs, molecule,
+                                            120, lr=2e-3)
+    codes = network.image(x)["code"].detach()
+    found = evaluate.correspondence_hits(network, codes, graphs, molecule)
+    assert found["accuracy"].mean() > .9 and found["top_1"].mean() > .85
+    wrong = evaluate.correspondence_hits(network, codes, graphs, (molecule + 1) % 4)
+    assert wrong["accuracy"].mean() < .6 and wrong["top_1"].mean() < .2
 
 
 # --- latent spaces --------------------------------------------------------------------------------
@@ -200,6 +303,7 @@ def test_latent_spaces_command(screen, cli, tmp_path, monkeypatch):
     assert status == 0, error
     first, second = json.loads((tmp_path / "o" / "vae.json").read_text())
     assert first["numbers"] == 2 * second["numbers"] == 256
+    assert first["numbers_per_pixel"] == .25  # 256 of 32x32 pixels
     assert first["originals"]["l1"] == 0 and first["baselines"]["patch PCA"]["l1"] > 0
     assert "small image" in out and (tmp_path / "o" / "rate_distortion.png").exists()
     before = (tmp_path / "o" / "vae.jsonl").read_text()
@@ -215,27 +319,118 @@ def test_latent_spaces_refuse_unknown_settings(refused, screen, tmp_path):
         assert len(lines) == 1
 
 
+def test_a_preset_brings_its_settings():
+    found = evaluate.parse_settings("preset=128x128x1 width=8")
+    assert (found["crop"], found["latent_channels"], found["width"]) == (512, 1, 8)
+    with pytest.raises(train_vae.UserError, match="one of 64x64x8, 128x128x1"):
+        evaluate.parse_settings("preset=64x64")
+
+
 # --- the benchmark's command ----------------------------------------------------------------------
 
-def test_benchmark_command_and_another_system(ldm_path, screen, cli, refused, tmp_path,
-                                              monkeypatch):
+@pytest.fixture(scope="session")
+def pixel_path(screen, ldm_config, tmp_path_factory):
+    """The tiny model in pixel space, through the real scripts."""
+    folded = train_vae.train(train_vae.Config(data=str(screen), pixels=True,
+                                              out=str(tmp_path_factory.mktemp("pixels_vae"))))
+    return train_ldm.train(replace(ldm_config, vae=str(folded),
+                                   out=str(tmp_path_factory.mktemp("pixels"))))
+
+
+def test_pixels_are_folded_and_nothing_is_lost(pixel_path):
+    model = sample.Model.load(pixel_path)
+    assert model.latent_shape == (80, 8, 8) and model.denoiser.unet.config.latent_channels == 80
+    x = torch.rand(2, 5, 32, 32) * 2 - 1
+    z = model.vae.to_latent(x, torch.randn(2, 80, 8, 8))
+    assert_close(model.vae.to_image(z), x, atol=1e-3, rtol=0.)  # no noise is added
+    assert not list(model.vae.parameters())
+
+
+@pytest.fixture
+def benchmark_words(ldm_path, tmp_path, monkeypatch):
     # this small screen has one well of each treatment: its sites stand in for wells
     monkeypatch.setattr(evaluate, "wells_of", lambda m: np.arange(len(m)).astype(str))
-    words = ("quality", "--mol2image", "--checkpoint", ldm_path, "--steps", 1,
-             "--images", 12, "--train_steps", 2, "--sets", "test_substituent", "--out", tmp_path)
-    status, out, error = cli(evaluate, *words, "--generated", screen)  # the real images, as its own
+    return ("quality", "--mol2image", "--checkpoint", ldm_path, "--steps", 1, "--images", 12,
+            "--train_steps", 2, "--sets", "test_substituent", "--out", tmp_path)
+
+
+def test_benchmark_command_with_other_systems(benchmark_words, pixel_path, screen, cli, tmp_path,
+                                              monkeypatch):
+    status, out, error = cli(evaluate, *benchmark_words, "--pixel_model", pixel_path,
+                             "--generated", screen)  # the real images, as another system's own
     assert status == 0, error
     table = json.loads((tmp_path / "mol2image.json").read_text())["table"]["test_substituent"]
     other, real = table["the other system"], table["real, another well"]
     assert other["swd"] == [0., 0.] and max(other["intensity_w1"]) == 0  # it is the real set itself
     assert_close(other["correlation"]["size"], [1., 1.])
     assert min(real["swd"]) > 0 and real["correlation"]["size"][0] < 1
+    assert table["same U-Net in pixels"]["swd"] != table["generated"]["swd"]
+    assert real["interval"]["size"][0] <= real["correlation"]["size"][0]
     assert "top-1" in out and (tmp_path / "mol2image.png").exists()
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("generated-*.npy")}
+    monkeypatch.setattr(evaluate, "generate", None)  # a second run finds both sets
+    assert len(made) == 2 and cli(evaluate, *benchmark_words)[0] == 0
+
+
+def test_another_system_must_have_made_every_image(benchmark_words, screen, refused, tmp_path):
     short = tmp_path / "short.csv"
     lines = screen.read_text().splitlines()
     short.write_text("\n".join(lines[:5]) + "\n")
     (tmp_path / "image.npy").symlink_to(screen.parent / "image.npy")
-    refused(evaluate, *words, "--generated", short, says=["has no image for"])
+    refused(evaluate, *benchmark_words, "--generated", short, says=["has no image for"])
+
+
+def test_images_of_another_system_need_no_crop(tmp_path):
+    """Its 64-pixel images are taken as they are beside crops of 128."""
+    rng = np.random.default_rng(0)
+    for name, side in (("real", 140), ("made", 64)):
+        np.save(tmp_path / f"{name}.npy", rng.integers(0, 255, (2, 1, side, side), np.uint8))
+        (tmp_path / f"{name}.csv").write_text("image,index,compound\n" + "".join(
+            f"{name}.npy,{i},{'ab'[i]}\n" for i in range(2)))
+    m = data.read_manifest(tmp_path / "real.csv", ("DNA",))
+    model = SimpleNamespace(channels=("DNA",), intensity={"low": [0.], "high": [255.]})
+    opened = SimpleNamespace(manifest=m, pixels=data.Pixels(m), model=model,
+                             settings=SimpleNamespace(crop=128, binning=1, flips=True))
+    read = evaluate.other_system(opened, tmp_path / "made.csv", np.array([1, 0]))
+    assert read(np.arange(2)).shape == (2, 1, 64, 64)
+    made = np.load(tmp_path / "made.npy")[::-1] / 127.5 - 1  # in the order of the rows
+    assert_close(read(np.arange(2)).numpy(), made.astype(np.float32), atol=1e-5, rtol=0.)
+
+
+def test_class_means_are_of_training_images_alone():
+    x = torch.arange(6.)[:, None, None, None].expand(6, 1, 4, 4)
+    columns = {"batch": ["A", "A", "A", "B", "B", "B"]}
+    m = SimpleNamespace(columns=columns)
+    opened = SimpleNamespace(manifest=m, train=np.array([0, 1, 3, 4]), pixels=x.numpy(),
+                             settings=SimpleNamespace(crop=0, flips=False),
+                             model=SimpleNamespace(intensity={"low": [0.], "high": [2.]}))
+    treatment = np.array(["p", "p", "q", "p", "r", "new"])
+    read = evaluate.class_means(opened, np.array([0, 5]), treatment)
+    scaled = torch.tensor([-1., 0., 1., 1., 1., 1.])  # values 0 to 2 as [-1, 1], clipped
+    assert_close(read(np.array([0]))[0, 0, 0, 0], scaled[[0, 1, 3]].mean())  # its treatment
+    assert_close(read(np.array([1]))[0, 0, 0, 0], scaled[[3, 4]].mean())     # its batch
+
+
+def test_nearest_images_share_dose_and_batch():
+    smiles = np.array(["CCO", "CCO", "CCO", "CCCCCCCC", "CCCO"])
+    dose, batch = ["1", "10", "10", "10", "10"], ["A", "B", "A", "A", "A"]
+    m = SimpleNamespace(columns={"batch": batch})
+    opened = SimpleNamespace(manifest=m, train=np.arange(4))
+    treatment = np.array([" x ".join(v) for v in zip(smiles, dose)])
+    assert evaluate.nearest_images(opened, np.array([4]), smiles, treatment) == [2]
+
+
+def test_sets_of_the_benchmark_by_name():
+    def sets(names, wanted=None):
+        m = SimpleNamespace(columns={"split": names}, path="m.csv")
+        return {k: v.tolist() for k, v in evaluate.benchmark_sets(m, wanted).items()}
+    assert sets(["train", "val", "test_scaffold", "test_substituent", "test_pair"]) == {
+        "easy": [1], "hard": [2, 3]}
+    published = ["train", "test_easy", "test_hard", "test_hard_ext10_unique"]
+    assert sets(published) == {"test_easy": [1], "test_hard": [2], "test_hard_ext10_unique": [3]}
+    assert sets(published, ["test_hard"]) == {"test_hard": [2]}
+    with pytest.raises(data.DataError, match="no hard2 rows"):
+        sets(published, ["hard2"])
 
 
 def test_twins_come_from_other_wells():
@@ -250,9 +445,8 @@ def test_twins_come_from_other_wells():
 
 def test_nearest_molecule_is_the_most_similar_one():
     training = ["CCO", "c1ccccc1C", "CCCCCCCC"]
-    found = evaluate.nearest_molecules(["c1ccccc1CC", "CCCO"], training, 3)
-    assert found["c1ccccc1CC"][0] == "c1ccccc1C" and found["CCCO"][0] == "CCO"
-    assert sorted(found["CCCO"]) == sorted(training)
+    found = evaluate.nearest_molecules(["c1ccccc1CC", "CCCO"], training)
+    assert found == {"c1ccccc1CC": "c1ccccc1C", "CCCO": "CCO"}
 
 
 # --- published tables -----------------------------------------------------------------------------
@@ -378,7 +572,11 @@ def test_the_real_split_tables_and_plate_maps_are_read(tmp_path, cli):
     assert f"{len(keys) - 3} listed images" in said
     manifest = data.read_manifest(out, ("Mito", "ER", "RNA", "AGP", "DNA"))
     assert set(manifest.columns["split"]) == {"test_easy"} and "" not in manifest.columns["dose"]
-    assert data.Pixels(manifest)[0].shape == (5, 520, 696)
+    pixels = data.Pixels(manifest)
+    assert pixels[0].shape == (5, 520, 696) and pixels.dtype_range(0) == 255
+    for k, name in enumerate(("Mito", "ERSyto", "ERSytoBleed", "Ph_golgi", "Hoechst")):
+        raw = tifffile.imread(SHARED / "bray2017" / f"{name}.tif").astype(float)
+        assert np.corrcoef(pixels[0][k].ravel(), raw.ravel())[0, 1] > .99  # each under its name
 
 
 @real
@@ -397,18 +595,33 @@ def test_jump_tables_join_a_load_data_table(tmp_path, cli):
     assert row["source"] == first["Metadata_Source"] and row["smiles"]
 
 
+def large_fields(folder):
+    """A manifest of four fields of at least 512 pixels: real ones of LINCS where they are, else
+    simulated ones side by side."""
+    path = folder / "manifest.csv"
+    if SHARED.exists():
+        rows = data.read_table(SHARED / "lincs" / "index.csv")[:4]
+        data.write_manifest(path, [{c: SHARED / "lincs" / row[c] for c in data.CHANNELS}
+                                   for row in rows])
+        return path
+    screen = data.Screen()
+    row = dict(row=8, column=12, site=1, batch="B1", plate="P01", true_mechanism="none",
+               true_effect=0.)
+    field = data.draw_field(row, screen, data.microscope(screen), [1], False)["image"]
+    np.save(folder / "image.npy", np.tile(field, (4, 1, 9, 9)))  # (4, 5, 576, 576)
+    data.write_manifest(path, [{"image": "image.npy", "index": i} for i in range(4)])
+    return path
+
+
 def test_presets_of_the_posters_size(tmp_path, cli, refused):
-    """512x512 pixels of five channels to 64x64x8 and to 128x128x1 numbers, through the real script:
-    one step."""
-    rng = np.random.default_rng(0)
-    np.save(tmp_path / "image.npy", rng.integers(0, 255, (4, 5, 520, 520), np.uint8))
-    (tmp_path / "manifest.csv").write_text("image,index,compound\n" + "".join(
-        f"image.npy,{i},{'ab'[i % 2]}\n" for i in range(4)))
-    words = ("--data", tmp_path / "manifest.csv", "--width", 8, "--blocks", 1, "--steps", 1,
+    """512x512 pixels of five channels to 64x64x8 and to 128x128x1 numbers, through the real
+    script: two steps."""
+    words = ("--data", large_fields(tmp_path), "--width", 8, "--blocks", 1, "--steps", 2,
              "--batch", 1, "--split", "image", "--holdout", .25)
     for preset in ("64x64x8", "128x128x1"):
-        status, _, error = cli(train_vae, "--preset", preset, "--out", tmp_path / preset, *words)
+        status, said, error = cli(train_vae, "--preset", preset, "--out", tmp_path / preset, *words)
         assert status == 0, error
+        assert "peak memory" in said
         found, content = train_vae.load_vae(tmp_path / preset / "model.pt")
         z = found.to_latent(torch.zeros(1, 5, 512, 512))
         assert "x".join(str(z.shape[k]) for k in (2, 3, 1)) == preset
