@@ -73,6 +73,7 @@ def test_area_between_histograms_is_the_distance_of_sorted_values():
 def test_patches_are_standardised_per_channel_along_all_directions():
     """The whole of one level by definition: patches, standardised, projected, sorted."""
     a, b = images(6), images(6, seed=1) ** 2
+    b *= torch.tensor([.1, .3, .5, .8, 1.])[:, None, None]
     projections = []
     rng = torch.Generator().manual_seed(0)
     u = torch.nn.functional.normalize(torch.randn(512, 245, generator=rng), dim=1)
@@ -106,6 +107,7 @@ def test_earth_movers_distance_in_closed_form():
     assert_close(earth_movers_distance(x, y), torch.tensor([.3]))
     half = torch.cat([x[:1], y[:1]])  # half of the mass moves by .3
     assert_close(earth_movers_distance(x, half), torch.tensor([.15]))
+    assert earth_movers_distance(half, half.flip(0)) == 0  # wherever the intensities lie
 
 
 def test_pyramid_adds_up_to_the_image():
@@ -209,7 +211,7 @@ def test_correlation_over_molecules_knows_its_limits():
     assert abs(table(own, other)["count"][0]) < .4
     assert ranks(torch.tensor([3., 1., 3., 0.])).tolist() == [2.5, 1., 2.5, 0.]
     blank = {f: v.clone() for f, v in own.items()}
-    blank["size"][::3] = torch.nan  # one image of each molecule without whole nuclei
+    blank["size"][::6] = torch.nan  # one image of every other molecule without whole nuclei
     assert_close(table(own, blank)["size"], (1., 1.), atol=1e-6, rtol=0.)
 
 
@@ -286,6 +288,8 @@ def test_losses_for_fine_structure():
     moved = torch.roll(x, 3, 3)  # texture elsewhere: the amplitudes are the same, the bands not
     assert vae.spectral_distance(x, moved) < 1e-4 < vae.spectral_distance(x, blurred)
     assert vae.multiscale_distance(x, moved) > vae.multiscale_distance(x, blurred) > 1e-3
+    coarse = torch.rand(2, 5, 16, 16).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert vae.multiscale_distance(x, x + coarse) > .01  # not in the finest band, in the next
     mean = torch.zeros(2, 4, 8, 8)
     plain = vae.vae_loss(x, blurred, mean, mean, 0.)[0]
     both = vae.vae_loss(x, blurred, mean, mean, 0., .5, 2.)[0]
@@ -417,7 +421,8 @@ def test_nearest_images_share_dose_and_batch():
     m = SimpleNamespace(columns={"batch": batch})
     opened = SimpleNamespace(manifest=m, train=np.arange(4))
     treatment = np.array([" x ".join(v) for v in zip(smiles, dose)])
-    assert evaluate.nearest_images(opened, np.array([4]), smiles, treatment) == [2]
+    found = evaluate.nearest_images(opened, np.array([4] * 8), smiles, treatment)
+    assert found.tolist() == [2] * 8
 
 
 def test_sets_of_the_benchmark_by_name():
