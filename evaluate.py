@@ -2593,14 +2593,17 @@ class Correspondence(nn.Module):
         self.head = nn.Sequential(nn.Linear(2 * width, 256), nn.SiLU(), nn.Linear(256, 1))
 
     def forward(self, images, graphs):                           # (B, C, H, W), (B, A, 6 + A)
-        return self.score(self.image(images)["code"], self.molecule(graphs)[0])
+        """Scores (B, B) of every image with every molecule."""
+        a, b, n = self.image(images)["code"], self.molecule(graphs)[0], len(images)
+        return self.score(a[:, None].expand(-1, n, -1), b[None].expand(n, -1, -1))
 
-    def score(self, a, b):                                       # (B, 512) each
+    def score(self, a, b):                                       # (..., 512) each
         return self.head(torch.cat([a, b], -1))[..., 0]
 
 
 def train_correspondence(read, rows, graphs, molecule, steps, seed=0, batch=32, lr=1e-3):
-    """Binary cross-entropy on half matched, half mismatched pairs. read(rows): images
+    """Binary cross-entropy on matched and mismatched pairs, half of the weight on each: all pairs
+    of a batch, since on one pair per image nothing was learnt in 500 steps. read(rows): images
     (B, C, H, W); graphs (M, A, 6 + A); molecule (N,) the place of each row's own."""
     torch.manual_seed(seed)
     network = Correspondence(read(rows[:1]).shape[1]).to(device())
@@ -2609,13 +2612,13 @@ def train_correspondence(read, rows, graphs, molecule, steps, seed=0, batch=32, 
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, steps, lr)
         rng, _ = step_rng(seed, step)
-        chosen, matched = rng.integers(len(rows), size=batch), np.arange(batch) < batch // 2
-        other = (molecule[chosen] + rng.integers(1, len(graphs), size=batch)) % len(graphs)
-        x = torch.rot90(read(rows[chosen]), int(rng.integers(4)), (2, 3))
+        chosen = rng.integers(len(rows), size=batch)
+        x, own = torch.rot90(read(rows[chosen]), int(rng.integers(4)), (2, 3)), molecule[chosen]
         with autocast():
-            out = network(x.to(device()), graphs[np.where(matched, molecule[chosen], other)].to(
-                device())).float()
-        loss = F.binary_cross_entropy_with_logits(out, torch.from_numpy(matched).to(out))
+            out = network(x.to(device()), graphs[own].to(device())).float()        # (B, B)
+        matched = torch.from_numpy(own[:, None] == own).to(out)
+        weight = matched / matched.sum() + (1 - matched) / (1 - matched).sum().clamp(min=1)
+        loss = F.binary_cross_entropy_with_logits(out, matched, weight / 2, reduction="sum")
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -2843,7 +2846,7 @@ def benchmark(opened, args, out):
     """The tables of `evaluate.py quality --mol2image`."""
     model, m = opened.model, opened.manifest
     if args.quick:
-        args.images, args.train_steps = min(args.images, 96), 200
+        args.images, args.train_steps = min(args.images, 96), 300
     smiles, treatment, usable = treatments(opened, args.checkpoint)
     pixel = args.pixel_model and pixel_model(opened, args)
     distinct = sorted(set(smiles) - {""})
@@ -3050,7 +3053,7 @@ def main():
     q.add_argument("--pixel_model", default=None, help="with --mol2image: the same U-Net "
                    "trained on pixels, for a row of its own")
     q.add_argument("--per_molecule", type=int, default=4, help="with --mol2image: images, at most")
-    q.add_argument("--train_steps", type=int, default=1500, help="with --mol2image: of the network "
+    q.add_argument("--train_steps", type=int, default=1000, help="with --mol2image: of the network "
                    "that tells whether molecule and image match")
     q.add_argument("--steps", type=int, default=STEPS, help="DDIM steps")
     disentangle_options(d), conditions_options(c), vae_options(v)

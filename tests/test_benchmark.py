@@ -216,11 +216,18 @@ def test_correlation_over_molecules_knows_its_limits():
 
 
 def test_nothing_measured_depends_on_the_batch(fields):
+    """Nor is more than a batch read at a time, nor more kept of an image than its numbers."""
     x, _ = fields
     torch.manual_seed(0)
-    network = evaluate.Correspondence(5, 8).eval()
-    one, many = (evaluate.measured(lambda k: x[k], 10, list(data.CHANNELS), network, "", batch=b)
+    network, asked = evaluate.Correspondence(5, 8).eval(), []
+
+    def read(k):
+        asked.append(len(k))
+        return x[k]
+    one, many = (evaluate.measured(read, 10, list(data.CHANNELS), network, "", batch=b)
                  for b in (3, 10))
+    assert asked == [3, 3, 3, 1, 1, 3, 3, 3, 1, 3, 3, 3, 1, 10, 1, 10, 10]
+    assert sum(v[0].numel() for v in (*one["features"].values(), one["codes"])) < 200
     for family in evaluate.FAMILIES:
         assert_close(one["features"][family], many["features"][family], equal_nan=True, rtol=1e-4,
                      atol=1e-4)
@@ -253,7 +260,7 @@ def test_correspondence_learns_what_belongs_together():
     x = torch.from_numpy(molecule)[:, None, None, None] / 2 - .75 + .1 * torch.randn(
         64, 5, 16, 16, generator=torch.Generator().manual_seed(0))
     network = evaluate.train_correspondence(lambda rows: x[rows], np.arange(64), graphs, molecule,
-                                            120, lr=2e-3)
+                                            100, lr=2e-3)
     codes = network.image(x)["code"].detach()
     found = evaluate.correspondence_hits(network, codes, graphs, molecule)
     assert found["accuracy"].mean() > .9 and found["top_1"].mean() > .85
