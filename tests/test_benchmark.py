@@ -625,9 +625,10 @@ def large_fields(folder):
     return path
 
 
-def test_presets_of_the_posters_size(tmp_path, cli, refused):
+def test_presets_of_the_posters_size(tmp_path, cli, refused, monkeypatch):
     """512x512 pixels of five channels to 64x64x8 and to 128x128x1 numbers, through the real
     script: two steps."""
+    monkeypatch.setattr(train_vae, "draw_reconstruction", lambda *_: None)  # drawn by other tests
     words = ("--data", large_fields(tmp_path), "--width", 8, "--blocks", 1, "--steps", 2,
              "--batch", 1, "--split", "image", "--holdout", .25)
     for preset in ("64x64x8", "128x128x1"):
