@@ -2255,41 +2255,43 @@ def print_latent_spaces(lines, channels):
     beside = [(label, e) for e in lines for label, e in (
         (e["label"], e), *((f"    {name}", b) for name, b in e["baselines"].items()))]
     beside.append(("the originals", lines[0]["originals"]))
-    print(f"\n{'':36s}{'numbers':>8s}{'a pixel':>9s}{'KL':>7s}{'L1':>8s}{'PSNR':>6s}{'SSIM':>7s}"
-          f"{'EMD':>8s}{'mechanism':>11s}{'batch':>7s}")
+    wide = max([28, *(len(label) + 1 for label, _ in beside)])
+    print(f"\n{'':{wide}s}{'numbers':>8s}{'a pixel':>9s}{'KL':>7s}{'L1':>8s}{'PSNR':>6s}"
+          f"{'SSIM':>7s}{'EMD':>8s}{'mechanism':>11s}{'batch':>7s}")
     for label, e in beside:
         size = (f"{e['numbers']:8d}{e['numbers_per_pixel']:9.3f}{e['kl']:7.0f}" if "kl" in e
                 else " " * 24)
-        print(f"{label:36s}{size}{e['l1']:8.4f}{e['psnr']:6.1f}{np.mean(e['ssim']):7.3f}"
+        print(f"{label:{wide}s}{size}{e['l1']:8.4f}{e['psnr']:6.1f}{np.mean(e['ssim']):7.3f}"
               f"{np.mean(e['emd']):8.4f}{e.get('probe_mechanism', np.nan):11.2f}"
               f"{e.get('probe_batch', np.nan):7.2f}")
     for title, key, form in (("L1", "l1_per_channel", "8.4f"), ("PSNR", "psnr_per_channel", "8.1f"),
                              ("structural similarity", "ssim", "8.3f"),
                              ("earth mover's distance", "emd", "8.4f"),
-                             ("log power of fine structure, lost", "fine_power", "8.2f")):
-        print(f"\n{title:36s}" + "".join(f"{c:>8s}" for c in channels))
+                             ("fine power, log (-: lost)", "fine_power", "8.2f")):
+        print(f"\n{title:{wide}s}" + "".join(f"{c:>8s}" for c in channels))
         for label, e in beside[:-1]:
-            print(f"{label:36s}" + "".join(f"{v:{form}}" for v in e[key]))
+            print(f"{label:{wide}s}" + "".join(f"{v:{form}}" for v in e[key]))
     names = ["nuclei", *channels]
-    print(f"\n{'features: correlation (bias)':36s}" + "".join(f"{n:>13s}" for n in names))
+    print(f"\n{'features: correlation (bias)':{wide}s}" + "".join(f"{n:>13s}" for n in names))
     for label, e in beside[:-1]:
-        print(f"{label:36s}" + "".join("{:6.2f} ({:4.2f})".format(*e["features"][n])
+        print(f"{label:{wide}s}" + "".join("{:6.2f} ({:4.2f})".format(*e["features"][n])
                                        for n in names))
-    print(f"\n{'':36s}{'M parameters':>14s}{'encoded/s':>11s}{'decoded/s':>11s}")
+    print(f"\n{'':{wide}s}{'M parameters':>14s}{'encoded/s':>11s}{'decoded/s':>11s}")
     for label, e in every:
-        print(f"{label:36s}{e['parameters'] / 1e6:14.2f}{e['encoded_per_s']:11.0f}"
+        print(f"{label:{wide}s}{e['parameters'] / 1e6:14.2f}{e['encoded_per_s']:11.0f}"
               f"{e['decoded_per_s']:11.0f}")
     print_generation([(label, e) for label, e in every if "generated" in e])
 
 
 def print_generation(made):
     """What each autoencoder does to generation."""
+    wide = max([28, *(len(label) + 1 for label, _ in made)])
     if made:
-        print(f"\n{'generated on held-out wells':36s}{'mechanism':>10s}{'batch':>8s}"
+        print(f"\n{'generated on held-out wells':{wide}s}{'mechanism':>10s}{'batch':>8s}"
               f"{'distance':>10s}{'(floor, ceiling)':>20s}{'variance':>10s}")
     for label, e in made:
         g, limits = e["generated"], (e["generated_floor"], e["generated_ceiling"])
-        print(f"{label:36s}{g['true_mechanism']:10.2f}{g['batch']:8.2f}"
+        print(f"{label:{wide}s}{g['true_mechanism']:10.2f}{g['batch']:8.2f}"
               f"{1000 * g['distance']:10.0f}"
               f"{'({:.0f}, {:.0f})'.format(*(1000 * v for v in limits)):>20s}"
               f"{g['variance_ratio']:10.2f}")
