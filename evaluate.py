@@ -2276,41 +2276,43 @@ def print_latent_spaces(lines, channels):
     beside = [(label, e) for e in lines for label, e in (
         (e["label"], e), *((f"    {name}", b) for name, b in e["baselines"].items()))]
     beside.append(("the originals", lines[0]["originals"]))
-    print(f"\n{'':36s}{'numbers':>8s}{'a pixel':>9s}{'KL':>7s}{'L1':>8s}{'PSNR':>6s}{'SSIM':>7s}"
-          f"{'EMD':>8s}{'mechanism':>11s}{'batch':>7s}")
+    wide = max([28, *(len(label) + 1 for label, _ in beside)])
+    print(f"\n{'':{wide}s}{'numbers':>8s}{'a pixel':>9s}{'KL':>7s}{'L1':>8s}{'PSNR':>6s}"
+          f"{'SSIM':>7s}{'EMD':>8s}{'mechanism':>11s}{'batch':>7s}")
     for label, e in beside:
         size = (f"{e['numbers']:8d}{e['numbers_per_pixel']:9.3f}{e['kl']:7.0f}" if "kl" in e
                 else " " * 24)
-        print(f"{label:36s}{size}{e['l1']:8.4f}{e['psnr']:6.1f}{np.mean(e['ssim']):7.3f}"
+        print(f"{label:{wide}s}{size}{e['l1']:8.4f}{e['psnr']:6.1f}{np.mean(e['ssim']):7.3f}"
               f"{np.mean(e['emd']):8.4f}{e.get('probe_mechanism', np.nan):11.2f}"
               f"{e.get('probe_batch', np.nan):7.2f}")
     for title, key, form in (("L1", "l1_per_channel", "8.4f"), ("PSNR", "psnr_per_channel", "8.1f"),
                              ("structural similarity", "ssim", "8.3f"),
                              ("earth mover's distance", "emd", "8.4f"),
-                             ("log power of fine structure, lost", "fine_power", "8.2f")):
-        print(f"\n{title:36s}" + "".join(f"{c:>8s}" for c in channels))
+                             ("fine power, log (-: lost)", "fine_power", "8.2f")):
+        print(f"\n{title:{wide}s}" + "".join(f"{c:>8s}" for c in channels))
         for label, e in beside[:-1]:
-            print(f"{label:36s}" + "".join(f"{v:{form}}" for v in e[key]))
+            print(f"{label:{wide}s}" + "".join(f"{v:{form}}" for v in e[key]))
     names = ["nuclei", *channels]
-    print(f"\n{'features: correlation (bias)':36s}" + "".join(f"{n:>13s}" for n in names))
+    print(f"\n{'features: correlation (bias)':{wide}s}" + "".join(f"{n:>13s}" for n in names))
     for label, e in beside[:-1]:
-        print(f"{label:36s}" + "".join("{:6.2f} ({:4.2f})".format(*e["features"][n])
+        print(f"{label:{wide}s}" + "".join("{:6.2f} ({:4.2f})".format(*e["features"][n])
                                        for n in names))
-    print(f"\n{'':36s}{'M parameters':>14s}{'encoded/s':>11s}{'decoded/s':>11s}")
+    print(f"\n{'':{wide}s}{'M parameters':>14s}{'encoded/s':>11s}{'decoded/s':>11s}")
     for label, e in every:
-        print(f"{label:36s}{e['parameters'] / 1e6:14.2f}{e['encoded_per_s']:11.0f}"
+        print(f"{label:{wide}s}{e['parameters'] / 1e6:14.2f}{e['encoded_per_s']:11.0f}"
               f"{e['decoded_per_s']:11.0f}")
     print_generation([(label, e) for label, e in every if "generated" in e])
 
 
 def print_generation(made):
     """What each autoencoder does to generation."""
+    wide = max([28, *(len(label) + 1 for label, _ in made)])
     if made:
-        print(f"\n{'generated on held-out wells':36s}{'mechanism':>10s}{'batch':>8s}"
+        print(f"\n{'generated on held-out wells':{wide}s}{'mechanism':>10s}{'batch':>8s}"
               f"{'distance':>10s}{'(floor, ceiling)':>20s}{'variance':>10s}")
     for label, e in made:
         g, limits = e["generated"], (e["generated_floor"], e["generated_ceiling"])
-        print(f"{label:36s}{g['true_mechanism']:10.2f}{g['batch']:8.2f}"
+        print(f"{label:{wide}s}{g['true_mechanism']:10.2f}{g['batch']:8.2f}"
               f"{1000 * g['distance']:10.0f}"
               f"{'({:.0f}, {:.0f})'.format(*(1000 * v for v in limits)):>20s}"
               f"{g['variance_ratio']:10.2f}")
@@ -2614,14 +2616,17 @@ class Correspondence(nn.Module):
         self.head = nn.Sequential(nn.Linear(2 * width, 256), nn.SiLU(), nn.Linear(256, 1))
 
     def forward(self, images, graphs):                           # (B, C, H, W), (B, A, 6 + A)
-        return self.score(self.image(images)["code"], self.molecule(graphs)[0])
+        """Scores (B, B) of every image with every molecule."""
+        a, b, n = self.image(images)["code"], self.molecule(graphs)[0], len(images)
+        return self.score(a[:, None].expand(-1, n, -1), b[None].expand(n, -1, -1))
 
-    def score(self, a, b):                                       # (B, 512) each
+    def score(self, a, b):                                       # (..., 512) each
         return self.head(torch.cat([a, b], -1))[..., 0]
 
 
 def train_correspondence(read, rows, graphs, molecule, steps, seed=0, batch=32, lr=1e-3):
-    """Binary cross-entropy on half matched, half mismatched pairs. read(rows): images
+    """Binary cross-entropy on matched and mismatched pairs, half of the weight on each: all pairs
+    of a batch, since on one pair per image nothing was learnt in 500 steps. read(rows): images
     (B, C, H, W); graphs (M, A, 6 + A); molecule (N,) the place of each row's own."""
     torch.manual_seed(seed)
     network = Correspondence(read(rows[:1]).shape[1]).to(device())
@@ -2630,13 +2635,13 @@ def train_correspondence(read, rows, graphs, molecule, steps, seed=0, batch=32, 
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, steps, lr)
         rng, _ = step_rng(seed, step)
-        chosen, matched = rng.integers(len(rows), size=batch), np.arange(batch) < batch // 2
-        other = (molecule[chosen] + rng.integers(1, len(graphs), size=batch)) % len(graphs)
-        x = torch.rot90(read(rows[chosen]), int(rng.integers(4)), (2, 3))
+        chosen = rng.integers(len(rows), size=batch)
+        x, own = torch.rot90(read(rows[chosen]), int(rng.integers(4)), (2, 3)), molecule[chosen]
         with autocast():
-            out = network(x.to(device()), graphs[np.where(matched, molecule[chosen], other)].to(
-                device())).float()
-        loss = F.binary_cross_entropy_with_logits(out, torch.from_numpy(matched).to(out))
+            out = network(x.to(device()), graphs[own].to(device())).float()        # (B, B)
+        matched = torch.from_numpy(own[:, None] == own).to(out)
+        weight = matched / matched.sum() + (1 - matched) / (1 - matched).sum().clamp(min=1)
+        loss = F.binary_cross_entropy_with_logits(out, matched, weight / 2, reduction="sum")
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -2864,7 +2869,7 @@ def benchmark(opened, args, out):
     """The tables of `evaluate.py quality --mol2image`."""
     model, m = opened.model, opened.manifest
     if args.quick:
-        args.images, args.train_steps = min(args.images, 96), 200
+        args.images, args.train_steps = min(args.images, 96), 300
     smiles, treatment, usable = treatments(opened, args.checkpoint)
     pixel = args.pixel_model and pixel_model(opened, args)
     distinct = sorted(set(smiles) - {""})
@@ -3072,7 +3077,7 @@ def main():
     q.add_argument("--pixel_model", default=None, help="with --mol2image: the same U-Net "
                    "trained on pixels, for a row of its own")
     q.add_argument("--per_molecule", type=int, default=4, help="with --mol2image: images, at most")
-    q.add_argument("--train_steps", type=int, default=1500, help="with --mol2image: of the network "
+    q.add_argument("--train_steps", type=int, default=1000, help="with --mol2image: of the network "
                    "that tells whether molecule and image match")
     q.add_argument("--steps", type=int, default=STEPS, help="DDIM steps")
     disentangle_options(d), conditions_options(c), vae_options(v)
