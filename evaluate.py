@@ -2787,12 +2787,17 @@ def generated_images(opened, model, checkpoint, rows, args, folder):
     key = f"{finger(checkpoint)}{opened.manifest.path.resolve()}{list(rows)}{request}"
     path = Path(folder) / f"generated-{hashlib.sha1(key.encode()).hexdigest()[:12]}.npy"
 
-    def batches():
-        for i in range(0, len(rows), 64):
+    if not path.exists():
+        shape = (len(rows), len(model.channels),
+                 *(side * model.vae.config.downsampling for side in model.latent_shape[1:]))
+        made = np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", np.float16, shape)
+        for i in tqdm(range(0, len(rows), 64), desc="generated images"):
             part = slice(i, i + 64)
-            yield generate(model, {name: values[part] for name, values in columns.items()},
-                           range(len(rows))[part], request)
-    made = train_ldm.cache(path, batches(), len(rows), "generated images")
+            made[part] = generate(model, {name: values[part] for name, values in columns.items()},
+                                  range(len(rows))[part], request).numpy()
+        made.flush()
+        path.with_suffix(".tmp").rename(path)
+    made = np.load(path, mmap_mode="r")
     return lambda k: torch.from_numpy(made[k].astype(np.float32))
 
 

@@ -352,12 +352,10 @@ class Loop:
     def report(self):
         """Of the steps since it was last asked: the mean loss, and the speed for the log and as one
         printed line. To be asked before an evaluation, whose time is not a step's."""
-        seconds, peak = time.time() - self.since, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak *= 1 if sys.platform == "darwin" else 1024
-        peak = torch.cuda.max_memory_allocated() if device().type == "cuda" else peak
+        seconds = time.time() - self.since
         found = {"seconds": round(time.time() - self.start, 1),
                  "images_per_second": round(self.count * self.config.batch / seconds, 2),
-                 "data_wait": round(self.waited / seconds, 4), "peak_gb": round(peak / 1e9, 3)}
+                 "data_wait": round(self.waited / seconds, 4), "peak_gb": round(peak_memory(), 3)}
         loss, self.losses, self.count = float(np.mean(self.losses)), [], 0
         return loss, found, (f"{found['images_per_second']:.0f} images/s, {found['data_wait']:.0%} "
                              f"waiting for data, {found['peak_gb']:.1f} GB")
@@ -594,9 +592,6 @@ def peak_memory():
     """The most memory that this process has held, in GB: of the GPU where there is one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    if sys.platform == "win32":
-        return math.nan
-    import resource
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most * (1 if sys.platform == "darwin" else 1024) / 1e9
 
@@ -740,7 +735,8 @@ def finish(vae, p, config, numbers, save):
     found, line, x_hat = evaluate(vae, p.held, channels)
     baseline = reconstruction_metrics(p.held, through_small_image(p.held, numbers))
     print(f"held-out {line}\nan image shrunk to as many numbers and enlarged again: "
-          f"L1 {baseline['l1']:.4f}, PSNR {baseline['psnr']:.1f} dB")
+          f"L1 {baseline['l1']:.4f}, PSNR {baseline['psnr']:.1f} dB; peak memory "
+          f"{peak_memory():.1f} GB")
     draw_reconstruction(out / "reconstruction.png", p.held, x_hat, channels)
     (out / "result.json").write_text(json.dumps(
         {"held_out": found, "small_image": baseline, "peak_memory_gb": peak_memory(),

@@ -412,7 +412,8 @@ def test_class_means_are_of_training_images_alone():
     x = torch.arange(6.)[:, None, None, None].expand(6, 1, 4, 4)
     columns = {"batch": ["A", "A", "A", "B", "B", "B"]}
     m = SimpleNamespace(columns=columns)
-    opened = SimpleNamespace(manifest=m, train=np.array([0, 1, 3, 4]), pixels=x.numpy(),
+    pixels = SimpleNamespace(many=lambda rows: iter(x.numpy()[rows]))
+    opened = SimpleNamespace(manifest=m, train=np.array([0, 1, 3, 4]), pixels=pixels,
                              settings=SimpleNamespace(crop=0, flips=False),
                              model=SimpleNamespace(intensity={"low": [0.], "high": [2.]}))
     treatment = np.array(["p", "p", "q", "p", "r", "new"])
