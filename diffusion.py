@@ -275,7 +275,7 @@ def rescale(guided, given, share):
     return guided * (share * ratio + 1 - share)[:, None, None, None]
 
 
-# --- two toys with exact denoisers, so that samplers and guidance can be seen without a network ----
+# --- two toys with exact denoisers, so that samplers and guidance can be seen without a network --
 
 def mixture_denoiser(schedule, means, shares, spread):
     """denoise(z, t) of a mixture of Gaussians N(mean_k, spread^2): means (K, D), shares (K,).
