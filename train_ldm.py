@@ -515,7 +515,8 @@ def draw_curves(folder):
 def open_fields(config, manifest, train_rows):
     """The fields that a config names, checked against the manifest and fitted to training rows."""
     groups = {"biology": config.biology, "experiment": config.experiment}
-    fields = parse_fields(groups, manifest.columns)
+    fields = parse_fields(groups, manifest.columns,
+                          MOLECULE_ENCODERS[config.molecule_encoder].is_molecule)
     return [f.fit(manifest.rows(train_rows, f.name)) for f in fields]
 
 
