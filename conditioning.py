@@ -159,7 +159,8 @@ def check_name(name, columns, earlier):
         raise FieldError(f"field {name} is an outcome, measured from the image: as a condition it "
                          "would give the answer away")
     if name not in columns:
-        raise FieldError(f"no column {name}: the manifest has {', '.join(columns)}")
+        raise FieldError(f"no column {name}: the manifest has {', '.join(columns)} (fields are "
+                         "named by --biology and --experiment)")
     if name in earlier:
         raise FieldError(f"field {name} is given twice")
 

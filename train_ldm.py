@@ -814,7 +814,9 @@ def farewell(out):
     content = load_checkpoint(out / "model.pt", "ldm", "train again")
     control = content.get("controlnet")
     manifest = Path(content["settings"]["data"])
-    asked, fields = f"--control {manifest}:2 " if control else "", content["fields"]
+    asked = f"--control {manifest}:2 " if control else ""
+    # biology first; a number has too many values to cross
+    fields = sorted(content["fields"], key=lambda f: (f["group"], f["kind"] == "number"))
     by = "" if control or (manifest.parent / "simulation.json").exists() else " --by " + " ".join(
         list({f["group"]: f["name"] for f in reversed(fields)}.values())[::-1])
     example = " ".join(f"'{f['name']}={content['examples'][f['group']][0][f['name']]}'"
