@@ -108,11 +108,16 @@ def parse_number(name, text):
     return value
 
 
-def parse_fields(groups, columns):
+def is_smiles(text):
+    return parse_smiles(text) is not None
+
+
+def parse_fields(groups, columns, is_molecule=is_smiles):
     """Field specifications to Fields, not fitted yet.
 
     groups: {group: ["smiles:molecule", "dose", ...]}, the kind optional where it can be told.
-    columns: {name: list of strings}. All faults are reported together.
+    columns: {name: list of strings}. is_molecule: the molecule encoder's, which may take other
+    texts than SMILES. All faults are reported together.
     """
     fields, faults = [], []
     for group, specifications in groups.items():
@@ -121,7 +126,7 @@ def parse_fields(groups, columns):
             try:
                 check_name(name, columns, [f.name for f in fields])
                 field = Field(name, kind or guess_kind(name, columns), group)
-                check_values(field, columns[name])
+                check_values(field, columns[name], is_molecule)
                 fields.append(field)
             except FieldError as fault:
                 faults.append(str(fault))
@@ -154,18 +159,19 @@ def check_name(name, columns, earlier):
         raise FieldError(f"field {name} is an outcome, measured from the image: as a condition it "
                          "would give the answer away")
     if name not in columns:
-        raise FieldError(f"no column {name}: the manifest has {', '.join(columns)}")
+        raise FieldError(f"no column {name}: the manifest has {', '.join(columns)} (fields are "
+                         "named by --biology and --experiment)")
     if name in earlier:
         raise FieldError(f"field {name} is given twice")
 
 
-def check_values(field, values):
+def check_values(field, values, is_molecule=is_smiles):
     """Refuse unknown kinds and values that do not fit the kind; each row is named."""
     if field.kind not in KINDS:
         raise FieldError(f"field {field.name}: unknown kind {field.kind}, one of "
                          + ", ".join(KINDS))
     fits, complaint = {
-        "molecule": (lambda v: parse_smiles(v) is not None, "is no valid SMILES"),
+        "molecule": (is_molecule, "is no valid SMILES"),
         "number": (is_number, "is not a number"),
         "log": (lambda v: is_number(v) and float(v) >= 0, "is not a number of at least 0"),
         "category": (lambda v: v.lower() != "nan", "is no category: leave what is unknown blank")
@@ -216,6 +222,7 @@ def mlp(cin, hidden, cout):
 class Encoder(nn.Module):
     """An encoder of fixed vectors: an MLP, and a few tokens split from its output."""
     tokens = 4
+    is_molecule = staticmethod(is_smiles)
 
     def __init__(self, settings, embedding, token):
         super().__init__()
@@ -297,7 +304,8 @@ class DescriptorEncoder(Encoder):
 
 class Table(Encoder):
     """Vectors of any other encoder, from an .npz keyed by SMILES or InChIKey (--molecule_table).
-    Those of the training molecules travel in the checkpoint; others are looked up in the file."""
+    Those of the training molecules travel in the checkpoint; others are looked up in the file.
+    A text that is no SMILES is looked up as it stands: a gene, say."""
 
     @staticmethod
     def fit(smiles, options):
@@ -308,6 +316,10 @@ class Table(Encoder):
         return {"table": str(options["table"]), "example": smiles[0],
                 "vectors": {key: vector.tolist() for key, vector in vectors.items()},
                 "mean": values.mean(0).tolist(), "std": values.std(0).clip(1e-6).tolist()}
+
+    @staticmethod
+    def is_molecule(text):
+        return True  # or `fit` names it as missing
 
     def width(self):
         return len(self.settings["mean"])
@@ -323,7 +335,8 @@ class Table(Encoder):
 
 
 def molecule_key(smiles):
-    return Chem.MolToInchiKey(parse_smiles(smiles))
+    molecule = parse_smiles(smiles)
+    return Chem.MolToInchiKey(molecule) if molecule else smiles
 
 
 def read_table(path, smiles, width=None):
@@ -332,7 +345,8 @@ def read_table(path, smiles, width=None):
         with np.load(path, allow_pickle=False) as archive:
             found = {}
             for s in smiles:
-                ways = (s, Chem.MolToSmiles(parse_smiles(s)), molecule_key(s))
+                molecule = parse_smiles(s)
+                ways = (s, Chem.MolToSmiles(molecule) if molecule else s, molecule_key(s))
                 name = next((way for way in ways if way in archive), None)
                 found[s] = None if name is None else archive[name].astype("float64")
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as fault:
@@ -556,7 +570,7 @@ class Conditioner(nn.Module):
                 example = self.molecule_settings.get("example", "C")
                 distinct = sorted(set(values) - {""}) or [example]
                 for smiles in distinct:
-                    if parse_smiles(smiles) is None:
+                    if not self.encoder_class.is_molecule(smiles):
                         raise FieldError(f"{field.name}={smiles}: no valid SMILES")
                 place = {s: k for k, s in enumerate(distinct)} | {"": 0}
                 codes[field.name] = torch.tensor([place[v] for v in values])

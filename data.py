@@ -23,6 +23,7 @@ import struct
 import sys
 import threading
 import time
+import weakref
 import zipfile
 import zlib
 from collections import Counter, defaultdict
@@ -652,7 +653,8 @@ def channel_axis(shape, file, manifest):
         raise DataError(f"{file} has shape {shape}: an image has two axes, or three with channels")
     wanted = expected or len(manifest.channels)
     if found != wanted and not (expected is None and manifest.channels == ("any",)):
-        raise DataError(f"{file} has {found} channels, {wanted} expected")
+        raise DataError(f"{file} has {found} channels, {wanted} expected"
+                        + ("" if expected else ": name those of a file with --channels"))
     return axis, found
 
 
@@ -838,8 +840,10 @@ class Pixels:
     @cached_property
     def readers(self):
         """The processes that read, started when they are needed first."""
-        return ProcessPoolExecutor(self.workers, initializer=start_reader, initargs=(
+        pool = ProcessPoolExecutor(self.workers, initializer=start_reader, initargs=(
             Pixels(self.manifest, self.binning), os.getpid()))
+        weakref.finalize(self, pool.shutdown)  # or Python, at its own end, may trip over the pool
+        return pool
 
     def report(self):
         """Say which images were left out because they cannot be read."""

@@ -385,7 +385,8 @@ def open_model(args):
     for field in model.fields:
         if field.name not in manifest.columns:
             raise UserError(f"{manifest.path} has no column {field.name}, which the model was told")
-        check_values(field, manifest.columns[field.name])
+        check_values(field, manifest.columns[field.name],
+                     model.denoiser.conditioner.encoder_class.is_molecule)
     return SimpleNamespace(model=model, settings=settings, manifest=manifest, pixels=pixels,
                            train=train, held=held)
 

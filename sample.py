@@ -78,9 +78,11 @@ class Model:
         self.denoiser.to(device()).eval().requires_grad_(False)
         self.vae = build_vae(content["vae"]).to(device())
         self.schedule = diffusion.Schedule(**content["schedule"])
-        self.channels = tuple(content["vae"]["settings"]["channels"].split(","))
         self.intensity, self.pixel_um = content["vae"]["intensity"], content["pixel_um"]
         self.latent_shape, self.content = tuple(content["latent_shape"]), content
+        self.settings = SimpleNamespace(**content["vae"]["settings"])  # how images were read
+        self.channels = tuple(self.settings.channels.split(","))
+        self.size = [n * self.vae.config.downsampling for n in self.latent_shape[1:]]  # H, W
         self.groups = list(dict.fromkeys(f.group for f in self.fields))
 
     @classmethod
@@ -395,16 +397,13 @@ def check_control(model, control, any_size=False):
     if images.shape[1] != wanted["channels"]:
         raise UserError(f"the control image has {images.shape[1]} channels, the model was trained "
                         f"with {wanted['channels']} ({wanted['column']})")
-    sides = [n * model.vae.config.downsampling for n in model.latent_shape[1:]]
-    if any_size:
-        for have, least in zip(images.shape[2:], sides):
-            if have < least or have % model.vae.config.downsampling:
-                raise UserError(f"a control image of {images.shape[3]}x{images.shape[2]} pixels: "
-                                f"at least {sides[1]}x{sides[0]}, in multiples of "
-                                f"{model.vae.config.downsampling}")
-    elif list(images.shape[2:]) != sides:
-        raise UserError(f"the control image has {images.shape[3]}x{images.shape[2]} pixels, this "
-                        f"model draws {sides[1]}x{sides[0]}")
+    (h, w), (least_h, least_w), f = images.shape[2:], model.size, model.vae.config.downsampling
+    if any_size and (h < least_h or w < least_w or h % f or w % f):
+        raise UserError(f"a control image of {w}x{h} pixels: at least {least_w}x{least_h}, in "
+                        f"multiples of {f}")
+    if not any_size and [h, w] != model.size:
+        raise UserError(f"the control image has {w}x{h} pixels, this model draws "
+                        f"{least_w}x{least_h}")
 
 
 def to_device(tensors):
@@ -484,6 +483,12 @@ def read_place(model, place):
     return manifest, int(row) - 2
 
 
+def conditions_of(model, manifest, i):
+    """{field: value} of a row; what the manifest lacks is unknown ("")."""
+    return {f.name: manifest.columns[f.name][i] if f.name in manifest.columns else ""
+            for f in model.fields}
+
+
 def read_row(model, place):
     """MANIFEST:ROW to (image (1, C, H, W) in [-1, 1], its own conditions, manifest, row number).
 
@@ -491,15 +496,13 @@ def read_row(model, place):
     that the manifest lacks and categories that training never saw are unknown ("").
     """
     manifest, i = read_place(model, place)
-    settings = SimpleNamespace(**model.content["vae"]["settings"])
-    own = {f.name: [manifest.columns.get(f.name, [""] * len(manifest))[i]] for f in model.fields}
-    own = blank_unseen(model.fields, own)
+    own = blank_unseen(model.fields, {k: [v] for k, v in conditions_of(model, manifest, i).items()})
     print("this row: " + ", ".join(f"{name}={v[0] or 'unknown'}" for name, v in own.items()))
-    image = views(data.Pixels(manifest, settings.binning), [i], settings, model.intensity)
-    h, w = (side * settings.downsampling for side in model.latent_shape[1:])
-    if image.shape[2:] != (h, w):
-        raise UserError(f"{place}: {image.shape[3]}x{image.shape[2]} pixels, this model draws "
-                        f"{w}x{h}")
+    image = views(data.Pixels(manifest, model.settings.binning), [i], model.settings,
+                  model.intensity)
+    (h, w), (own_h, own_w) = model.size, image.shape[2:]
+    if (h, w) != (own_h, own_w):
+        raise UserError(f"{place}: {own_w}x{own_h} pixels, this model draws {w}x{h}")
     return image, {name: v[0] for name, v in own.items()}, manifest, i
 
 
@@ -510,17 +513,15 @@ def read_control(model, place, given):
     column and metadata are taken. Else its metadata are the conditions `given`. Its biology is
     not told, as in training.
     """
-    settings, wanted = SimpleNamespace(**model.content["vae"]["settings"]), model.controlnet
+    wanted, binning = model.controlnet, model.settings.binning
     path, _, number = place.rpartition(":")
     path, number = (path, int(number)) if path and number.isdigit() else (place, None)
     if path.endswith(".csv"):
         manifest, i = read_place(model, place)
-        pixels = data.Pixels(manifest, settings.binning)
-        image = control_pixels(wanted["column"], manifest, pixels)[i]
-        given = {f.name: manifest.columns.get(f.name, [""] * len(manifest))[i]
-                 for f in model.fields}
+        image = control_pixels(wanted["column"], manifest, data.Pixels(manifest, binning))[i]
+        given = conditions_of(model, manifest, i)
     else:
-        image = data.bin_pixels(read_image(path, number), settings.binning).astype(np.float32)
+        image = data.bin_pixels(read_image(path, number), binning).astype(np.float32)
     if len(image) == len(wanted["intensity"]["low"]):  # else it is refused below
         image = data.scale_intensity(image, wanted["intensity"])
     columns = {f.name: [given.get(f.name, "")] for f in model.fields
@@ -609,7 +610,8 @@ def write_images(out, images, model, args, requests, picture, **more):
     checkpoint = Path(args.checkpoint).read_bytes()
     (out / "samples.json").write_text(json.dumps({
         "requests": requests, "used": [as_used(model, r) for r in requests], "form": args.form,
-        "steps": args.steps, "checkpoint": args.checkpoint,
+        "steps": args.steps, "interval": list(args.interval), "rescale": args.rescale,
+        "checkpoint": args.checkpoint,
         "sha1": hashlib.sha1(checkpoint).hexdigest(), **more,
         "fields": [asdict(f) for f in model.fields]}, indent=1))
     print(f"wrote {out}/samples.png, samples.tif and samples.json")
@@ -632,8 +634,7 @@ def edit_row(model, args, fixed, swept, weights):
         f"{k}={v}" for k, v in (fixed | place).items()) or "the same" for place in values]
     write_images(args.out, images, model, args, targets, (
         [[*image.numpy(), *rebuilt.numpy(), *images.numpy()]], [""], labels, model.pixel_um),
-        edit=args.edit, own=own, guidance=weights, seed=args.seed, strength=args.strength,
-        interval=list(args.interval), rescale=args.rescale)
+        edit=args.edit, own=own, guidance=weights, seed=args.seed, strength=args.strength)
 
 
 def attribute_row(model, args, fixed, levels=(.2, .35, .5, .65, .8)):
@@ -645,9 +646,9 @@ def attribute_row(model, args, fixed, levels=(.2, .35, .5, .65, .8)):
     maps = model.attribution(image, {k: [v] for k, v in asked.items()}, levels, args.seed)
     report, true = {"row": args.attribution, "conditions": asked, "levels": list(levels)}, None
     if "untreated" in manifest.columns:
-        settings = SimpleNamespace(**model.content["vae"]["settings"])
         before = data.read_manifest(manifest.path, model.channels, "untreated")
-        before = views(data.Pixels(before, settings.binning), [i], settings, model.intensity)
+        before = views(data.Pixels(before, model.settings.binning), [i], model.settings,
+                       model.intensity)
         true = (before - image).abs().mean(1)[0] / 2
         true = true if true.max() > 0 else None
     top, panels = max(float(m.max()) for m in maps.values()), []
@@ -667,7 +668,52 @@ def attribute_row(model, args, fixed, levels=(.2, .35, .5, .65, .8)):
     print(f"wrote {out}/attribution.png and attribution.json")
 
 
-def main():
+def generate_images(model, args, fixed, swept, weights):
+    """What the conditions ask for: n images, or a grid of the swept fields on shared noise."""
+    n = args.n if args.n is not None else 1 if swept else 8
+    if n < 1:
+        raise UserError(f"-n {n}: at least one image")
+    # rows of the picture: the second swept field (and the seed), columns: the first
+    across, down = (list(swept.items()) + [("", [""])] * 2)[:2]
+    if not swept:
+        places = [{} for _ in range(n)]
+        seeds, width = [args.seed + i for i in range(n)], min(n, 8)
+    else:
+        places = [{across[0]: a, down[0]: d} for _ in range(n) for d in down[1] for a in across[1]]
+        per_seed = len(across[1]) * len(down[1])
+        seeds, width = [args.seed + i // per_seed for i in range(len(places))], len(across[1])
+    requests = [{k: v for k, v in (fixed | place).items() if k} for place in places]
+    unknown = [f.name for f in model.fields if requests[0].get(f.name, "") == ""]
+    if unknown:
+        print(f"unknown to the model: {', '.join(unknown)}")
+    columns = {name: [r[name] for r in requests] for name in requests[0]}
+    options = dict(form=args.form, steps=args.steps, interval=args.interval, rescale=args.rescale,
+                   eta=args.eta, sampler=args.sampler)
+    control = read_control(model, args.control, fixed) if args.control else None
+    if control and list(control[0].shape[2:]) != model.size:
+        images = torch.cat([model.generate_large(
+            {k: [v] for k, v in request.items()}, seed, control, weights, **options)
+            for request, seed in zip(requests, seeds)])
+    else:
+        images = model.generate(columns, seeds, weights, **options,
+                                control=control and repeat_control(control, len(seeds)))
+    rows = [list(images[i:i + width].numpy()) for i in range(0, len(images), width)]
+    labels = [f"{down[0]}={d}" for _ in range(n) for d in down[1]] if down[0] else [""] * len(rows)
+    if control:
+        image = control[0][0].numpy()
+        rows.insert(0, [image if len(image) == len(model.channels) else image[0]])
+        labels.insert(0, "control")
+    write_images(args.out, images, model, args, requests, (
+        rows, labels,
+        [f"{across[0]}={a}" for a in across[1]] if swept else
+        [f"seed {s}" for s in seeds] if n == width else [], model.pixel_um,
+        "  ".join(f"{k}={v}" for k, v in fixed.items())),
+        seeds=seeds, guidance=model.weights(weights, bool(control)), sampler=args.sampler,
+        eta=args.eta, control=args.control)
+
+
+def arguments():
+    """The command line, as a namespace."""
     parser = data.Parser(description=__doc__,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("conditions", nargs="*", metavar="NAME=VALUE",
@@ -707,9 +753,11 @@ def main():
                         "this share instead of inverting, 0 to 1")
     parser.add_argument("--out", default="runs/samples",
                         help="samples.png, .tif and .json go here (default: %(default)s)")
-    args = parser.parse_intermixed_args()
-    model = Model.load(args.checkpoint)
-    fixed, swept, weights = parse_request(model, args.conditions, args.grid, args.guidance)
+    return parser.parse_intermixed_args()
+
+
+def check_arguments(args, model, weights):
+    """Refuse options that cannot be used, or not together."""
     if not 1 <= args.steps <= model.schedule.T:
         raise UserError(f"--steps {args.steps}: between 1 and {model.schedule.T}")
     if not 0 <= args.eta <= 1:
@@ -729,6 +777,13 @@ def main():
                         "--control_column NAME, and name it with --checkpoint")
     if any(place.is_file() for place in (Path(args.out), *Path(args.out).parents)):
         raise UserError(f"--out {args.out}: a file stands in the way of that folder")
+
+
+def main():
+    args = arguments()
+    model = Model.load(args.checkpoint)
+    fixed, swept, weights = parse_request(model, args.conditions, args.grid, args.guidance)
+    check_arguments(args, model, weights)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = lambda m, *_: tqdm.write(f"warning: {m}")
@@ -738,51 +793,6 @@ def main():
             edit_row(model, args, fixed, swept, weights)
         else:
             generate_images(model, args, fixed, swept, weights)
-
-
-def generate_images(model, args, fixed, swept, weights):
-    """What the conditions ask for: n images, or a grid of the swept fields on shared noise."""
-    n = args.n if args.n is not None else 1 if swept else 8
-    if n < 1:
-        raise UserError(f"-n {n}: at least one image")
-    # rows of the picture: the second swept field (and the seed), columns: the first
-    across, down = (list(swept.items()) + [("", [""])] * 2)[:2]
-    if not swept:
-        places = [{} for _ in range(n)]
-        seeds, width = [args.seed + i for i in range(n)], min(n, 8)
-    else:
-        places = [{across[0]: a, down[0]: d} for _ in range(n) for d in down[1] for a in across[1]]
-        per_seed = len(across[1]) * len(down[1])
-        seeds, width = [args.seed + i // per_seed for i in range(len(places))], len(across[1])
-    requests = [{k: v for k, v in (fixed | place).items() if k} for place in places]
-    unknown = [f.name for f in model.fields if requests[0].get(f.name, "") == ""]
-    if unknown:
-        print(f"unknown to the model: {', '.join(unknown)}")
-    columns = {name: [r[name] for r in requests] for name in requests[0]}
-    options = dict(form=args.form, steps=args.steps, interval=args.interval, rescale=args.rescale,
-                   eta=args.eta, sampler=args.sampler)
-    control = read_control(model, args.control, fixed) if args.control else None
-    sides = [side * model.vae.config.downsampling for side in model.latent_shape[1:]]
-    if control and list(control[0].shape[2:]) != sides:
-        images = torch.cat([model.generate_large(
-            {k: [v] for k, v in request.items()}, seed, control, weights, **options)
-            for request, seed in zip(requests, seeds)])
-    else:
-        images = model.generate(columns, seeds, weights, **options,
-                                control=control and repeat_control(control, len(seeds)))
-    rows = [list(images[i:i + width].numpy()) for i in range(0, len(images), width)]
-    labels = [f"{down[0]}={d}" for _ in range(n) for d in down[1]] if down[0] else [""] * len(rows)
-    if control:
-        image = control[0][0].numpy()
-        rows.insert(0, [image if len(image) == len(model.channels) else image[0]])
-        labels.insert(0, "control")
-    write_images(args.out, images, model, args, requests, (
-        rows, labels,
-        [f"{across[0]}={a}" for a in across[1]] if swept else
-        [f"seed {s}" for s in seeds] if n == width else [], model.pixel_um,
-        "  ".join(f"{k}={v}" for k, v in fixed.items())),
-        seeds=seeds, guidance=model.weights(weights, bool(control)), sampler=args.sampler,
-        eta=args.eta, interval=list(args.interval), rescale=args.rescale, control=args.control)
 
 
 if __name__ == "__main__":

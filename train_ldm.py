@@ -515,7 +515,8 @@ def draw_curves(folder):
 def open_fields(config, manifest, train_rows):
     """The fields that a config names, checked against the manifest and fitted to training rows."""
     groups = {"biology": config.biology, "experiment": config.experiment}
-    fields = parse_fields(groups, manifest.columns)
+    fields = parse_fields(groups, manifest.columns,
+                          MOLECULE_ENCODERS[config.molecule_encoder].is_molecule)
     return [f.fit(manifest.rows(train_rows, f.name)) for f in fields]
 
 
@@ -813,7 +814,9 @@ def farewell(out):
     content = load_checkpoint(out / "model.pt", "ldm", "train again")
     control = content.get("controlnet")
     manifest = Path(content["settings"]["data"])
-    asked, fields = f"--control {manifest}:2 " if control else "", content["fields"]
+    asked = f"--control {manifest}:2 " if control else ""
+    # biology first; a number has too many values to cross
+    fields = sorted(content["fields"], key=lambda f: (f["group"], f["kind"] == "number"))
     by = "" if control or (manifest.parent / "simulation.json").exists() else " --by " + " ".join(
         list({f["group"]: f["name"] for f in reversed(fields)}.values())[::-1])
     example = " ".join(f"'{f['name']}={content['examples'][f['group']][0][f['name']]}'"

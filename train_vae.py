@@ -489,7 +489,7 @@ def open_data(config, draw=True):
         for length in (config.crop,) if config.crop else (h // config.binning, w // config.binning):
             if length % config.downsampling:
                 raise data.DataError(f"{manifest.path}, {where}: a side of {length} pixels is no "
-                                     f"multiple of {config.downsampling}: use --crop")
+                                     f"multiple of {config.downsampling}: choose a --crop that is")
     train, held = data.split_rows(manifest, config.split, config.holdout)
     if not len(held):
         raise data.DataError(f"{manifest.path}: --split {config.split} holds out no row")

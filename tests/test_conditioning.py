@@ -300,6 +300,22 @@ def test_smiles_are_spelt_at_random_in_training_only(tmp_path):
     assert (net(x)[0] - net(x)[0]).abs().max() > 1e-3
 
 
+def test_a_table_takes_genes(tmp_path):
+    genes = {"TP53": [1., 0], "MYC": [0., 1], "non targeting": [0., 0]}
+    np.savez(tmp_path / "genes.npz", **genes)
+    table, rows = MOLECULE_ENCODERS["table"], {"gene": ["MYC", "TP53", ""]}
+    with pytest.raises(FieldError, match="MYC is no valid SMILES"):
+        parse_fields({"biology": ["gene:molecule"]}, rows)
+    fields = parse_fields({"biology": ["gene:molecule"]}, rows, table.is_molecule)
+    settings = table.fit(["MYC", "TP53"], {"table": tmp_path / "genes.npz"})
+    net = randomise(Conditioner(fields, 16, 8, "table", settings)).eval()
+    codes, known, molecules = net.encode({"gene": ["TP53", "MYC", "non targeting"]}, 3)
+    vector, _, _ = net(codes, known, molecules)
+    assert (vector[0] - vector[1]).abs().max() > 1e-3  # and an unseen one is looked up
+    with pytest.raises(FieldError, match="no vector for 1 molecules: KRAS"):
+        net.encode({"gene": ["KRAS"]}, 1)
+
+
 def test_table_names_what_it_lacks(tmp_path):
     net = encoder("table", tmp_path)
     with pytest.raises(FieldError, match="no vector for 1 molecules: CCCC"):

@@ -328,6 +328,14 @@ def test_views_are_the_same_whatever_the_number_of_workers(tmp_path):
     assert sum(x is None for x in pixels.many(range(40))) == 1  # read by this process instead
 
 
+def test_readers_end_with_their_images(tmp_path):
+    pixels = data.Pixels(data.read_manifest(folder_of(tmp_path, ".npz", 4)[0]), workers=2)
+    list(pixels.many(range(4)))
+    readers = list(pixels.readers._processes.values())
+    del pixels
+    assert not any(reader.is_alive() for reader in readers)
+
+
 def killed_with_readers(path, pids):
     pixels = data.Pixels(data.read_manifest(path), workers=2)
     list(pixels.many(range(4)))
