@@ -32,7 +32,7 @@ from conditioning import (Conditioner, Field, FieldError, blank_unseen, parse_nu
 from train_vae import UserError, build_vae, device, load_checkpoint, run, views
 from unet import ControlNet, UNet, UNetConfig
 
-STEPS = 30       # DDIM steps
+STEPS = 15       # of DPM-Solver++, which more steps do not improve (README, Samplers)
 GUIDANCE = 2.5   # weight of every group unless asked otherwise
 INTERVAL = (.2, .8)  # noise levels t / T between which it acts
 
@@ -212,12 +212,13 @@ class Model:
         return denoise
 
     def generate(self, columns, seeds, guidance=None, form="nested", steps=STEPS, eta=0.,
-                 sampler="ddim", batch=64, progress=True, interval=INTERVAL, rescale=0.,
+                 sampler=None, batch=64, progress=True, interval=INTERVAL, rescale=0.,
                  control=None):
         """Images (n, C, H, W) in [-1, 1] on the CPU, one per seed.
 
         columns: {field: list of n strings}, "" for unknown. guidance: {group: weight}. interval
         and rescale: see `guided`. control: (images (n, C, H, W), their metadata {field: list}).
+        eta: of DDIM, which is then the sampler; else it is DPM-Solver++ unless one is named.
         """
         check_request(self, columns)
         if control is not None:
@@ -231,14 +232,14 @@ class Model:
                 hint = control and slice_control(control, i, i + batch)
                 denoise = self.guided(part, len(chosen), guidance, form, interval, rescale, hint)
                 z = diffusion.sample(denoise, self.schedule, chosen, self.latent_shape, steps, eta,
-                                     sampler, device(), bar.update)
+                                     sampler_of(sampler, eta), device(), bar.update)
                 with torch.no_grad():
                     images.append(self.vae.to_image(z).cpu())
         return torch.cat(images)
 
     @torch.no_grad()
     def generate_large(self, columns, seed, control, guidance=None, form="nested", steps=STEPS,
-                       eta=0., sampler="ddim", overlap=.5, **options):
+                       eta=0., sampler=None, overlap=.5, **options):
         """One field of view (1, C, H, W) of any size, after a control image (1, C', H, W).
 
         The U-Net knows one size only, so at every step it looks through windows of that size, and
@@ -266,7 +267,7 @@ class Model:
         with tqdm(total=steps, desc=f"generating {size[1] * f}x{size[0] * f} pixels",
                   leave=False) as bar:
             z = diffusion.sample(denoise, self.schedule, [seed], (channels, *size), steps, eta,
-                                 sampler, each_step=bar.update)
+                                 sampler_of(sampler, eta), each_step=bar.update)
         return tiles.blend(len(self.channels), f, lambda part: self.vae.to_image(
             tiles.cut(z, part).to(device())))
 
@@ -404,6 +405,10 @@ def check_control(model, control, any_size=False):
     if not any_size and [h, w] != model.size:
         raise UserError(f"the control image has {w}x{h} pixels, this model draws "
                         f"{least_w}x{least_h}")
+
+
+def sampler_of(named, eta):
+    return named or ("ddim" if eta else "dpm")
 
 
 def to_device(tensors):
@@ -736,8 +741,9 @@ def arguments():
     parser.add_argument("--rescale", type=float, default=0.,
                         help="share of guidance's extra spread taken back (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=STEPS, help="default: %(default)s")
-    parser.add_argument("--sampler", choices=diffusion.SAMPLERS, default="ddim",
-                        help="dpm is DPM-Solver++ 2M (default: %(default)s)")
+    parser.add_argument("--sampler", choices=diffusion.SAMPLERS,
+                        help="dpm is DPM-Solver++ 2M "
+                        "(default: dpm, or ddim where --eta is given)")
     parser.add_argument("--eta", type=float, default=0.,
                         help="noise added by DDIM: 0 none, 1 as DDPM (default: %(default)s)")
     parser.add_argument("--grid", nargs="+", default=[], metavar="NAME=V1,V2,...",
@@ -753,7 +759,9 @@ def arguments():
                         "this share instead of inverting, 0 to 1")
     parser.add_argument("--out", default="runs/samples",
                         help="samples.png, .tif and .json go here (default: %(default)s)")
-    return parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args()
+    args.sampler = sampler_of(args.sampler, args.eta)
+    return args
 
 
 def check_arguments(args, model, weights):
