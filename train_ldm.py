@@ -29,8 +29,8 @@ import train_vae
 from conditioning import (MOLECULE_ENCODERS, blank_unseen, draw_keep, hide_molecule_of_controls,
                           parse_fields, treatment_group)
 from sample import Denoiser, Model, control_pixels, to_device
-from train_vae import (Loop, UserError, ahead, autocast, device, for_training, is_main,
-                       learning_rate, load_checkpoint, main_first, on_its_way, parts,
+from train_vae import (Loop, UserError, ahead, autocast, count_flops, device, for_training,
+                       is_main, learning_rate, load_checkpoint, main_first, on_its_way, parts,
                        save_checkpoint, start_anew, step_rng, views, write_log)
 from unet import SIZES, ControlNet, unet_config
 
@@ -700,6 +700,15 @@ def print_shares(fields):
                   f"{f.name} {keep[:, i].float().mean():.2f}" for i, f in enumerate(fields)))
 
 
+def loss_of(model, batch, schedule, molecules, config):
+    """Mean loss of the model for a batch, or a part of one, as training_batch draws it."""
+    z0, eps, t, codes, keep, control = batch
+    with autocast():
+        return diffusion.diffusion_loss(
+            schedule, lambda z, t: model(z, t, codes, keep, molecules, control), z0, eps, t,
+            config.min_snr).mean()
+
+
 def train(config=Config()):
     """Train a latent diffusion model and write `out`/model.pt. Returns its path."""
     check(config)
@@ -712,6 +721,9 @@ def train(config=Config()):
         p = prepare(config)
     denoiser, schedule, latents, held = p.denoiser, p.schedule, *p.sides.values()
     average = copy.deepcopy(denoiser).eval().requires_grad_(False)
+    draw = functools.partial(training_batch, latents, config, schedule, p.fields)
+    flops = count_flops(lambda: loss_of(denoiser, take(draw(0), slice(1)), schedule,
+                                        latents.molecules, config).backward())
     model = for_training(denoiser, config.compile)
     optimiser = torch.optim.AdamW([w for w in denoiser.parameters() if w.requires_grad],
                                   lr=config.lr, betas=(.9, .99), fused=True)
@@ -723,20 +735,17 @@ def train(config=Config()):
     elif is_main():
         first_look(average, held, schedule, config)
 
-    loop = Loop(functools.partial(training_batch, latents, config, schedule, p.fields), config,
-                "training the diffusion model", first["step"], first.get("losses", ()))
+    loop = Loop(draw, config, "training the diffusion model", first["step"],
+                first.get("losses", ()), flops)
     for step, batch in loop:
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, config.steps, config.lr)
         optimiser.zero_grad()
         total = 0.
         for part in slices:
-            z0, eps, t, codes, keep, control = take(batch, part)
             torch.manual_seed(encoder_seed(config, step) + part.start)
-            with autocast():
-                loss = diffusion.diffusion_loss(
-                    schedule, lambda z, t: model(z, t, codes, keep, latents.molecules, control),
-                    z0, eps, t, config.min_snr).mean() / len(slices)
+            loss = loss_of(model, take(batch, part), schedule, latents.molecules,
+                           config) / len(slices)
             loss.backward()
             total += loss.item()
         loop.agree(step, total)
@@ -831,6 +840,8 @@ def check(config):
                           ("target", diffusion.TARGETS), ("molecule_encoder", MOLECULE_ENCODERS)):
         if getattr(config, name) not in options:
             raise UserError(f"--{name} {getattr(config, name)}: one of {', '.join(options)}")
+    if config.compile:
+        train_vae.try_compiler()
     try:
         diffusion.Schedule(config.schedule, config.target, zero_snr=config.zero_snr)
     except ValueError as fault:
