@@ -476,14 +476,13 @@ def test_compiling_changes_no_loss_and_no_name(vae_config, ldm_config, tmp_path,
         graphs.clear()
 
 
-def test_what_compiling_lacks_is_said_before_any_work(vae_config, refused, monkeypatch, tmp_path):
+def test_what_compiling_lacks_is_said_before_any_work(refused, monkeypatch, tmp_path):
     def backend(graph, inputs):
         raise RuntimeError("No working C++ compiler found")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     for module in (train_vae, train_ldm):
-        assert len(refused(module, "--compile", "--out", tmp_path / "o", says=[
+        assert len(refused(module, "--compile", "--data", tmp_path / "none.csv", says=[
             "--compile cannot be used on this machine: No working C++ compiler found"])) == 1
-    assert not (tmp_path / "o").exists()
 
 
 # --- model FLOPs utilisation ----------------------------------------------------------------------
@@ -514,11 +513,11 @@ def test_utilisation_is_flops_by_speed_over_the_rate_of_all_processes(tmp_path, 
 
 def test_the_matrix_rate_is_that_of_products():
     a, times = torch.randn(512, 512), []
-    for _ in range(20):
+    for _ in range(40):
         began = time.perf_counter()
         a @ a
         times.append(time.perf_counter() - began)
-    assert .3 < train_vae.matrix_rate(torch.float32) * min(times) / (2 * 512 ** 3) < 3
+    assert .6 < train_vae.matrix_rate(torch.float32) * min(times) / (2 * 512 ** 3) < 1.6
 
 
 def test_the_model_costs_the_same_however_a_step_is_computed(vae_config, monkeypatch):
