@@ -305,14 +305,14 @@ def count_flops(f):
 
 @functools.cache
 def matrix_rate(dtype):
-    """FLOP/s of square matrix products, the best of those that fit into a fifth of a second: what
-    else runs on the machine slows down the others only."""
-    side = 8192 if device().type == "cuda" else 512
+    """FLOP/s of square matrix products, the best of twenty at least and of those that fit into a
+    fifth of a second: what else runs on the machine slows down the others only."""
+    side = 4096 if device().type == "cuda" else 512
     rng = torch.Generator(device()).manual_seed(0)
     a, b = torch.randn(2, side, side, dtype=dtype, device=device(), generator=rng)
     times, end = [], time.time() + .2
     with torch.no_grad(), autocast():
-        while len(times) < 3 or time.time() < end:
+        while len(times) < 20 or time.time() < end:
             began = time.perf_counter()
             a @ b
             if device().type == "cuda":
@@ -520,6 +520,17 @@ def open_data(config, draw=True):
         print("no data yet: drawing a simulated screen")
         data.simulate(Path(config.data).parent)
     manifest = data.read_manifest(config.data, tuple(config.channels.split(",")))
+    check_sizes(manifest, config)
+    train, held = data.split_rows(manifest, config.split, config.holdout)
+    if not len(held):
+        raise data.DataError(f"{manifest.path}: --split {config.split} holds out no row")
+    workers, share = (getattr(config, k, getattr(Config, k)) for k in ("workers", "max_corrupt"))
+    return manifest, data.Pixels(manifest, config.binning, workers=workers,
+                                 max_corrupt=share), train, held
+
+
+def check_sizes(manifest, config):
+    """Refuse images of which no equal pieces can be cut that halve as often as the model asks."""
     if not config.crop and len(manifest.sizes) > 1:
         (a, where_a), (b, where_b) = list(manifest.sizes.items())[:2]
         raise data.DataError(f"{manifest.path} has images of different sizes ({where_a} is "
@@ -534,12 +545,6 @@ def open_data(config, draw=True):
             if length % config.downsampling:
                 raise data.DataError(f"{manifest.path}, {where}: a side of {length} pixels is no "
                                      f"multiple of {config.downsampling}: use --crop")
-    train, held = data.split_rows(manifest, config.split, config.holdout)
-    if not len(held):
-        raise data.DataError(f"{manifest.path}: --split {config.split} holds out no row")
-    workers, share = (getattr(config, k, getattr(Config, k)) for k in ("workers", "max_corrupt"))
-    return manifest, data.Pixels(manifest, config.binning, workers=workers,
-                                 max_corrupt=share), train, held
 
 
 def views(pixels, rows, config, intensity, rng=None):
