@@ -294,7 +294,7 @@ def for_training(model, compiled=False):
     return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=empty)
 
 
-# --- model FLOPs utilisation: how much of what the machine could compute the model makes it do ----
+# --- model FLOPs utilisation (MFU): what a model computes of what the machine could ---------------
 
 def count_flops(f):
     """FLOPs of the matrix products and convolutions in f(), backward passes with them."""
@@ -400,9 +400,9 @@ class Loop:
                  "flops_utilisation": float(f"{self.use * speed:.3g}"),
                  "data_wait": round(self.waited / seconds, 4), "peak_gb": round(peak_memory(), 3)}
         loss, self.losses, self.count = float(np.mean(self.losses)), [], 0
-        return loss, found, (f"{speed:.0f} images/s, {self.use * speed:.0%} of the FLOPs, "
-                             f"{found['data_wait']:.0%} waiting for data, "
-                             f"{found['peak_gb']:.1f} GB")
+        return loss, found, (
+            f"{speed:.0f} images/s, {self.use * speed:.0%} MFU, {found['data_wait']:.0%} waiting "
+            f"for data, {found['peak_gb']:.1f} GB")
 
 
 # --- checkpoints --------------------------------------------------------------------------------
@@ -446,8 +446,8 @@ def load_checkpoint(path, kind, hint):
         reason = ("not a file of torch.save, or damaged" if not zipfile.is_zipfile(path) else
                   "it holds code, which is never run" if "nsupported" in str(fault) else "damaged")
         raise UserError(f"{path} is no nanopaint checkpoint ({reason})") from None
-    if not isinstance(content, dict) or content.get("kind") != kind:
-        found = content.get("kind") if isinstance(content, dict) else None
+    found = content.get("kind") if isinstance(content, dict) else None
+    if found != kind:
         raise UserError(f"{path} is a checkpoint of another kind ({found}), not {kind}: {hint}")
     return content
 
@@ -628,12 +628,9 @@ def evaluate(vae, images, channels):
 def draw_reconstruction(path, images, x_hat, channels):
     """Original, reconstruction and three times the difference, by channel."""
     rows, labels = [], []
-    for k in range(min(3, len(images))):
-        for name, image in (("original", images[k]), ("through the VAE", x_hat[k]),
-                            ("3 x difference", 3 * (images[k] - x_hat[k]).abs() - 1)):
-            rows.append([image] * (image.min() >= -1) + list(image)
-                        if name != "3 x difference" else [None, *image])
-            labels.append(name)
+    for x, y in zip(images[:3], x_hat):
+        rows += [x, *x], [y, *y], [None, *(3 * (x - y).abs() - 1)]
+        labels += "original", "through the VAE", "3 x difference"
     data.picture(path, rows, channels, labels, ["all", *channels])
 
 

@@ -508,7 +508,7 @@ def test_utilisation_is_flops_by_speed_over_the_rate_of_all_processes(tmp_path, 
         _, speed, said = loop.report()
         assert_close(speed["flops_utilisation"], 1000 * speed["images_per_second"] / 5e5 / world,
                      rtol=.01, atol=0)
-        assert "% of the FLOPs" in said
+        assert "% MFU" in said
 
 
 def test_the_matrix_rate_is_that_of_products():
