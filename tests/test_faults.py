@@ -466,7 +466,7 @@ def test_compiling_changes_no_loss_and_no_name(vae_config, ldm_config, tmp_path,
         return graph.forward
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     for module, config in ((train_vae, vae_config), (train_ldm, ldm_config)):
-        paths = [module.train(replace(config, steps=2, eval_every=2, compile=compiled,
+        paths = [module.train(replace(config, steps=1, eval_every=1, compile=compiled,
                                       out=str(tmp_path / f"{module.__name__}{compiled}")))
                  for compiled in (False, True)]
         assert sum(len(graph.graph.nodes) for graph in graphs) > 100  # it was truly compiled
