@@ -29,8 +29,8 @@ import train_vae
 from conditioning import (MOLECULE_ENCODERS, blank_unseen, draw_keep, hide_molecule_of_controls,
                           parse_fields, treatment_group)
 from sample import Denoiser, Model, control_pixels, to_device
-from train_vae import (Loop, UserError, ahead, autocast, device, for_training, is_main,
-                       learning_rate, load_checkpoint, main_first, on_its_way, parts,
+from train_vae import (Loop, UserError, ahead, autocast, count_flops, device, for_training,
+                       is_main, learning_rate, load_checkpoint, main_first, on_its_way, parts,
                        save_checkpoint, start_anew, step_rng, views, write_log)
 from unet import SIZES, ControlNet, unet_config
 
@@ -188,6 +188,12 @@ def fill(part, note, source, encode, total, what):
                 fresh.replace(note)
 
 
+def metadata(fields, manifest, rows, hidden=None):
+    """{field: values of these rows}, what training never saw blank, without the group `hidden`."""
+    return blank_unseen(fields, {f.name: manifest.rows(rows, f.name) for f in fields
+                                 if f.group != hidden})
+
+
 class Latents:
     """One side of the split, ready for training: cached posteriors and encoded metadata."""
 
@@ -199,9 +205,8 @@ class Latents:
         sound = np.flatnonzero(~np.isin(rows, list(corrupt)))
         self.sound = sound[np.searchsorted(sound, np.arange(len(rows))) % len(sound)]
         self.share = pair_shares(conditioner.fields, manifest, rows, balance)
-        columns = {f.name: manifest.rows(rows, f.name) for f in conditioner.fields}
         self.codes, self.known, self.molecules = to_device(conditioner.encode(
-            blank_unseen(conditioner.fields, columns), len(rows)))
+            metadata(conditioner.fields, manifest, rows), len(rows)))
 
     def draw(self, places, view, noise_rng):
         """Latents (B, Z, h, w) of these places among the rows, each a fresh posterior sample."""
@@ -228,11 +233,8 @@ class Controls:
     def __init__(self, images, manifest, rows, conditioner, each, partners=None):
         self.images, self.each, self.partners = images, each, partners
         self.fields = conditioner.fields
-        hidden = treatment_group(conditioner.fields)
-        columns = {f.name: manifest.rows(rows, f.name) for f in conditioner.fields
-                   if f.group != hidden}
-        self.codes, self.known, _ = to_device(conditioner.encode(
-            blank_unseen(conditioner.fields, columns), len(rows)))
+        told = metadata(self.fields, manifest, rows, treatment_group(self.fields))
+        self.codes, self.known, _ = to_device(conditioner.encode(told, len(rows)))
 
     def draw(self, places, view, rng, shown=1., noise_rng=None):
         """What Denoiser.forward takes as `control`, for places among the rows of the side: images
@@ -251,11 +253,22 @@ class Controls:
         return images, codes, known, seen
 
 
+def first_of(kind, fields):
+    """The first field of this kind, or None."""
+    return next((f for f in fields if f.kind == kind), None)
+
+
+def untreated(manifest, dose, rows):
+    """Those of the rows whose dose (a field) is known and 0."""
+    doses = manifest.columns[dose.name]
+    return [i for i in rows if doses[i] != "" and float(doses[i]) == 0]
+
+
 def negative_controls(manifest, fields, rows, candidates, by):
     """(the negative controls among `candidates`, for each of `rows` the places among them of those
     with the same value of the column `by`). An image is shown no control of its own well, if
     another well of the plate has one, and never itself."""
-    columns, dose = manifest.columns, next((f.name for f in fields if f.kind == "log"), None)
+    columns, dose = manifest.columns, first_of("log", fields)
     if dose is None or by not in columns:
         lack = f"{manifest.path} has no column {by}" if dose else "the base is told no dose"
         raise UserError(f"--control_column negcon finds no negative controls: {lack}")
@@ -263,7 +276,7 @@ def negative_controls(manifest, fields, rows, candidates, by):
     if blank:
         raise UserError(f"{manifest.path}, row {blank[0]}, column {by}: blank, so it is not known "
                         "which negative controls belong to it")
-    chosen = [i for i in candidates if columns[dose][i] != "" and float(columns[dose][i]) == 0]
+    chosen = untreated(manifest, dose, candidates)
     places, well = {}, columns.get("well", range(len(manifest)))
     for k, i in enumerate(chosen):
         places.setdefault(columns[by][i], []).append(k)
@@ -428,13 +441,12 @@ def warn_of_unused(gaps):
 
 def negative_control(fields, manifest, rows):
     """The commonest metadata of training rows whose log field (the dose) is 0, or None."""
-    dose = next((f for f in fields if f.kind == "log"), None)
+    dose = first_of("log", fields)
     if dose is None:
         return None
     group = [f.name for f in fields if f.group == dose.group]
-    controls = Counter(tuple(manifest.columns[name][i] for name in group) for i in rows
-                       if manifest.columns[dose.name][i] not in ("",)
-                       and float(manifest.columns[dose.name][i]) == 0)
+    controls = Counter(tuple(manifest.columns[name][i] for name in group)
+                       for i in untreated(manifest, dose, rows))
     return dict(zip(group, controls.most_common(1)[0][0])) if controls else None
 
 
@@ -442,8 +454,8 @@ def group_examples(fields, manifest, rows, count=6):
     """For each group the values of a few training rows that differ in the group's first field (six
     batches, say), highest doses first: what guidance of the form `control` averages over."""
     examples, order = {}, np.random.default_rng(0).permutation(rows)
-    dose = next((manifest.columns[f.name] for f in fields if f.kind == "log"), None)
-    order = sorted(order, key=lambda i: float(dose[i] or 0)) if dose else order
+    if dose := first_of("log", fields):
+        order = sorted(order, key=lambda i: float(manifest.columns[dose.name][i] or 0))
     for group in dict.fromkeys(f.group for f in fields):
         names = [f.name for f in fields if f.group == group]
         distinct = {manifest.columns[names[0]][i]: i for i in order}
@@ -456,15 +468,13 @@ def draw_samples(path, model, p, count=8):
     """Held-out images, highest doses first and no molecule twice, and generated ones beneath;
     with a ControlNet the images that it is shown above. p: as from prepare."""
     manifest, rows = p.manifest, p.held_rows
-    dose = next((f.name for f in model.fields if f.kind == "log"), None)
-    molecule = next((f.name for f in model.fields if f.kind == "molecule"), None)
+    dose, molecule = first_of("log", model.fields), first_of("molecule", model.fields)
     order = np.random.default_rng(0).permutation(rows)
     if dose:
-        order = sorted(order, key=lambda i: -float(manifest.columns[dose][i] or 0))
-    first = {manifest.columns[molecule][i] if molecule else i: i for i in reversed(order)}
+        order = sorted(order, key=lambda i: -float(manifest.columns[dose.name][i] or 0))
+    first = {manifest.columns[molecule.name][i] if molecule else i: i for i in reversed(order)}
     chosen = sorted(order, key=lambda i: i not in first.values())[:count]
-    columns = blank_unseen(model.fields, {f.name: manifest.rows(chosen, f.name)
-                                          for f in model.fields})
+    columns = metadata(model.fields, manifest, chosen)
     real = views(p.pixels, chosen, p.settings, model.intensity)
     control = control_of(model, manifest, p.pixels, p.settings, chosen,
                          np.concatenate([p.train_rows, rows]))
@@ -489,9 +499,7 @@ def control_of(model, manifest, pixels, settings, chosen, candidates, seed=0, rn
         rows = np.array([found[pick.choice(p)] for p in partners])
     images = views(control_pixels(told["column"], manifest, pixels), rows, settings,
                    told["intensity"], rng)
-    columns = {f.name: manifest.rows(rows, f.name) for f in model.fields
-               if f.group != treatment_group(model.fields)}
-    return images, blank_unseen(model.fields, columns)
+    return images, metadata(model.fields, manifest, rows, treatment_group(model.fields))
 
 
 def draw_curves(folder):
@@ -648,8 +656,7 @@ def prepare(config):
     p.control_pixels = getattr(p, "control_pixels", p.pixels)
     print("fields: " + (", ".join(f"{f.name} ({f.kind}, {f.group})" for f in p.fields) or "none"))
     p.schedule = diffusion.Schedule(**p.constant["schedule"])
-    if config.resume:
-        check_resume(config, p.constant)
+    p.first = check_resume(config, p.constant) if config.resume else {"step": 0}
     Path(config.out).mkdir(parents=True, exist_ok=True)
     folder = Path(config.vae).parent if Path(config.vae).exists() else Path(config.out)
     # where a plate is absent from training its negative controls are held-out rows
@@ -701,6 +708,15 @@ def print_shares(fields):
                   f"{f.name} {keep[:, i].float().mean():.2f}" for i, f in enumerate(fields)))
 
 
+def loss_of(model, batch, schedule, molecules, config):
+    """Mean loss of the model for a batch, or a part of one, as training_batch draws it."""
+    z0, eps, t, codes, keep, control = batch
+    with autocast():
+        return diffusion.diffusion_loss(
+            schedule, lambda z, t: model(z, t, codes, keep, molecules, control), z0, eps, t,
+            config.min_snr).mean()
+
+
 def train(config=Config()):
     """Train a latent diffusion model and write `out`/model.pt. Returns its path."""
     check(config)
@@ -713,31 +729,30 @@ def train(config=Config()):
         p = prepare(config)
     denoiser, schedule, latents, held = p.denoiser, p.schedule, *p.sides.values()
     average = copy.deepcopy(denoiser).eval().requires_grad_(False)
+    draw = functools.partial(training_batch, latents, config, schedule, p.fields)
+    flops = count_flops(lambda: loss_of(denoiser, take(draw(0), slice(1)), schedule,
+                                        latents.molecules, config).backward())
     model = for_training(denoiser, config.compile)
     optimiser = torch.optim.AdamW([w for w in denoiser.parameters() if w.requires_grad],
                                   lr=config.lr, betas=(.9, .99), fused=True)
     describe(p, config)
-    first = check_resume(config, p.constant) if config.resume else {"step": 0}
     if config.resume:
         for part, name in ((denoiser, "weights"), (average, "ema"), (optimiser, "optimiser")):
-            part.load_state_dict(first[name])
+            part.load_state_dict(p.first[name])
     elif is_main():
         first_look(average, held, schedule, config)
 
-    loop = Loop(functools.partial(training_batch, latents, config, schedule, p.fields), config,
-                "training the diffusion model", first["step"], first.get("losses", ()))
+    loop = Loop(draw, config, "training the diffusion model", p.first["step"],
+                p.first.get("losses", ()), flops)
     for step, batch in loop:
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, config.steps, config.lr)
         optimiser.zero_grad()
         total = 0.
         for part in slices:
-            z0, eps, t, codes, keep, control = take(batch, part)
             torch.manual_seed(encoder_seed(config, step) + part.start)
-            with autocast():
-                loss = diffusion.diffusion_loss(
-                    schedule, lambda z, t: model(z, t, codes, keep, latents.molecules, control),
-                    z0, eps, t, config.min_snr).mean() / len(slices)
+            loss = loss_of(model, take(batch, part), schedule, latents.molecules,
+                           config) / len(slices)
             loss.backward()
             total += loss.item()
         loop.agree(step, total)
@@ -834,6 +849,8 @@ def check(config):
                           ("target", diffusion.TARGETS), ("molecule_encoder", MOLECULE_ENCODERS)):
         if getattr(config, name) not in options:
             raise UserError(f"--{name} {getattr(config, name)}: one of {', '.join(options)}")
+    if config.compile:
+        train_vae.try_compiler()
     try:
         diffusion.Schedule(config.schedule, config.target, zero_snr=config.zero_snr)
     except ValueError as fault:

@@ -35,6 +35,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import conditioning
@@ -104,10 +105,7 @@ def run(main):
     """Call main(); a user's mistake becomes one line per fault and exit status 2."""
     try:
         main()
-    except USER_ERRORS as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as fault:  # no space left, a folder that is a file, no permission
+    except (*USER_ERRORS, OSError) as fault:  # OSError: no space left, no permission
         print(f"error: {fault}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stop:
@@ -181,10 +179,24 @@ def has_bf16():
     return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
 
 
+def precision():
+    """Of the matrix products and convolutions in training."""
+    return torch.bfloat16 if has_bf16() else torch.float32
+
+
 def autocast():
     """bf16 for matrix products and convolutions where that pays, float32 elsewhere."""
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
-    return torch.autocast(device().type, torch.bfloat16) if has_bf16() else contextlib.nullcontext()
+    return torch.autocast(device().type, torch.bfloat16, enabled=has_bf16())
+
+
+def try_compiler():
+    """Compile next to nothing: what this machine lacks for --compile is said before any work."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(1, device=device()))
+    except RuntimeError as fault:
+        why = data.one_line(fault.__context__ or fault)
+        raise UserError(f"--compile cannot be used on this machine: {why}") from None
 
 
 def step_rng(seed, step):
@@ -282,6 +294,33 @@ def for_training(model, compiled=False):
     return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=empty)
 
 
+# --- model FLOPs utilisation (MFU): what a model computes of what the machine could ---------------
+
+def count_flops(f):
+    """FLOPs of the matrix products and convolutions in f(), backward passes with them."""
+    with FlopCounterMode(display=False) as counter:
+        f()
+    return counter.get_total_flops()
+
+
+@functools.cache
+def matrix_rate(dtype):
+    """FLOP/s of square matrix products, the best of twenty at least and of those that fit into a
+    fifth of a second: what else runs on the machine slows down the others only."""
+    side = 4096 if device().type == "cuda" else 512
+    rng = torch.Generator(device()).manual_seed(0)
+    a, b = torch.randn(2, side, side, dtype=dtype, device=device(), generator=rng)
+    times, end = [], time.time() + .2
+    with torch.no_grad(), autocast():
+        while len(times) < 20 or time.time() < end:
+            began = time.perf_counter()
+            a @ b
+            if device().type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+    return 2 * side ** 3 / min(times)
+
+
 # --- the steps of a training run ----------------------------------------------------------------
 
 def ahead(function, items):
@@ -298,10 +337,12 @@ def ahead(function, items):
 
 class Loop:
     """for step, batch in loop: batch is draw(step), made while the step before it runs. The loop
-    keeps the losses and the time, and ends after the running step on SIGTERM and SIGINT."""
+    keeps the losses and the time, and ends after the running step on SIGTERM and SIGINT.
+    flops: of the model for one image, there and back."""
 
-    def __init__(self, draw, config, name, first=0, losses=()):
+    def __init__(self, draw, config, name, first=0, losses=(), flops=0):
         self.draw, self.config, self.name, self.first = draw, config, name, first
+        self.use = flops / matrix_rate(precision()) / rank_and_world()[1]  # for one image a second
         self.losses, self.signal, self.stopping = list(losses), 0, False
         self.start, self.count = time.time(), 0
 
@@ -353,12 +394,15 @@ class Loop:
         """Of the steps since it was last asked: the mean loss, and the speed for the log and as one
         printed line. To be asked before an evaluation, whose time is not a step's."""
         seconds = time.time() - self.since
+        speed = self.count * self.config.batch / seconds
         found = {"seconds": round(time.time() - self.start, 1),
-                 "images_per_second": round(self.count * self.config.batch / seconds, 2),
+                 "images_per_second": round(speed, 2),
+                 "flops_utilisation": float(f"{self.use * speed:.3g}"),
                  "data_wait": round(self.waited / seconds, 4), "peak_gb": round(peak_memory(), 3)}
         loss, self.losses, self.count = float(np.mean(self.losses)), [], 0
-        return loss, found, (f"{found['images_per_second']:.0f} images/s, {found['data_wait']:.0%} "
-                             f"waiting for data, {found['peak_gb']:.1f} GB")
+        return loss, found, (
+            f"{speed:.0f} images/s, {self.use * speed:.0%} MFU, {found['data_wait']:.0%} waiting "
+            f"for data, {found['peak_gb']:.1f} GB")
 
 
 # --- checkpoints --------------------------------------------------------------------------------
@@ -402,8 +446,8 @@ def load_checkpoint(path, kind, hint):
         reason = ("not a file of torch.save, or damaged" if not zipfile.is_zipfile(path) else
                   "it holds code, which is never run" if "nsupported" in str(fault) else "damaged")
         raise UserError(f"{path} is no nanopaint checkpoint ({reason})") from None
-    if not isinstance(content, dict) or content.get("kind") != kind:
-        found = content.get("kind") if isinstance(content, dict) else None
+    found = content.get("kind") if isinstance(content, dict) else None
+    if found != kind:
         raise UserError(f"{path} is a checkpoint of another kind ({found}), not {kind}: {hint}")
     return content
 
@@ -476,6 +520,17 @@ def open_data(config, draw=True):
         print("no data yet: drawing a simulated screen")
         data.simulate(Path(config.data).parent)
     manifest = data.read_manifest(config.data, tuple(config.channels.split(",")))
+    check_sizes(manifest, config)
+    train, held = data.split_rows(manifest, config.split, config.holdout)
+    if not len(held):
+        raise data.DataError(f"{manifest.path}: --split {config.split} holds out no row")
+    workers, share = (getattr(config, k, getattr(Config, k)) for k in ("workers", "max_corrupt"))
+    return manifest, data.Pixels(manifest, config.binning, workers=workers,
+                                 max_corrupt=share), train, held
+
+
+def check_sizes(manifest, config):
+    """Refuse images of which no equal pieces can be cut that halve as often as the model asks."""
     if not config.crop and len(manifest.sizes) > 1:
         (a, where_a), (b, where_b) = list(manifest.sizes.items())[:2]
         raise data.DataError(f"{manifest.path} has images of different sizes ({where_a} is "
@@ -490,12 +545,6 @@ def open_data(config, draw=True):
             if length % config.downsampling:
                 raise data.DataError(f"{manifest.path}, {where}: a side of {length} pixels is no "
                                      f"multiple of {config.downsampling}: choose a --crop that is")
-    train, held = data.split_rows(manifest, config.split, config.holdout)
-    if not len(held):
-        raise data.DataError(f"{manifest.path}: --split {config.split} holds out no row")
-    workers, share = (getattr(config, k, getattr(Config, k)) for k in ("workers", "max_corrupt"))
-    return manifest, data.Pixels(manifest, config.binning, workers=workers,
-                                 max_corrupt=share), train, held
 
 
 def views(pixels, rows, config, intensity, rng=None):
@@ -579,12 +628,9 @@ def evaluate(vae, images, channels):
 def draw_reconstruction(path, images, x_hat, channels):
     """Original, reconstruction and three times the difference, by channel."""
     rows, labels = [], []
-    for k in range(min(3, len(images))):
-        for name, image in (("original", images[k]), ("through the VAE", x_hat[k]),
-                            ("3 x difference", 3 * (images[k] - x_hat[k]).abs() - 1)):
-            rows.append([image] * (image.min() >= -1) + list(image)
-                        if name != "3 x difference" else [None, *image])
-            labels.append(name)
+    for x, y in zip(images[:3], x_hat):
+        rows += [x, *x], [y, *y], [None, *(3 * (x - y).abs() - 1)]
+        labels += "original", "through the VAE", "3 x difference"
     data.picture(path, rows, channels, labels, ["all", *channels])
 
 
@@ -642,71 +688,91 @@ def save_activations(vae):
         level.forward = functools.partial(checkpoint, level.forward, use_reentrant=False)
 
 
+def loss_of(model, x, noise, config):
+    """(loss, L1 on [0, 1]) of the model for views x and the noise of their latents."""
+    with autocast():
+        x_hat, mean, logvar = model(x, noise)
+    loss, l1, _ = vae_loss(x, x_hat, mean, logvar, config.kl_weight, config.spectral_weight,
+                           config.multiscale_weight)
+    return loss, l1 / 2
+
+
+def check(config):
+    """Refuse settings that cannot be used, before anything is read or written."""
+    path = Path(config.out) / "model.pt"
+    if path.exists() and not (config.overwrite or config.resume):
+        raise UserError(f"{path} exists: use --overwrite to train again, --resume to go on with "
+                        "it, or another --out")
+    if config.compile:
+        try_compiler()
+
+
 def train(config=Config()):
     """Train a VAE and write `out`/model.pt. Returns its path."""
-    out = Path(config.out)
-    if (out / "model.pt").exists() and not (config.overwrite or config.resume):
-        raise UserError(f"{out}/model.pt exists: use --overwrite to train again, --resume to go on "
-                        "with it, or another --out")
+    check(config)
     slices = parts(config)
     with main_first():
         p = prepare(config)
         first = open_resume(config, "vae", p.constant) if config.resume else {"step": 0}
     torch.manual_seed(config.seed)
     vae = VAE(p.shape).to(device())
+    if is_main() and not config.resume:
+        start_anew(Path(config.out))
+    state = {} if config.pixels else fit(vae, p, config, first, slices)  # pixels: nothing to train
+    if is_main():
+        finish(vae, p, config, state)
+    return Path(config.out) / "model.pt"
+
+
+def fit(vae, p, config, first, slices):
+    """Train from the checkpoint `first` on; returns what belongs into the next beside weights."""
+    x = p.held[:1].to(device())
+    noise = torch.zeros_like(vae.encode(x)[0])
+    print(f"autoencoder: {sum(w.numel() for w in vae.parameters()) / 1e6:.2f} M parameters, "
+          f"{x.numel()} pixel values to {noise.numel()} numbers, {len(p.train_rows)} images to "
+          f"train on, {len(p.held)} views held out")
+    flops = count_flops(lambda: loss_of(vae, x, noise, config)[0].backward())
     if config.checkpointing:
         save_activations(vae)
-    if config.pixels:  # nothing to train
-        start_anew(out)
-        finish(vae, p, config, p.held[0].numel(), lambda step, **more: save_checkpoint(
-            out / "model.pt", "vae", p.constant | {"weights": vae.state_dict(), "step": step}
-            | more))
-        return out / "model.pt"
     model = for_training(vae, config.compile)
     optimiser = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(.9, .99), fused=True)
-    count = sum(w.numel() for w in vae.parameters()) / 1e6
-    values, numbers = p.held[0].numel(), vae.to_latent(p.held[:1].to(device())).numel()
-    print(f"autoencoder: {count:.2f} M parameters, {values} pixel values to {numbers} numbers, "
-          f"{len(p.train_rows)} images to train on, {len(p.held)} views held out")
     if config.resume:
         vae.load_state_dict(first["weights"])
         optimiser.load_state_dict(first["optimiser"])
-    elif is_main():
-        start_anew(out)
-
-    def save(step, **more):
-        save_checkpoint(out / "model.pt", "vae", p.constant | {
-            "weights": vae.state_dict(), "optimiser": optimiser.state_dict(), "step": step,
-            "losses": loop.losses} | more, config.keep)
 
     loop = Loop(functools.partial(training_batch, p, config), config, "training the autoencoder",
-                first["step"], first.get("losses", ()))
+                first["step"], first.get("losses", ()), flops)
     for step, (x, noise) in loop:
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, config.steps, config.lr)
         optimiser.zero_grad()
         total = np.zeros(2)
         for part in slices:
-            with autocast():
-                x_hat, mean, logvar = model(x[part], noise[part])
-            loss, l1, kl = vae_loss(x[part], x_hat, mean, logvar, config.kl_weight,
-                                    config.spectral_weight, config.multiscale_weight)
+            loss, l1 = loss_of(model, x[part], noise[part], config)
             (loss / len(slices)).backward()
-            total += loss.item() / len(slices), l1.item() / 2 / len(slices)
+            total += loss.item() / len(slices), l1.item() / len(slices)
         loop.agree(step, *total)
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.)
         optimiser.step()
         if loop.evaluates(step):
-            train_l1, speed, said = loop.report()
-            found, line, _ = evaluate(vae.eval(), p.held, p.pixels.manifest.channels)
-            vae.train()
-            tqdm.write(f"step {step + 1:5d}: train L1 {train_l1:.4f}, held-out {line}; {said}")
-            write_log(out / "log.jsonl", step=step + 1, train_l1=train_l1, **speed, **found)
+            look(vae, p, config, step, loop)
         if loop.saves(step):
-            save(step + 1)
-    if is_main():
-        finish(vae, p, config, numbers, save)
-    return out / "model.pt"
+            save(vae, p, config, step + 1, optimiser=optimiser.state_dict(), losses=loop.losses)
+    return {"optimiser": optimiser.state_dict()}
+
+
+def look(vae, p, config, step, loop):
+    """Print and log the losses and how fast it goes."""
+    train_l1, speed, said = loop.report()
+    found, line, _ = evaluate(vae.eval(), p.held, p.pixels.manifest.channels)
+    vae.train()
+    tqdm.write(f"step {step + 1:5d}: train L1 {train_l1:.4f}, held-out {line}; {said}")
+    write_log(Path(config.out) / "log.jsonl", step=step + 1, train_l1=train_l1, **speed, **found)
+
+
+def save(vae, p, config, step, **state):
+    save_checkpoint(Path(config.out) / "model.pt", "vae", p.constant | {
+        "weights": vae.state_dict(), "step": step} | state, config.keep)
 
 
 def trained(config):
@@ -725,7 +791,7 @@ def start_anew(out):
         old.unlink(missing_ok=True)
 
 
-def finish(vae, p, config, numbers, save):
+def finish(vae, p, config, state):
     """Measure the latents, compare with a small image, draw, and save what can now be used."""
     out, channels = Path(config.out), p.pixels.manifest.channels
     vae.eval().requires_grad_(False)
@@ -733,6 +799,7 @@ def finish(vae, p, config, numbers, save):
     measure_latents(vae, [views(p.pixels, rng.choice(p.train_rows, p.looks // 4), config,
                                 p.intensity, rng) for _ in range(8)])
     found, line, x_hat = evaluate(vae, p.held, channels)
+    numbers = vae.to_latent(p.held[:1].to(device())).numel()
     baseline = reconstruction_metrics(p.held, through_small_image(p.held, numbers))
     print(f"held-out {line}\nan image shrunk to as many numbers and enlarged again: "
           f"L1 {baseline['l1']:.4f}, PSNR {baseline['psnr']:.1f} dB; peak memory "
@@ -741,7 +808,7 @@ def finish(vae, p, config, numbers, save):
     (out / "result.json").write_text(json.dumps(
         {"held_out": found, "small_image": baseline, "peak_memory_gb": peak_memory(),
          "settings": asdict(config)}, indent=1))
-    save(config.steps, result=found)
+    save(vae, p, config, config.steps, result=found, **state)
     p.pixels.report()
     print(f"wrote {out}/model.pt and {out}/reconstruction.png")
 

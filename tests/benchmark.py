@@ -6,9 +6,10 @@ Not a test. Weights are random: they cost what trained ones cost. Times are medi
 compared runs in turn (A B A B ...), and on one thread the processor's time counts, as machines are
 shared.
 `use`: the share of the matrix-product rate, measured first in the same run, that a network's
-products and convolutions reach (model FLOPs utilisation). `peak MB`: memory on top of weights,
-gradients and optimiser. `ratio`: our time over that of diffusers' network (where it is installed)
-with as many parameters within 5 %: on tensors folded as ours folds them, and as it comes.
+products and convolutions reach: flops_utilisation in the log of a training. `peak MB`: memory on
+top of weights, gradients and optimiser. `ratio`: our time over that of diffusers' network (where it
+is installed) with as many parameters within 5 %: on tensors folded as ours folds them, and as it
+comes.
 """
 import argparse
 import ctypes
@@ -29,7 +30,6 @@ import tifffile
 import torch
 from PIL import Image
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
-from torch.utils.flop_counter import FlopCounterMode
 
 try:
     import diffusers  # not one of the requirements: compared with where it happens to be there
@@ -44,7 +44,7 @@ import sample  # noqa: E402
 import train_ldm  # noqa: E402
 import train_vae  # noqa: E402
 from conditioning import Field, Fingerprint  # noqa: E402
-from train_vae import autocast, device  # noqa: E402
+from train_vae import autocast, device, matrix_rate, precision  # noqa: E402
 from unet import UNet, unet_config  # noqa: E402
 from vae import VAE, VAEConfig, vae_loss  # noqa: E402
 
@@ -56,7 +56,6 @@ LATENTS, IMAGES = 32, 256 if GPU else 8  # in a training step
 REQUEST = {"smiles": ["CCO"] * 8, "dose": ["3"] * 8, "batch": ["B1"] * 8}
 COLUMNS = ("ms", "per second", "GFLOP", "use", "peak MB", "ratio")
 clock = time.perf_counter if GPU or torch.get_num_threads() > 1 else time.process_time
-rate = 0.                                # FLOP/s of a matrix product, see matrix_product
 
 
 # --- measuring ------------------------------------------------------------------------------------
@@ -88,25 +87,23 @@ def peak(f):
     return status("VmHWM") - before
 
 
-def measure(*entries, seconds=2.):
+def measure(*entries, seconds=2., least=3):
     """Lines of the table for (what, f, items that f deals with), run in turn for `seconds` each and
-    three times at least. The others are given the ratio of the first to them."""
+    at least so many times. The others are given the ratio of the first to them."""
     lines, times = [], [[] for _ in entries]
     for what, f, _ in entries:
-        with FlopCounterMode(display=False) as counter:
-            f()
-        lines.append({"what": what, "peak MB": peak(f) / 1e6})
-        if counter.get_total_flops():
-            lines[-1]["GFLOP"] = counter.get_total_flops() / 1e9
+        flops = train_vae.count_flops(f)
+        lines.append({"what": what, "peak MB": peak(f) / 1e6} | (
+            {"GFLOP": flops / 1e9} if flops else {}))
     start = time.time()
-    while len(times[0]) < 3 or time.time() - start < seconds * len(entries):
+    while len(times[0]) < least or time.time() - start < seconds * len(entries):
         for found, (_, f, _) in zip(times, entries):
             found.append(timed(f))
     for line, found, (_, _, items) in zip(lines, times, entries):
         median = statistics.median(found)
         line |= {"ms": 1e3 * median, "per second": items / median}
-        if rate and "GFLOP" in line:
-            line["use"] = line["GFLOP"] * 1e9 / median / rate
+        if "GFLOP" in line:
+            line["use"] = line["GFLOP"] * 1e9 / median / matrix_rate(precision())
         if line is not lines[0]:
             line["ratio"] = lines[0]["ms"] / line["ms"]
         values = ["" if name not in line else f"{line[name]:.3f}" if name in ("use", "ratio") else
@@ -182,16 +179,6 @@ def random_model(size):
 
 
 # --- the parts ------------------------------------------------------------------------------------
-
-def matrix_product(folder):
-    """The rate that everything is held against: square matrices, in the precision of training."""
-    global rate
-    side = 8192 if GPU else 1024
-    a, b = torch.randn(2, side, side, device=device())
-    lines = measure((f"matrix product, {side}x{side}", without_gradient(lambda: a @ b), 1))
-    rate = lines[0]["GFLOP"] / lines[0]["ms"] * 1e12
-    return lines
-
 
 def unets(folder):
     """Training step of each size, and sampling with the default settings."""
@@ -270,7 +257,7 @@ def growth(folder):
             file.writelines(f"stack.npy,{i % 100},{'C' * (i % 40 + 1)}O,{i % 7},B{i % 6},"
                             f"P{i % 384},A{i % 24}\n" for i in range(rows))
         lines += measure((f"manifest of {rows:,} rows: opened",
-                          lambda: data.read_manifest(path), rows), seconds=.5)
+                          lambda: data.read_manifest(path), rows), seconds=0., least=1)
     return lines
 
 
@@ -374,18 +361,18 @@ def main():
     args = parser.parse_args()
     machine = torch.cuda.get_device_name() if GPU else (
         f"{torch.cpu.get_capabilities()['cpu_name']}, {torch.get_num_threads()} threads")
-    precision = "bfloat16" if train_vae.has_bf16() else "float32"
-    print(f"{machine}, {precision}, torch {torch.__version__}; latents {LATENT}, images "
-          f"{tuple(images(1).shape[1:])}\n{'(parameters)':64s}"
-          + "".join(f"{name:>12s}" for name in COLUMNS))
+    rate, lines = matrix_rate(precision()), []
+    print(f"{machine}, {precision()}, torch {torch.__version__}, matrix products "
+          f"{rate / 1e9:.4g} GFLOP/s; latents {LATENT}, images {tuple(images(1).shape[1:])}\n"
+          f"{'(parameters)':64s}" + "".join(f"{name:>12s}" for name in COLUMNS))
     with tempfile.TemporaryDirectory() as folder:
-        lines = matrix_product(folder)
         for part in args.only:
             lines += PARTS[part](Path(folder))
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"machine": machine, "precision": precision,
-                               "torch": torch.__version__, "lines": lines}, indent=1))
+    out.write_text(json.dumps({"machine": machine, "precision": str(precision()),
+                               "torch": torch.__version__, "flops_per_second": rate,
+                               "lines": lines}, indent=1))
     print(f"wrote {out}")
 
 

@@ -465,6 +465,93 @@ def test_gradient_checkpointing_changes_no_gradient(in_float32):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def test_compiling_changes_no_loss_and_no_name(vae_config, ldm_config, tmp_path, monkeypatch,
+                                               in_float32):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    for module, config in ((train_vae, vae_config), (train_ldm, ldm_config)):
+        paths = [module.train(replace(config, steps=1, eval_every=1, compile=compiled,
+                                      out=str(tmp_path / f"{module.__name__}{compiled}")))
+                 for compiled in (False, True)]
+        assert sum(len(graph.graph.nodes) for graph in graphs) > 100  # it was truly compiled
+        assert_alike(module, paths)
+        plain, other = (load(path)["weights"] for path in paths)
+        assert list(plain) == list(other)
+        graphs.clear()
+
+
+def test_what_compiling_lacks_is_said_before_any_work(refused, monkeypatch, tmp_path):
+    def backend(graph, inputs):
+        raise RuntimeError("No working C++ compiler found")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    for module in (train_vae, train_ldm):
+        assert len(refused(module, "--compile", "--data", tmp_path / "none.csv", says=[
+            "--compile cannot be used on this machine: No working C++ compiler found"])) == 1
+
+
+# --- model FLOPs utilisation ----------------------------------------------------------------------
+
+def test_the_flops_of_a_layer_are_counted_there_and_back():
+    layer, x = torch.nn.Linear(30, 40), torch.randn(7, 30)
+    product = 2 * 7 * 30 * 40  # a multiplication and an addition each
+    assert train_vae.count_flops(lambda: layer(x)) == product
+    assert train_vae.count_flops(lambda: layer(x).sum().backward()) == 2 * product  # to the weights
+    x.requires_grad_()
+    assert train_vae.count_flops(lambda: layer(x).sum().backward()) == 3 * product
+
+
+def test_utilisation_is_flops_by_speed_over_the_rate_of_all_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_vae, "matrix_rate", lambda dtype: 5e5)
+    config, found = train_vae.Config(steps=2, batch=4, out=str(tmp_path)), []
+    for world in (1, 2):
+        monkeypatch.setattr(train_vae, "rank_and_world", lambda: (0, world))
+        loop = train_vae.Loop(lambda step: time.sleep(.02), config, "", flops=1000)
+        monkeypatch.setattr(train_vae, "rank_and_world", lambda: (0, 1))
+        for step, _ in loop:
+            loop.agree(step, 1.)
+        _, speed, said = loop.report()
+        assert_close(speed["flops_utilisation"], 1000 * speed["images_per_second"] / 5e5 / world,
+                     rtol=.01, atol=0)
+        assert "% MFU" in said
+
+
+def test_the_matrix_rate_is_that_of_products():
+    a, times = torch.randn(512, 512), []
+    for _ in range(40):
+        began = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - began)
+    assert .6 < train_vae.matrix_rate(torch.float32) * min(times) / (2 * 512 ** 3) < 1.6
+
+
+def test_the_model_costs_the_same_however_a_step_is_computed(vae_config, monkeypatch):
+    """Of one image: not of activations computed twice, nor of a part of a batch. About three times
+    a forward pass; and the random numbers of the run stay as they were."""
+    found = []
+
+    def count(f, real=train_vae.count_flops):
+        before = torch.get_rng_state()
+        found.append(real(f))
+        assert torch.equal(before, torch.get_rng_state())
+        return found[-1]
+
+    def begin(*given):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train_vae, "count_flops", count)
+    monkeypatch.setattr(train_vae, "Loop", begin)
+    for more in ({}, {"accumulate": 4}, {"checkpointing": True}):
+        with pytest.raises(KeyboardInterrupt):
+            train_vae.train(replace(vae_config, **more))
+    vae = train_vae.VAE(train_vae.shape_of(vae_config))
+    monkeypatch.undo()
+    there = train_vae.count_flops(lambda: vae(torch.zeros(1, 5, 32, 32)))
+    assert len(set(found)) == 1 and 2.8 * there < found[0] <= 3 * there
+
+
 def as_rank(rank, port, function, *arguments):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

@@ -29,6 +29,7 @@ def test_autoencoder_trains_and_reports(vae_path):
     log = [json.loads(line) for line in open(vae_path.parent / "log.jsonl")]
     assert [e["step"] for e in log] == [20, 40] and log[1]["l1"] < log[0]["l1"]
     assert {"l1_per_channel", "psnr", "kl"} <= set(log[0])
+    assert all(0 < entry["flops_utilisation"] < 1.5 for entry in log)
     content = train_vae.load_checkpoint(vae_path, "vae", "")
     assert not torch.allclose(content["weights"]["latent_std"], torch.ones(1, 4, 1, 1))
     with Image.open(vae_path.parent / "reconstruction.png") as picture:
@@ -42,6 +43,7 @@ def test_first_loss_is_one_and_training_lowers_it(ldm_config, tmp_path):
     assert_close(log[0]["heldout_loss"], 1., atol=.05, rtol=0)
     assert [e["step"] for e in log] == [0, 20, 40] and len(log[0]["by_noise"]) == 4
     assert log[2]["train_loss"] < log[1]["train_loss"]
+    assert all(0 < entry["flops_utilisation"] < 1.5 for entry in log[1:])
     assert (tmp_path / "samples.png").exists() and (tmp_path / "curves.png").exists()
 
 
