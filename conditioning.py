@@ -7,7 +7,7 @@ timestep embedding. Unlike there, absence is a learned null and not the legal va
 is mixed by an MLP and normalised, and the combinations that guidance needs are trained on purpose
 (`draw_keep`).
 
-    python conditioning.py      # which fields were dropped, and the size of each group's part
+    python conditioning.py      # which fields are dropped how often, and the size of each part
 """
 import argparse
 import functools
@@ -270,6 +270,27 @@ class Fingerprint(Encoder):
         return F.normalize(features, dim=-1) * features.shape[-1] ** .5
 
 
+def column_statistics(values):
+    """Mean and deviation of each column of (M, width), ready for JSON; not finite: left out."""
+    values = np.where(np.isfinite(values), values, np.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a column that is nowhere finite has no mean
+        mean, std = np.nanmean(values, 0), np.nanstd(values, 0)
+    return {"mean": np.nan_to_num(mean).tolist(), "std": np.where(std > 1e-6, std, 1.).tolist()}
+
+
+class Standardised(Encoder):
+    """An encoder of vectors that are standardised on the training molecules, not finite: the mean,
+    and clipped to five deviations."""
+
+    def width(self):
+        return len(self.settings["mean"])
+
+    def standardise(self, values):
+        values = (np.array(values) - self.settings["mean"]) / self.settings["std"]
+        return torch.from_numpy(np.nan_to_num(values, posinf=0, neginf=0)).float().clamp(-5, 5)
+
+
 # all but the score of drug-likeness: a function of the others that takes a third of the time
 DESCRIPTORS = MolecularDescriptorCalculator([n for n, _ in Descriptors.descList if n != "qed"])
 
@@ -278,31 +299,19 @@ def calculate_descriptors(molecule):
     return DESCRIPTORS.CalcDescriptors(molecule, missingVal=math.nan)
 
 
-class DescriptorEncoder(Encoder):
-    """RDKit's two hundred descriptors (weight, polar area, charges, counts of fragments ...),
-    standardised on the training molecules. Blind to handedness."""
+class DescriptorEncoder(Standardised):
+    """RDKit's two hundred descriptors (weight, polar area, charges, counts of fragments ...).
+    Blind to handedness."""
 
     @staticmethod
     def fit(smiles, options):
-        values = np.array(each_molecule(calculate_descriptors, smiles), float)
-        values[~np.isfinite(values)] = np.nan
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a descriptor that is nowhere finite has no mean
-            mean, std = np.nanmean(values, 0), np.nanstd(values, 0)
-        mean, std = np.nan_to_num(mean), np.nan_to_num(std)
-        return {"mean": mean.tolist(), "std": np.where(std > 1e-6, std, 1.).tolist()}
+        return column_statistics(np.array(each_molecule(calculate_descriptors, smiles), float))
 
-    def width(self):
-        return len(self.settings["mean"])
-
-    def featurise(self, smiles):
-        """(M, descriptors), standardised and clipped to five deviations; not finite: the mean."""
-        values = np.array(each_molecule(calculate_descriptors, smiles), float)
-        values = (values - self.settings["mean"]) / self.settings["std"]
-        return torch.from_numpy(np.nan_to_num(values, posinf=0, neginf=0)).float().clamp(-5, 5)
+    def featurise(self, smiles):                                         # (M, descriptors)
+        return self.standardise(each_molecule(calculate_descriptors, smiles))
 
 
-class Table(Encoder):
+class Table(Standardised):
     """Vectors of any other encoder, from an .npz keyed by SMILES or InChIKey (--molecule_table).
     Those of the training molecules travel in the checkpoint; others are looked up in the file.
     A text that is no SMILES is looked up as it stands: a gene, say."""
@@ -312,26 +321,19 @@ class Table(Encoder):
         if not options.get("table"):
             raise FieldError("the molecule encoder table needs --molecule_table FILE.npz")
         vectors = read_table(options["table"], smiles)
-        values = np.stack(list(vectors.values()))
         return {"table": str(options["table"]), "example": smiles[0],
                 "vectors": {key: vector.tolist() for key, vector in vectors.items()},
-                "mean": values.mean(0).tolist(), "std": values.std(0).clip(1e-6).tolist()}
+                **column_statistics(np.stack(list(vectors.values())))}
 
     @staticmethod
     def is_molecule(text):
         return True  # or `fit` names it as missing
 
-    def width(self):
-        return len(self.settings["mean"])
-
-    def featurise(self, smiles):
-        """(M, width), standardised on the training molecules, clipped to five deviations."""
+    def featurise(self, smiles):                                         # (M, width)
         known = self.settings["vectors"]
         new = [s for s in smiles if molecule_key(s) not in known]
         known = known | (read_table(self.settings["table"], new, self.width()) if new else {})
-        values = np.array([known[molecule_key(s)] for s in smiles])
-        values = (values - self.settings["mean"]) / self.settings["std"]
-        return torch.from_numpy(values).float().clamp(-5, 5)
+        return self.standardise([known[molecule_key(s)] for s in smiles])
 
 
 def molecule_key(smiles):
@@ -659,21 +661,36 @@ def blank_unseen(fields, columns):
             for name, values in columns.items()}
 
 
+# --- what was dropped, and the embedding's parts, to be seen --------------------------------------
+
+def show():
+    """One request under every subset of fields that training draws: how often it comes, and the
+    size of what the U-Net receives."""
+    torch.manual_seed(0)
+    wells = {"smiles": ["CCO", "CS(C)=O"], "dose": ["10", "0"], "batch": ["B1", "B2"]}
+    fields = [f.fit(wells[f.name]) for f in parse_fields(
+        {"biology": ["smiles", "dose"], "experiment": ["batch"]}, wells)]
+    conditioner = Conditioner(fields, embedding=64, token=32)
+    drawn = draw_keep(fields, 100_000, torch.Generator().manual_seed(0))
+    subsets, counts = drawn.unique(dim=0, return_counts=True)
+    n = len(subsets)
+    codes, _, molecules = conditioner.encode({k: v[:1] * n for k, v in wells.items()}, n)
+    parts, _, mask = conditioner.parts(codes, subsets, molecules)
+    vector, _, _ = conditioner(codes, subsets, molecules)
+    other, _, _ = conditioner(codes | {"dose": codes["dose"] / 2}, subsets, molecules)
+    print("".join(f"{f.name:9s}" for f in fields)
+          + "share  |biology|  |experiment|  |vector|  tokens  moved by another dose")
+    for i in counts.argsort(descending=True):
+        shown = "".join(f"{wells[f.name][0] if kept else 'dropped':9s}"
+                        for f, kept in zip(fields, subsets[i]))
+        print(f"{shown}{counts[i] / len(drawn):.3f}{parts['biology'][i].norm():11.2f}"
+              f"{parts['experiment'][i].norm():14.2f}{vector[i].norm():10.2f}"
+              f"{mask[i].sum():8d}{(other - vector)[i].norm():12.2f}")
+    print("each group's part has length sqrt(64) = 8, so that none drowns another; one null token "
+          "stays")
+
+
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__,
                             formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    rows = {"smiles": ["CCO", "c1ccccc1O", "CS(C)=O"], "dose": ["1", "10", "0"],
-            "batch": ["B1", "B2", ""]}
-    fields = parse_fields({"biology": ["smiles", "dose"], "experiment": ["batch"]}, rows)
-    fields = [f.fit(rows[f.name]) for f in fields]
-    conditioner = Conditioner(fields, embedding=64, token=32)
-    codes, known, molecules = conditioner.encode(rows, 3)
-    keep = known & draw_keep(fields, 3, torch.Generator().manual_seed(1))
-    parts, _, mask = conditioner.parts(codes, keep, molecules)
-    for i in range(3):
-        shown = [f.name for j, f in enumerate(fields) if keep[i, j]]
-        norms = ", ".join(f"|{g}| {p[i].norm():.2f}" for g, p in parts.items())
-        print(f"row {i}: shown {', '.join(shown) or 'nothing'}; {norms}; "
-              f"{int(mask[i].sum())} tokens")
-    share = draw_keep(fields, 100_000, torch.Generator().manual_seed(0)).float().mean(0)
-    print("share of samples that see", {f.name: round(s.item(), 3) for f, s in zip(fields, share)})
+    show()

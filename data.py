@@ -14,6 +14,7 @@ import argparse
 import csv
 import gzip
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -30,8 +31,9 @@ from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from itertools import chain, islice
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -42,9 +44,11 @@ from tqdm import tqdm
 
 RDLogger.DisableLog("rdApp.*")  # we name the row of a bad SMILES ourselves
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # and of a damaged TIFF
-CHANNELS = ("DNA", "ER", "RNA", "AGP", "Mito")
+# The simulated stains, each with its colour in pictures. A stain more is a line here, and one in
+# draw_stains.
 COLOURS = {"DNA": (.2, .4, 1), "ER": (0, .7, .3), "RNA": (.5, .5, .1), "AGP": (1, .4, .05),
            "Mito": (.8, .1, .5)}
+CHANNELS = tuple(COLOURS)
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,9 +66,7 @@ class DataError(ValueError):
     """A fault in the user's files. One line a fault, each naming the file, row and column."""
 
 
-# ------------------------------------------------------------------------------------------------
-# 1. The simulated screen: molecules, dose, batches, plates, wells
-# ------------------------------------------------------------------------------------------------
+# --- 1. The simulated screen: molecules, dose, batches, plates, wells -----------------------------
 
 # A motif sets the mechanism: the direction in which the cells change. Each effect is a difference
 # of logarithms at full effect, so 0.35 on nucleus_radius means exp(0.35) = 1.4 times the radius.
@@ -94,6 +96,8 @@ HELDOUT_SUBSTITUENTS = ("CO", "F")            # the easier kind of unseen molecu
 HELDOUT_SCAFFOLD = "{R}c1ccc({M})s1"          # the harder kind, drawn with four substituents
 HELDOUT_SCAFFOLD_SUBSTITUENTS = ("C", "CC", "Cl", "CN(C)")
 DMSO = "CS(C)=O"
+CONTROL = dict(compound="DMSO", smiles=DMSO, mechanism="none", scaffold="", substituent="",
+               ec50=np.inf, kind="train")
 DOSES = (.3, 1., 3., 10.)                     # micromolar
 HILL = 1.5                                    # slope of the dose response
 
@@ -159,52 +163,52 @@ def layout(screen):
             screen.sites, screen.size) < 1:
         raise DataError("a screen has a confounding between 0 and 1 and at least one of everything")
     rng = np.random.default_rng([screen.seed, screen.draw, 1])
-    val_pair, test_pair = (heldout_pairs(screen.batches, kind) for kind in ("val", "test"))
-    plates = [[] for _ in range(screen.batches * screen.plates_per_batch)]
-    for plate in plates:
-        plate += [None] * screen.controls_per_plate
+    pairs = {f"{kind}_pair": heldout_pairs(screen.batches, kind) for kind in ("test", "val")}
+    rows = []
+    for p, wells in enumerate(fill_plates(screen, rng)):
+        if len(wells) > 384:
+            raise DataError(f"plate {p + 1} would need {len(wells)} of its 384 wells: use more "
+                            "plates per batch or fewer replicates")
+        batch = p // screen.plates_per_batch
+        for position, (molecule, dose) in zip(rng.permutation(384), wells):
+            r, c = divmod(int(position), 24)
+            well = dict(compound=molecule["compound"], smiles=molecule["smiles"], dose=dose,
+                        batch=f"B{batch + 1}", plate=f"P{p + 1:02d}",
+                        well=f"{'ABCDEFGHIJKLMNOP'[r]}{c + 1:02d}", row=r + 1, column=c + 1)
+            after = dict(role="treated" if dose else "control",
+                         split=split_of(molecule, batch, pairs, rng), pixel_um=1.2,
+                         **{f"true_{k}": molecule[k] for k in (
+                             "mechanism", "scaffold", "substituent", "ec50")},
+                         true_effect=hill(dose, molecule["ec50"]))
+            rows += [well | {"site": site + 1} | after for site in range(screen.sites)]
+    return rows
+
+
+def fill_plates(screen, rng):
+    """Which wells go on which plate: a list of (molecule, dose) for each, controls first."""
+    plates = [[(CONTROL, 0.)] * screen.controls_per_plate
+              for _ in range(screen.batches * screen.plates_per_batch)]
     for molecule in molecules():
         for dose in DOSES * screen.replicates:
             at_home = rng.random() < screen.confounding
             batch = (home_batch(molecule["mechanism"], screen.batches) if at_home
                      else int(rng.integers(screen.batches)))
             first = batch * screen.plates_per_batch
-            emptiest = min(range(first, first + screen.plates_per_batch),
-                           key=lambda p: len(plates[p]))
-            plates[emptiest].append((molecule, dose))
-    rows = []
-    for p, wells in enumerate(plates):
-        if len(wells) > 384:
-            raise DataError(f"plate {p + 1} would need {len(wells)} of its 384 wells: use more "
-                            "plates per batch or fewer replicates")
-        batch = p // screen.plates_per_batch
-        for place, well in zip(rng.permutation(384), wells):
-            molecule, dose = well or (dict(compound="DMSO", smiles=DMSO, mechanism="none",
-                                           scaffold="", substituent="", ec50=np.inf,
-                                           kind="train"), 0.)
-            split = molecule["kind"]
-            if split == "train" and test_pair.get(molecule["mechanism"]) == batch:
-                split = "test_pair"
-            elif split == "train" and val_pair.get(molecule["mechanism"]) == batch:
-                split = "val_pair"
-            elif split == "train" and rng.random() < .1:
-                split = "val"
-            r, c = divmod(int(place), 24)
-            rows += [dict(compound=molecule["compound"], smiles=molecule["smiles"], dose=dose,
-                          batch=f"B{batch + 1}", plate=f"P{p + 1:02d}",
-                          well=f"{'ABCDEFGHIJKLMNOP'[r]}{c + 1:02d}", row=r + 1, column=c + 1,
-                          site=site + 1, role="treated" if well else "control", split=split,
-                          pixel_um=1.2, true_mechanism=molecule["mechanism"],
-                          true_scaffold=molecule["scaffold"],
-                          true_substituent=molecule["substituent"],
-                          true_ec50=molecule["ec50"], true_effect=hill(dose, molecule["ec50"]))
-                     for site in range(screen.sites)]
-    return rows
+            min(plates[first:first + screen.plates_per_batch], key=len).append((molecule, dose))
+    return plates
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. The simulated microscope: cells, perturbations, experiment effects
-# ------------------------------------------------------------------------------------------------
+def split_of(molecule, batch, pairs, rng):
+    """The split of a well: of its molecule, of its pair of mechanism and batch, or by chance."""
+    if molecule["kind"] != "train":
+        return molecule["kind"]
+    for name, pair in pairs.items():
+        if pair.get(molecule["mechanism"]) == batch:
+            return name
+    return "val" if rng.random() < .1 else "train"
+
+
+# --- 2. The simulated microscope: cells, perturbations, experiment effects ------------------------
 
 # An untreated cell. Lengths in pixels (1.2 micrometres), intensities as a share of full scale.
 UNTREATED = dict(
@@ -226,14 +230,14 @@ def treated_cell(mechanism, effect):
 def microscope(screen):
     """Experiment effects, drawn once per seed.
 
-    Returns {batch: dict} and {plate: gain}: batch gains (5,), background (5,) and blur (sigma in
-    pixels), plate gains (5,).
+    Returns {batch: dict} and {plate: gain}: batch gains (C,), background (C,) and blur (sigma in
+    pixels), plate gains (C,).
     """
-    rng = np.random.default_rng([screen.seed, 2])
-    batches = {f"B{b + 1}": dict(gain=np.exp(rng.normal(0, .28, 5)),
-                                 background=rng.uniform(.01, .08, 5), blur=rng.uniform(.6, 1.2))
+    rng, n = np.random.default_rng([screen.seed, 2]), len(CHANNELS)
+    batches = {f"B{b + 1}": dict(gain=np.exp(rng.normal(0, .28, n)),
+                                 background=rng.uniform(.01, .08, n), blur=rng.uniform(.6, 1.2))
                for b in range(screen.batches)}
-    plates = {f"P{p + 1:02d}": np.exp(rng.normal(0, .05, 5))
+    plates = {f"P{p + 1:02d}": np.exp(rng.normal(0, .05, n))
               for p in range(screen.batches * screen.plates_per_batch)}
     return batches, plates
 
@@ -267,75 +271,89 @@ def draw_cells(cell, identity, size):
 
     cell: parameters as in UNTREATED. identity: the random numbers that make these cells these
     cells, so that the same identity with other parameters shows the same cells, treated.
-    Returns stains (5, S, S) in CHANNELS order with S = size + 2 * MARGIN, height (S, S), and
+    Returns stains (C, S, S) in CHANNELS order with S = size + 2 * MARGIN, height (S, S), and
     the centres of all nuclei (n, 2) as (y, x) in the coordinates of the cropped field.
     """
     side = size + 2 * MARGIN
     alive = identity["survival"] < cell["cell_count"]
-    centres, normal, angle = (identity[k][alive] for k in ("centres", "normal", "angle"))
-    if len(centres) == 0:
-        return np.zeros((5, side, side)), np.zeros((side, side)), np.zeros((0, 2))
-    shift_y, shift_x, patchy, strands, chromatin, reticulum, fibres = textures(
-        identity["noise"], [2, 2, 1.5, cell["mito_granularity"], 1.6, 2.2, 2.5])     # (S, S) each
-
-    # Territories. Cells are ellipses in a grid that ruffling displaces, so outlines are wobbly. A
-    # pixel belongs to the cell whose scaled distance d is least (0 at the centre, 1 at the
-    # outline), so where cells meet they share a border, instead of adding up.
+    cells = {name: v[alive] for name, v in identity.items() if name != "noise"}
+    if not alive.any():
+        return np.zeros((len(CHANNELS), side, side)), np.zeros((side, side)), np.zeros((0, 2))
     y, x = np.mgrid[:side, :side].astype(np.float32)
-    ruffled_y, ruffled_x = y + cell["ruffling"] * shift_y, x + cell["ruffling"] * shift_x
-    stretch = np.exp(cell["elongation"] * abs(normal[:, 1]))
-    mean_axis = cell["cell_radius"] * np.exp(.15 * normal[:, 0])
-    long_axis, short_axis = mean_axis * stretch, mean_axis / stretch
-    distances = ellipse_distance(ruffled_y, ruffled_x, centres[:, :, None, None],
-                                 *(v[:, None, None] for v in (angle, long_axis, short_axis)))
-    owner = distances.argmin(0)                                                  # (S, S)
-    nearest = np.sort(distances, axis=0)[:2] if len(centres) > 1 else \
-        np.stack([distances[0], distances[0] + 9])
-    d, inside = nearest[0], soft_step(1 - nearest[0], .07)                       # (S, S) each
+    shift_y, shift_x = cell["ruffling"] * textures(identity["noise"][:2], [2, 2])
+    owner, d, second = draw_territories(cell, cells, y + shift_y, x + shift_x)
+    in_nucleus, spots, beside, nuclei = draw_nuclei(cell, cells, owner, y, x)
+    golgi = blob(y, x, beside[owner], cell["golgi_spread"])
+    inside = soft_step(1 - d, .07)
+    stains = draw_stains(cell, identity["noise"][2:], d, second, inside, in_nucleus, spots, golgi)
+    stains = stains.clip(0) * np.exp(.12 * cells["normal"][:, 5:])[owner].transpose(2, 0, 1)
+    height = inside * np.sqrt((1.05 - d ** 2).clip(.02)) + (.45 + .3 * spots) * in_nucleus
+    return stains, height, nuclei - MARGIN
 
-    # Nuclei: ellipses; in a binucleated cell two smaller ones side by side. From here on every
-    # number of a cell is spread over the pixels it owns: v[owner] is (S, S).
-    double = (identity["binucleate"][alive] < cell["binucleation"]).astype(np.float32)
+
+def draw_territories(cell, cells, y, x):
+    """Which cell a pixel belongs to. Cells are ellipses in a grid (y, x) that ruffling displaces,
+    so outlines are wobbly. A pixel belongs to the cell whose scaled distance is least (0 at the
+    centre, 1 at the outline), so where cells meet they share a border, instead of adding up.
+
+    Returns owner, its distance and that of the second nearest cell, (S, S) each.
+    """
+    stretch = np.exp(cell["elongation"] * abs(cells["normal"][:, 1]))
+    mean_axis = cell["cell_radius"] * np.exp(.15 * cells["normal"][:, 0])
+    distances = ellipse_distance(y, x, cells["centres"][:, :, None, None], *(
+        v[:, None, None] for v in (cells["angle"], mean_axis * stretch, mean_axis / stretch)))
+    beyond = np.full_like(distances[:1], np.inf)  # a cell alone has no neighbour
+    nearest, second = np.partition(np.concatenate([distances, beyond]), 1, axis=0)[:2]
+    return distances.argmin(0), nearest, second
+
+
+def draw_nuclei(cell, cells, owner, y, x):
+    """Nuclei are ellipses, in a binucleated cell two smaller ones side by side; nucleoli are round
+    spots in them, of which nucleolus_count says how many are seen.
+
+    v[owner] spreads one number of each cell over the pixels that it owns. Returns in_nucleus and
+    spots, (S, S) from 0 to 1; the places beside the nuclei, (n, 2), and all nuclei's centres.
+    """
+    centres, angle, normal = (cells[name] for name in ("centres", "angle", "normal"))
+    double = (cells["binucleate"] < cell["binucleation"]).astype(np.float32)
     radius = cell["nucleus_radius"] * np.exp(.1 * normal[:, 2]) * (1 - .2 * double)
     squash = np.exp(cell["eccentricity"] * abs(normal[:, 3]))
     axes = [v[owner] for v in (angle, radius * squash, radius / squash)]
-    apart = 1.2 * double * radius
     towards = np.stack([np.sin(angle), np.cos(angle)], 1)                        # (n, 2)
-    lobes = [ellipse_distance(y, x, (centres + sign * apart[:, None] * towards)[owner]
-                              .transpose(2, 0, 1), *axes) for sign in (-1, 1)]
-    in_nucleus = soft_step(1 - np.minimum(*lobes), .11)
-
-    # Nucleoli: round spots in the nucleus. How many are seen depends on nucleolus_count.
-    spots = np.zeros((side, side), np.float32)
+    apart = (1.2 * double * radius)[:, None]
+    lobes = [centres + sign * apart * towards for sign in (-1, 1)]
+    in_nucleus = soft_step(1 - np.minimum(*(
+        ellipse_distance(y, x, lobe[owner].transpose(2, 0, 1), *axes) for lobe in lobes)), .11)
+    spots = np.zeros_like(in_nucleus)
     for k in range(5):
-        place = centres + identity["nucleoli"][alive, k] * .55 * radius[:, None]
-        seen = identity["nucleolus_rank"][alive, k] < cell["nucleolus_count"] / 5
+        place = centres + cells["nucleoli"][:, k] * .55 * radius[:, None]
+        seen = cells["nucleolus_rank"][:, k] < cell["nucleolus_count"] / 5
         spots = np.maximum(spots, seen[owner] * blob(y, x, place[owner], cell["nucleolus_radius"]))
-    # Golgi: a patch beside the nucleus, compact when untreated.
     beside = centres + 1.25 * (radius * np.sign(normal[:, 4]))[:, None] * towards[:, ::-1]
-    golgi = blob(y, x, beside[owner], cell["golgi_spread"]) * (1 + .25 * patchy)
-    # Cell border: where a cell ends, or where the two nearest cells are equally near.
-    edge = np.minimum(abs(1 - d), .8 * (nearest[1] - nearest[0]))
-    border = np.exp(-(edge / .11) ** 2) * inside
-    # Mitochondria: filaments are the zero lines of a smooth random field around the nucleus.
-    filament = np.exp(-(strands / .6) ** 2)
+    return in_nucleus, spots, beside, np.concatenate([
+        centres[double == 0], *(lobe[double == 1] for lobe in lobes)])
+
+
+def draw_stains(cell, noise, d, second, inside, in_nucleus, spots, golgi):
+    """What each stain shows, (C, S, S) in CHANNELS order, from white noise (5, S, S) and the masks
+    and distances of the cells, (S, S) each."""
+    patchy, strands, chromatin, reticulum, fibres = textures(
+        noise, [1.5, cell["mito_granularity"], 1.6, 2.2, 2.5])
+    fluid = inside * (1 - .8 * in_nucleus)
+    # a cell ends at its outline, and where the two nearest cells are equally near
+    border = np.exp(-(np.minimum(abs(1 - d), .8 * (second - d)) / .11) ** 2) * inside
+    filament = np.exp(-(strands / .6) ** 2)  # the zero lines of a smooth random field
 
     def fade(spread):  # from the nucleus outwards
         return np.exp(-(d / spread) ** 2)
 
-    fluid = inside * (1 - .8 * in_nucleus)
-    stains = np.stack([
+    return np.stack([
         cell["dna"] * in_nucleus * (1 + .1 * chromatin),
         cell["er"] * fluid * fade(cell["er_spread"]) * (1 + .15 * reticulum),
         cell["rna"] * inside * (1 - .4 * d.clip(0, 1)) + cell["nucleoli"] * spots * in_nucleus,
-        cell["golgi"] * golgi * fluid + cell["membrane"] * border
+        cell["golgi"] * (golgi * (1 + .25 * patchy)) * fluid + cell["membrane"] * border
         + cell["actin"] * inside * (1 + .15 * fibres),
         cell["mito"] * fluid * fade(cell["mito_spread"]) * filament])
-    stains = stains.clip(0) * np.exp(.12 * normal[:, 5:10])[owner].transpose(2, 0, 1)
-    height = inside * np.sqrt((1.05 - d ** 2).clip(.02)) + (.45 + .3 * spots) * in_nucleus
-    nuclei = np.concatenate([centres[double == 0], *(
-        (centres + sign * apart[:, None] * towards)[double == 1] for sign in (-1, 1))])
-    return stains, height, nuclei - MARGIN
 
 
 def soft_step(x, width):
@@ -367,7 +385,8 @@ def identities(rng, cell_density, size):
     side = size + 2 * MARGIN
     n = rng.poisson(CELLS_PER_PIXEL * side ** 2 * cell_density)
     return dict(centres=spread_out(rng.uniform(0, side, (n, 2)), 13, side).astype(np.float32),
-                survival=rng.random(n), normal=rng.standard_normal((n, 10), np.float32),
+                survival=rng.random(n),
+                normal=rng.standard_normal((n, 5 + len(CHANNELS)), np.float32),
                 angle=rng.uniform(0, np.pi, n).astype(np.float32), binucleate=rng.random(n),
                 nucleoli=rng.uniform(-1, 1, (n, 5, 2)).astype(np.float32),
                 nucleolus_rank=rng.permuted(np.tile(np.arange(5) / 5, (n, 1)), axis=1),
@@ -407,7 +426,7 @@ def phase_contrast(height, row, optics, noise_rng):
 def draw_field(row, screen, optics, seed, counterpart=True):
     """Draw one row of a layout. seed: a list of integers; the same seed gives the same cells.
 
-    Returns a dict: image (5, s, s), untreated (the same cells before treatment) and brightfield
+    Returns a dict: image (C, s, s), untreated (the same cells before treatment) and brightfield
     (1, s, s), all uint8, and the drawn truth (the `true_*` values of the row). Without
     `counterpart` the untreated cells are not drawn. Rows that share a number `cells` show the same
     cells from the same well, whatever was done to them and wherever they are photographed.
@@ -436,33 +455,27 @@ def draw_field(row, screen, optics, seed, counterpart=True):
                 brightfield=brightfield, truth=truth)
 
 
-def _draw_chunk(task):
-    rows, screen, first, counterpart = task
-    optics = microscope(screen)
-    return [draw_field(row, screen, optics, [screen.seed, screen.draw, 4,
-                                             row.get("cells", first + i)], counterpart)
-            for i, row in enumerate(rows)]
+def draw_numbered(i, row, screen, optics, counterpart):
+    seed = [screen.seed, screen.draw, 4, row.get("cells", i)]
+    return draw_field(row, screen, optics, seed, counterpart)
 
 
 def draw_fields(rows, screen, counterpart=True):
     """Draw many rows on all cores, in order. Yields what draw_field returns."""
-    chunks = [(rows[i:i + 64], screen, i, counterpart) for i in range(0, len(rows), 64)]
+    draw = partial(draw_numbered, screen=screen, optics=microscope(screen), counterpart=counterpart)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        with tqdm(total=len(rows), desc="drawing cells", unit="image") as bar:
-            for chunk in pool.map(_draw_chunk, chunks):
-                yield from chunk
-                bar.update(len(chunk))
+        yield from tqdm(pool.map(draw, range(len(rows)), rows, chunksize=64),
+                        desc="drawing cells", unit="image", total=len(rows))
 
 
 def simulate(out, screen=Screen()):
     """Draw a screen into folder `out`; returns the path of its manifest, which is written last."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    rows, size = layout(screen), screen.size
-    shapes = {"image": (len(rows), 5, size, size), "untreated": (len(rows), 5, size, size),
-              "brightfield": (len(rows), 1, size, size)}
-    stacks = {name: np.lib.format.open_memmap(out / f"{name}.npy", "w+", np.uint8, shape)
-              for name, shape in shapes.items()}
+    rows = layout(screen)
+    stacks = {name: np.lib.format.open_memmap(out / f"{name}.npy", "w+", np.uint8, (
+        len(rows), channels, screen.size, screen.size)) for name, channels in (
+            ("image", len(CHANNELS)), ("untreated", len(CHANNELS)), ("brightfield", 1))}
     for i, field in enumerate(draw_fields(rows, screen)):
         for name, stack in stacks.items():
             stack[i] = field[name]
@@ -487,9 +500,7 @@ def canonical(smiles):
     return Chem.MolToSmiles(molecule) if molecule else None
 
 
-# ------------------------------------------------------------------------------------------------
-# 3. The manifest: one row per image
-# ------------------------------------------------------------------------------------------------
+# --- 3. The manifest: one row per image -----------------------------------------------------------
 
 @dataclass
 class Manifest:
@@ -539,7 +550,7 @@ def read_columns(path):
             reader = csv.reader(file)
             header, lines, seen = next(reader, []), filter(None, reader), {}
             columns = [[] for _ in header]
-            while rows := list(islice(lines, 1000)):
+            while rows := list(islice(lines, 200)):  # few enough for the cache
                 if set(map(len, rows)) != {len(header)}:
                     i, row = next((i, r) for i, r in enumerate(rows) if len(r) != len(header))
                     raise DataError(f"{path}, row {i + 2 + (len(columns[0]) if columns else 0)}: "
@@ -566,9 +577,9 @@ def read_manifest(path, channels=CHANNELS, column="image", check=10_000):
     if not path.is_file():
         raise DataError(f"no manifest at {path}")
     columns = read_columns(path)
-    present = [c for c in channels if c in columns]
-    if column == "image" and present and (len(present) == len(channels) or "image" not in columns):
-        missing = [c for c in channels if c not in columns]
+    missing = [c for c in channels if c not in columns]
+    if column == "image" and (not missing or len(missing) < len(channels)
+                              and "image" not in columns):
         if missing:
             raise DataError(f"{path} has no column {', '.join(missing)} (its channels are said by "
                             f"--channels; its columns are {', '.join(columns)})")
@@ -578,14 +589,12 @@ def read_manifest(path, channels=CHANNELS, column="image", check=10_000):
     else:
         raise DataError(f"{path} has no column {column}, nor the channels {', '.join(channels)}: "
                         f"its columns are {', '.join(columns)}")
-    index = [None] * len(names[0])
-    if "index" in columns:
-        bad = [i + 2 for i, v in enumerate(columns["index"]) if v and not v.isdigit()]
-        if bad:
-            value = columns["index"][bad[0] - 2]
-            raise DataError(f"{path}, row {bad[0]}, column index: {value} is no place in a stack "
+    index = columns.get("index", [""] * len(names[0]))
+    for i, value in enumerate(index):
+        if value and not value.isdigit():
+            raise DataError(f"{path}, row {i + 2}, column index: {value} is no place in a stack "
                             "(0, 1, ...)")
-        index = [int(v) if v else None for v in columns["index"]]
+    index = [int(v) if v else None for v in index]
     manifest = Manifest(path, columns, tuple(channels), Files(path.parent, names), index, {})
     distinct = set()
     for name in chain(*names):
@@ -600,30 +609,24 @@ def check_files(manifest, rows):
     """Open the files of these rows; DataError lists all that fail, at most twenty by name."""
     faults, headers = [], {}
     for i in tqdm(rows, desc="checking files", delay=3):
-        shapes = set()
-        for k, file in enumerate(manifest.files[i]):
-            if file not in headers:
-                try:
-                    headers[file] = read_header(file)
-                except DataError as fault:
-                    headers[file] = None
-                    column = manifest.channels[k] if len(manifest.files[i]) > 1 else "image"
-                    faults.append(f"row {i + 2}, column {column}: {fault}")
-            if headers[file] is None:
-                continue
+        files, shapes = manifest.files[i], set()
+        for channel, file in zip(manifest.channels if len(files) > 1 else ["image"], files):
             try:
-                shapes.add(image_shape(headers[file], file, manifest.index[i], manifest))
+                if file not in headers:
+                    headers[file] = None  # a damaged file is named once
+                    headers[file] = read_header(file)
+                if headers[file]:
+                    shapes.add(image_shape(headers[file], file, manifest.index[i], manifest))
             except DataError as fault:
-                faults.append(f"row {i + 2}: {fault}")
+                faults.append(f"{manifest.path}, row {i + 2}, column {channel}: {fault}")
         for shape in shapes:
             manifest.sizes.setdefault(shape, f"row {i + 2}")
         if len(shapes) > 1:
-            faults.append(f"row {i + 2}: channels of different sizes, "
+            faults.append(f"{manifest.path}, row {i + 2}: channels of different sizes, "
                           + ", ".join(f"{w}x{h}" for h, w in sorted(shapes)))
     if faults:
         more = [f"and {len(faults) - 20} more faults"] if len(faults) > 20 else []
-        raise DataError("\n".join(f"{manifest.path}, {f}" for f in faults[:20]) + "".join(
-            f"\n{m}" for m in more))
+        raise DataError("\n".join(faults[:20] + more))
 
 
 def image_shape(header, file, index, manifest):
@@ -635,32 +638,25 @@ def image_shape(header, file, index, manifest):
         if index >= shape[0]:
             raise DataError(f"{file} is a stack of {shape[0]} images, index {index} is beyond it")
         shape = shape[1:]
-    axis, count = channel_axis(shape, file, manifest)
-    return tuple(n for i, n in enumerate(shape) if i != axis)[-2:]
+    axis = channel_axis(shape, file, manifest)
+    return tuple(n for i, n in enumerate(shape) if i != axis)
 
 
 def channel_axis(shape, file, manifest):
     """Which axis holds the channels (None for a plain image); one channel per file, or all."""
-    shape = tuple(shape)
-    expected = 1 if len(manifest.files[0]) > 1 else None
-    if len(shape) == 2:
-        axis, found = None, 1
-    elif len(shape) == 3:
-        wanted = expected or len(manifest.channels)
-        axis = next((a for a in (0, 2) if shape[a] == wanted), 0 if shape[0] < shape[2] else 2)
-        found = shape[axis]
-    else:
+    if len(shape) not in (2, 3):
         raise DataError(f"{file} has shape {shape}: an image has two axes, or three with channels")
-    wanted = expected or len(manifest.channels)
-    if found != wanted and not (expected is None and manifest.channels == ("any",)):
+    wanted = 1 if len(manifest.files[0]) > 1 else len(manifest.channels)
+    axis = None if len(shape) == 2 else next(
+        (a for a in (0, 2) if shape[a] == wanted), 0 if shape[0] < shape[2] else 2)
+    found = 1 if axis is None else shape[axis]
+    if found != wanted and manifest.channels != ("any",):
         raise DataError(f"{file} has {found} channels, {wanted} expected"
-                        + ("" if expected else ": name those of a file with --channels"))
-    return axis, found
+                        + (": name those of a file with --channels" if wanted > 1 else ""))
+    return axis
 
 
-# ------------------------------------------------------------------------------------------------
-# 4. Reading images
-# ------------------------------------------------------------------------------------------------
+# --- 4. Reading images ----------------------------------------------------------------------------
 
 READ_FAULTS = (OSError, ValueError, EOFError, KeyError, IndexError, TypeError, SyntaxError,
                struct.error, zlib.error, zipfile.BadZipFile, tifffile.TiffFileError)
@@ -676,16 +672,14 @@ def read_header(file):
         start = opened.read(64)
     if start.startswith(b"version https://git-lfs"):
         raise DataError(f"{file} is a Git LFS pointer, not an image: run git lfs pull")
+    suffix = path.suffix.lower()
+    if suffix not in HEADERS:
+        raise DataError(f"{file}: a {suffix or 'nameless'} file is no image format read here "
+                        f"({', '.join(HEADERS)})")
     try:
-        return HEADERS[path.suffix.lower()](path)
-    except KeyError:
-        if path.suffix.lower() not in HEADERS:
-            raise DataError(f"{file}: a {path.suffix or 'nameless'} file is no image format read "
-                            f"here ({', '.join(HEADERS)})") from None
-        raise DataError(f"{file} has no array that can be read") from None
+        return HEADERS[suffix](path)
     except READ_FAULTS as fault:
-        raise DataError(f"{file} is damaged or no {path.suffix[1:]} file: "
-                        f"{one_line(fault)}") from None
+        raise DataError(f"{file} is damaged or no {suffix[1:]} file: {one_line(fault)}") from None
 
 
 def one_line(fault):
@@ -694,12 +688,10 @@ def one_line(fault):
 
 def tiff_header(path):
     with tifffile.TiffFile(path) as tif:
-        length = path.stat().st_size
-        for page in tif.pages:
-            if any(o + n > length for o, n in zip(page.dataoffsets, page.databytecounts)):
-                raise ValueError("the file ends before its pixels do")
         series = tif.series[0]  # pages one after the other are told of by the first of them alone
-        if series.dataoffset is not None and series.dataoffset + series.nbytes > length:
+        ends = [o + n for page in tif.pages for o, n in zip(page.dataoffsets, page.databytecounts)]
+        ends += [series.dataoffset + series.nbytes] if series.dataoffset is not None else []
+        if max(ends) > path.stat().st_size:
             raise ValueError("the file ends before its pixels do")
         if tif.pages[0].compression != 1:
             read_tiff(path)  # some compressions cannot be read here: find out now
@@ -735,21 +727,21 @@ def npy_header(path):
 
 
 def npz_header(path):
-    with np.load(path, allow_pickle=False) as archive:
-        with archive.zip.open(npz_key(archive) + ".npy") as file:
-            version = np.lib.format.read_magic(file)
-            read = {(1, 0): np.lib.format.read_array_header_1_0,
-                    (2, 0): np.lib.format.read_array_header_2_0}[version]
-            shape, _, dtype = read(file)
+    with np.load(path, allow_pickle=False) as archive, \
+            archive.zip.open(npz_key(archive) + ".npy") as file:
+        read = {(1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0}[np.lib.format.read_magic(file)]
+        shape, _, dtype = read(file)
         return shape, dtype
 
 
 def npz_key(archive):
     """The array of an archive that is the image: `sample` (Hofmarcher et al. 2019) or the only one.
     Other entries may be pickles and are not touched."""
-    if "sample" in archive.files or len(archive.files) == 1:
-        return "sample" if "sample" in archive.files else archive.files[0]
-    raise ValueError(f"which of the arrays {', '.join(archive.files)} is the image? name it sample")
+    names = archive.files
+    if "sample" in names or len(names) == 1:
+        return "sample" if "sample" in names else names[0]
+    raise ValueError(f"which of the arrays {', '.join(names)} is the image? name it sample")
 
 
 HEADERS = {".tif": tiff_header, ".tiff": tiff_header, ".png": png_header, ".npy": npy_header,
@@ -860,7 +852,7 @@ class Pixels:
                 array = read_file(file, m.index[i])
             except DataError as fault:
                 raise DataError(f"{m.path}, row {i + 2}: {fault}") from None
-            axis, _ = channel_axis(array.shape, file, m)
+            axis = channel_axis(array.shape, file, m)
             planes.append(array[None] if axis is None else np.moveaxis(array, axis, 0))
         if len({p.shape[1:] for p in planes}) > 1:
             raise DataError(f"{m.path}, row {i + 2}: channels of different sizes")
@@ -899,9 +891,7 @@ def bin_pixels(image, n):
     return cut.reshape(c, h // n, n, w // n, n).mean((2, 4))
 
 
-# ------------------------------------------------------------------------------------------------
-# 5. Intensities, crops and splits
-# ------------------------------------------------------------------------------------------------
+# --- 5. Intensities, crops and splits -------------------------------------------------------------
 
 def fit_intensity(rule, pixels, rows, seed=0):
     """How intensities become [-1, 1]: {"rule", "low": [C], "high": [C]}, kept in checkpoints.
@@ -941,19 +931,18 @@ def scale_intensity(image, intensity):
 def take_view(image, crop, rng=None, flips=True):
     """A view of (C, H, W): a crop x crop piece (0: the whole) at random, flipped and turned by
     quarters; without `rng` the piece in the middle, as it stands."""
-    c, h, w = image.shape
-    size_h, size_w = (crop, crop) if crop else (h, w)
+    h, w = image.shape[1:]
+    size_h, size_w = crop or h, crop or w
     if min(h, w) < crop:
         raise DataError(f"an image is {w}x{h}, smaller than the crop of {crop}")
     y, x = (h - size_h) // 2, (w - size_w) // 2
     if rng is not None:
         y, x = rng.integers(h - size_h + 1), rng.integers(w - size_w + 1)
     view = image[:, y:y + size_h, x:x + size_w]
-    if rng is not None and flips:
-        turns = rng.integers(4) if size_h == size_w else 2 * rng.integers(2)
-        view = np.rot90(view, turns, (1, 2))
-        view = view[:, :, ::-1] if rng.random() < .5 else view
-    return view
+    if rng is None or not flips:
+        return view
+    view = np.rot90(view, rng.integers(4) if size_h == size_w else 2 * rng.integers(2), (1, 2))
+    return view[:, :, ::-1] if rng.random() < .5 else view
 
 
 def split_rows(manifest, how="auto", fraction=.1, seed=0):
@@ -963,29 +952,21 @@ def split_rows(manifest, how="auto", fraction=.1, seed=0):
     "smiles" (by molecule: SMILES that name one molecule stay together), any column ("plate"), two
     joined ("compound+plate"), or stated values ("plate=SQ00015233", "compound+plate=DMSO+P01").
     """
-    columns, n = manifest.columns, len(manifest)
-    if how == "auto":
-        if "split" in columns:
-            label = np.array(columns["split"])
-            if not {"train", "val"} <= set(label):
-                raise DataError(f"{manifest.path}, column split: it must name rows train and val "
-                                "(others are left for tests), or choose another --split")
-            return np.flatnonzero(label == "train"), np.flatnonzero(label == "val")
-        how = "image"
-    names, _, wanted = how.partition("=")
-    names = [] if how == "image" else names.split("+")
-    missing = [name for name in names if name not in columns]
-    if missing:
-        raise DataError(f"--split {how}: {manifest.path} has no column {', '.join(missing)}")
-    if names:
-        joined = zip(*([molecule_key(v) for v in columns[name]] if name.lower() == "smiles"
-                       else columns[name] for name in names))
-        keys = np.array(["+".join(values) for values in joined])
+    columns = manifest.columns
+    if how == "auto" and "split" in columns:
+        label = np.array(columns["split"])
+        if not {"train", "val"} <= set(label):
+            raise DataError(f"{manifest.path}, column split: it must name rows train and val "
+                            "(others are left for tests), or choose another --split")
+        return np.flatnonzero(label == "train"), np.flatnonzero(label == "val")
+    name, _, wanted = how.partition("=")
+    if how in ("auto", "image"):
+        keys = np.arange(len(manifest)).astype(str)
     else:
-        keys = np.arange(n).astype(str)
+        keys = np.array(joined_keys(manifest, name.split("+"), how))
     distinct = np.unique(keys)
     if wanted:
-        chosen = [molecule_key(wanted) if names == ["smiles"] else wanted]
+        chosen = [molecule_key(wanted) if name == "smiles" else wanted]
         if chosen[0] not in distinct:
             raise DataError(f"--split {how}: no row has it; there are {', '.join(distinct[:20])}")
     else:
@@ -997,20 +978,24 @@ def split_rows(manifest, how="auto", fraction=.1, seed=0):
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
-_keys = {}
+def joined_keys(manifest, names, how):
+    """The values of these columns in each row, joined by +; molecules by what they are."""
+    missing = [name for name in names if name not in manifest.columns]
+    if missing:
+        raise DataError(f"--split {how}: {manifest.path} has no column {', '.join(missing)}")
+    columns = [map(molecule_key, manifest.columns[name]) if name.lower() == "smiles"
+               else manifest.columns[name] for name in names]
+    return ["+".join(values) for values in zip(*columns)]
 
 
+@cache
 def molecule_key(smiles):
     """One string for one molecule, however it is written: its InChIKey, or the text itself."""
-    if smiles not in _keys:
-        molecule = parse_smiles(smiles)
-        _keys[smiles] = Chem.MolToInchiKey(molecule) if molecule else smiles
-    return _keys[smiles]
+    molecule = parse_smiles(smiles)
+    return Chem.MolToInchiKey(molecule) if molecule else smiles
 
 
-# ------------------------------------------------------------------------------------------------
-# 6. Published data sets, as manifests
-# ------------------------------------------------------------------------------------------------
+# --- 6. Published data sets, as manifests ---------------------------------------------------------
 
 def read_table(path, needed=()):
     """A published table (.csv, or .txt with tabs; .gz of either) as a list of {column: text}."""
@@ -1061,10 +1046,9 @@ def plate_maps(folder):
     """Bray's plate maps, {(plate, well): {dose, role}}: mmoles_per_liter of the *stock*, and
     DMSO wells (no compound) as controls at dose 0."""
     folder = Path(folder)
-    barcodes = read_table(folder / "barcode_platemap.csv",
-                          ["Plate_Map_Name", "Assay_Plate_Barcode"])
     found, maps = {}, {}
-    for entry in barcodes:
+    for entry in read_table(folder / "barcode_platemap.csv",
+                            ["Plate_Map_Name", "Assay_Plate_Barcode"]):
         name = entry["Plate_Map_Name"]
         if name not in maps:
             maps[name] = read_table(folder / "platemap" / f"{name}.txt", [
@@ -1089,30 +1073,26 @@ def mol2image(images, splits, out, platemaps=None, val=.02):
     """
     files = {path.stem.upper(): path for path in Path(images).rglob("*.npz")}
     wells = plate_maps(platemaps) if platemaps else {}
-    rows, missing, parts, seen = [], [], defaultdict(set), set()
+    rows, missing, parts = {}, [], defaultdict(set)
     for table in splits:
         split = Path(table).name.partition(".")[0].removeprefix("datasplit_gen_")
         for entry in read_table(table, MOL2IMAGE):
-            key = entry["SAMPLE_KEY"].upper()
+            key, well = entry["SAMPLE_KEY"].upper(), entry["WELL_POSITION"]
             parts[split].add(entry["INCHIKEY"])
             if key not in files:
                 missing.append(entry["SAMPLE_KEY"])
                 continue
             share = int(hashlib.sha1(key.encode()).hexdigest()[:8], 16) / 16 ** 8
             name = "val" if split == "train" and share < val else split
-            if (key, name) in seen:
-                continue
-            seen.add((key, name))
-            rows.append({
+            rows.setdefault((key, name), {
                 "image": os.path.relpath(files[key], Path(out).parent),
                 "compound": entry["BROAD_ID"], "smiles": entry["SMILES"],
-                "inchikey": entry["INCHIKEY"], "plate": entry["PLATE_ID"],
-                "well": entry["WELL_POSITION"], "site": entry["SITE"],
-                **place(entry["WELL_POSITION"]), "split": name,
-                **wells.get((entry["PLATE_ID"], entry["WELL_POSITION"].upper()), {})})
-    write_manifest(out, rows)
+                "inchikey": entry["INCHIKEY"], "plate": entry["PLATE_ID"], "well": well,
+                "site": entry["SITE"], **place(well), "split": name,
+                **wells.get((entry["PLATE_ID"], well.upper()), {})})
+    write_manifest(out, list(rows.values()))
     print(f"wrote {out}: {len(rows)} images, " + ", ".join(
-        f"{name} {count}" for name, count in Counter(r["split"] for r in rows).items()))
+        f"{name} {count}" for name, count in Counter(name for _, name in rows).items()))
     if missing:
         print(f"{len(missing)} listed images are not in {images}: {', '.join(missing[:5])}"
               + (" ..." if len(missing) > 5 else ""))
@@ -1135,7 +1115,8 @@ def load_data(tables, out, joins=(), root=None):
     tables of wells, plates or compounds joined on the named columns; what does not match stays
     blank. root: "PUBLISHED=MINE", the start of the published paths and what it is here.
     """
-    rows, (published, _, mine) = [], (root or "=").partition("=")
+    published, _, mine = (root or "").partition("=")
+    rows = []
     for table in tables:
         entries = read_table(table)
         stains = {c: re.sub("^FileName_(Orig)?", "", c) for c in entries[0]
@@ -1153,46 +1134,49 @@ def load_data(tables, out, joins=(), root=None):
             row |= {plain_name(k): v for k, v in entry.items() if k.startswith("Metadata_")}
             rows.append(row | (place(row["well"]) if "well" in row else {}))
     for join in joins:
-        path, _, names = join.rpartition(":")
-        if not path:
-            raise DataError(f"--join {join}: write TABLE:COLUMN or TABLE:COLUMN,COLUMN")
-        on, wanted = names.lower().split(","), read_table(path)
-        absent = [n for n in on if n not in rows[0] or n not in map(plain_name, wanted[0])]
-        if absent:
-            raise DataError(f"--join {join}: no column {', '.join(absent)} in both tables; there "
-                            f"are {', '.join(rows[0])} and {', '.join(map(plain_name, wanted[0]))}")
-        needed = {tuple(row[n] for n in on) for row in rows}
-        found = {}
-        for entry in wanted:
-            entry = {plain_name(k): v for k, v in entry.items()}
-            key = tuple(entry[n] for n in on)
-            if key in needed:
-                if found.setdefault(key, entry) != entry:
-                    raise DataError(f"{path} has two different rows for "
-                                    + ", ".join(f"{n} {v}" for n, v in zip(on, key)))
-        new = [n for n in map(plain_name, wanted[0]) if n not in on]
-        missed = 0
-        for row in rows:
-            entry = found.get(tuple(row[n] for n in on), {})
-            missed += not entry
-            row.update({n: entry.get(n, "") for n in new if not row.get(n)})
-        print(f"{path}: {len(rows) - missed} of {len(rows)} images matched on {', '.join(on)}")
+        join_table(rows, join)
     write_manifest(out, rows)
-    stains = [c for c in rows[0] if c in stains.values()]
-    print(f"wrote {out}: {len(rows)} images, channels {', '.join(stains)}, columns "
-          + ", ".join(c for c in rows[0] if c not in stains))
+    print(f"wrote {out}: {len(rows)} images, channels {', '.join(stains.values())}, columns "
+          + ", ".join(c for c in rows[0] if c not in stains.values()))
 
 
-# ------------------------------------------------------------------------------------------------
-# 7. Pictures
-# ------------------------------------------------------------------------------------------------
+def join_table(rows, join):
+    """Fill rows with the columns of one --join, where its named columns agree."""
+    path, _, names = join.rpartition(":")
+    if not path:
+        raise DataError(f"--join {join}: write TABLE:COLUMN or TABLE:COLUMN,COLUMN")
+    on = names.lower().split(",")
+    entries = [{plain_name(k): v for k, v in entry.items()} for entry in read_table(path)]
+    absent = [n for n in on if n not in rows[0] or n not in entries[0]]
+    if absent:
+        raise DataError(f"--join {join}: no column {', '.join(absent)} in both tables; there are "
+                        f"{', '.join(rows[0])} and {', '.join(entries[0])}")
+    key = itemgetter(*on)
+    needed, found, missed = set(map(key, rows)), {}, 0
+    for entry in entries:
+        if key(entry) in needed and found.setdefault(key(entry), entry) != entry:
+            raise DataError(f"{path} has two different rows for "
+                            + ", ".join(f"{n} {entry[n]}" for n in on))
+    for row in rows:
+        entry = found.get(key(row))
+        missed += entry is None
+        row.update({n: entry[n] if entry else "" for n in entries[0]
+                    if n not in on and not row.get(n)})
+    print(f"{path}: {len(rows) - missed} of {len(rows)} images matched on {', '.join(on)}")
+
+
+# --- 7. Pictures ----------------------------------------------------------------------------------
+
+def colours_of(channels):
+    """A colour (R, G, B) for each stain; those that are not the simulator's get spare ones."""
+    spare = [(1, 1, 1), (0, .8, .8), (.8, 0, .8), (.8, .8, 0)]
+    return np.array([COLOURS.get(c, spare[i % 4]) for i, c in enumerate(channels)])
+
 
 def composite(image, channels):
     """(C, H, W) in [-1, 1] to RGB (H, W, 3) in [0, 1]: each stain in its colour, added up."""
-    spare = [(1, 1, 1), (0, .8, .8), (.8, 0, .8), (.8, .8, 0)]
     unit = (np.asarray(image, np.float32) + 1) / 2
-    colours = [COLOURS.get(c, spare[i % 4]) for i, c in enumerate(channels)]
-    return sum(u[..., None] * np.array(c) for u, c in zip(unit, colours)).clip(0, 1)
+    return np.einsum("chw,ck->hwk", unit, colours_of(channels)).clip(0, 1)
 
 
 def picture(path, rows, channels, row_labels=(), column_labels=(), pixel_um=None, title=""):
@@ -1223,10 +1207,8 @@ def picture(path, rows, channels, row_labels=(), column_labels=(), pixel_um=None
         axes[-1, 0].plot([3, 3 + length / pixel_um], [y, y], "w", lw=2)
         axes[-1, 0].text(3, y - 3, f"{length} µm", color="w", fontsize=6, va="bottom")
     if any(np.asarray(im).ndim == 3 for row in rows for im in row if im is not None):
-        for k, c in enumerate(channels):
-            colour = composite(-np.ones((len(channels), 1, 1)) + 2 * np.eye(
-                len(channels))[k][:, None, None], channels)[0, 0]
-            fig.text(.02 + .09 * k, .005, c, color=colour, fontsize=8, weight="bold",
+        for k, (name, colour) in enumerate(zip(channels, colours_of(channels))):
+            fig.text(.02 + .09 * k, .005, name, color=colour, fontsize=8, weight="bold",
                      bbox=dict(facecolor="black", pad=1.5, lw=0))
     fig.suptitle(title, fontsize=8)
     fig.tight_layout(pad=.3, rect=(0, .03, 1, .96 if title else 1))
@@ -1235,9 +1217,7 @@ def picture(path, rows, channels, row_labels=(), column_labels=(), pixel_um=None
     plt.close(fig)
 
 
-# ------------------------------------------------------------------------------------------------
-# 8. Commands
-# ------------------------------------------------------------------------------------------------
+# --- 8. Commands ----------------------------------------------------------------------------------
 
 def by_value(text):
     """The key that sorts numbers by size, before other words."""
@@ -1255,11 +1235,7 @@ def show(manifest_path, channels=CHANNELS, out=None):
     manifest = read_manifest(manifest_path, channels, check=0)
     print(f"{manifest.path}: {len(manifest)} images, channels {', '.join(channels)}")
     for name, values in manifest.columns.items():
-        count = Counter(v for v in values if v != "")
-        ordered = sorted(count, key=by_value)
-        text = ", ".join(f"{v} ({count[v]})" for v in ordered) if len(count) <= 8 else \
-            f"{len(count)} distinct, {ordered[0][:30]} to {ordered[-1][:30]}"
-        print(f"  {name:26s} {len(values) - count.total():6d} blank   {text}")
+        print(f"  {name:26s} {values.count(''):6d} blank   {summary(values)}")
     faults = [f"{manifest.path}, row {i + 2}, column smiles: {v} is no valid SMILES"
               for i, v in enumerate(manifest.columns.get("smiles", [])) if v and not canonical(v)]
     try:
@@ -1267,26 +1243,37 @@ def show(manifest_path, channels=CHANNELS, out=None):
     except DataError as fault:
         faults += str(fault).splitlines()
     pixels = Pixels(manifest, memory_gb=0., workers=os.cpu_count(), max_corrupt=1.)
-    if not faults:  # headers are sound: decode every image
-        blank = [i + 2 for i, image in enumerate(tqdm(
-            pixels.many(range(len(manifest))), desc="reading images", total=len(manifest), delay=3))
-            if image is not None and not image.any()]
-        if blank:
-            print(f"warning: {len(blank)} of {len(manifest)} images are zero everywhere: row "
-                  + ", ".join(map(str, blank[:10])) + (" ..." if len(blank) > 10 else ""))
-        faults += list(pixels.corrupt.values())[:20]
-    if not faults:
-        rng = np.random.default_rng(0)
-        some = np.sort(rng.permutation(len(manifest))[:24])
-        crop = min(256, *(min(pixels[i].shape[1:]) for i in some))
-        intensity = fit_intensity("percentile", pixels, some)
-        views = [scale_intensity(take_view(pixels[i], crop), intensity) for i in some]
-        out = out or Path("runs") / f"{manifest.path.parent.name}_contact_sheet.png"
-        picture(out, [views[k:k + 8] for k in range(0, len(views), 8)], channels,
-                title=f"{manifest.path}: {len(some)} of {len(manifest)} images")
-        print(f"no faults; contact sheet: {out}")
-    else:
+    faults = faults or read_all(pixels)  # headers are sound: decode every image
+    if faults:
         raise DataError("\n".join(faults))
+    some = np.sort(np.random.default_rng(0).permutation(len(manifest))[:24])
+    crop = min(256, *(min(pixels[i].shape[1:]) for i in some))
+    intensity = fit_intensity("percentile", pixels, some)
+    views = [scale_intensity(take_view(pixels[i], crop), intensity) for i in some]
+    out = out or Path("runs") / f"{manifest.path.parent.name}_contact_sheet.png"
+    picture(out, [views[k:k + 8] for k in range(0, len(views), 8)], channels,
+            title=f"{manifest.path}: {len(some)} of {len(manifest)} images")
+    print(f"no faults; contact sheet: {out}")
+
+
+def summary(values):
+    """The values of a column in one line: each with its count, or the first and the last."""
+    count = Counter(v for v in values if v != "")
+    ordered = sorted(count, key=by_value)
+    if len(count) <= 8:
+        return ", ".join(f"{v} ({count[v]})" for v in ordered)
+    return f"{len(count)} distinct, {ordered[0][:30]} to {ordered[-1][:30]}"
+
+
+def read_all(pixels):
+    """Decode every image and warn of those that are zero everywhere. Returns at most 20 faults."""
+    n = len(pixels)
+    images = tqdm(pixels.many(range(n)), desc="reading images", total=n, delay=3)
+    blank = [i + 2 for i, image in enumerate(images) if image is not None and not image.any()]
+    if blank:
+        print(f"warning: {len(blank)} of {n} images are zero everywhere: row "
+              + ", ".join(map(str, blank[:10])) + (" ..." if len(blank) > 10 else ""))
+    return list(pixels.corrupt.values())[:20]
 
 
 def draw_mechanisms(path="runs/mechanisms.png", effect=.9):
@@ -1297,41 +1284,35 @@ def draw_mechanisms(path="runs/mechanisms.png", effect=.9):
         row = dict(row=5, column=5, site=1, batch="B1", plate="P01", true_mechanism=mechanism,
                    true_effect=effect if mechanism != "none" else 0.)
         field = draw_field(row, screen, microscope(screen), [3], counterpart=False)
-        image = (field["image"] / 127.5 - 1) * 1.4 + .4  # brighter, for the eye
-        rows.append([image.clip(-1, 1), *image.clip(-1, 1), field["brightfield"][0] / 127.5 - 1])
+        image = ((field["image"] / 127.5 - 1) * 1.4 + .4).clip(-1, 1)  # brighter, for the eye
+        rows.append([image, *image, field["brightfield"][0] / 127.5 - 1])
     picture(path, rows, CHANNELS, names, ["all", *CHANNELS, "brightfield"], 1.2)
     print(f"wrote {path}")
 
 
 def main():
-    parser = Parser(description=__doc__, epilog="Without a command: draw the same "
-                                     "cells under each mechanism, runs/mechanisms.png",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    defaults = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command")
-    draw = commands.add_parser("simulate", help="draw a data set with its manifest",
-                               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    draw = commands.add_parser("simulate", help="draw a data set with its manifest", **defaults)
     draw.add_argument("--out", default="runs/data", help="folder for images and manifest.csv")
-    notes = dict(confounding="probability that a treated well lies in its mechanism's home batch",
-                 batches="experiments", plates_per_batch="384-well plates in each",
-                 controls_per_plate="DMSO wells on each plate", replicates="wells per molecule and "
-                 "dose", sites="fields of view per well", size="pixels along a side",
-                 seed="the microscopes", draw="the cells")
+    notes = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Screen), re.M))
     for name, value in asdict(Screen()).items():
         draw.add_argument(f"--{name}", type=type(value), default=value, help=notes[name])
     sheet = commands.add_parser("show", help="check a manifest, summarise it, draw a contact sheet",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                **defaults)
     sheet.add_argument("manifest", help="the CSV")
     sheet.add_argument("--channels", default=",".join(CHANNELS), help="stains, in file order")
     sheet.add_argument("--out", default=None, help="the picture")
     bray = commands.add_parser("mol2image", help="the manifest of Mol2Image's data set and splits",
-                               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                               **defaults)
     bray.add_argument("images", help="folder with {PLATE}-{WELL}-{SITE}.npz, searched through")
     bray.add_argument("splits", nargs="+", help="its tables, datasplit_gen_*.csv")
     bray.add_argument("--platemaps", default=None, help="Bray's plate maps, for dose and role: a "
                       "folder with barcode_platemap.csv and platemap/")
     bray.add_argument("--val", type=float, default=.02, help="share of train that is named val")
     tables = commands.add_parser("load_data", help="a manifest from CellProfiler's LoadData tables",
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                 **defaults)
     tables.add_argument("tables", nargs="+", help="load_data.csv of each plate")
     tables.add_argument("--join", nargs="+", default=[], metavar="TABLE:COLUMNS", help="tables of "
                         "wells, plates, compounds, such as well.csv.gz:plate,well")
@@ -1339,7 +1320,7 @@ def main():
                         "published paths, and what it is here")
     for made in (bray, tables):
         made.add_argument("--out", default="manifest.csv", help="the manifest")
-    parser.epilog += "\n\n" + "\n".join(p.format_help() for p in (draw, sheet, bray, tables))
+    parser.epilog = "\n".join(p.format_help() for p in (draw, sheet, bray, tables))
     args = vars(parser.parse_args())
     command = args.pop("command")
     try:

@@ -4,7 +4,7 @@ vector and molecule tokens (Ho et al. 2020; Dhariwal & Nichol 2021, arXiv:2105.0
 Split in `encode`, which returns the skips, and `decode`, which takes residuals to add to them:
 that seam is where the ControlNet (Zhang et al. 2023, arXiv:2302.05543) enters.
 
-    python unet.py      # sizes, parameters and the shapes through the default network
+    python unet.py      # sizes; shapes and parameters layer by layer; what a ControlNet adds
 """
 import argparse
 import copy
@@ -36,7 +36,7 @@ class UNetConfig:
 # GPU and 32 to 64 pixel latents.
 SIZES = {
     "tiny": UNetConfig(width=16, blocks=1, head=16, embedding=64, token=32),             # 0.2 M
-    "small": UNetConfig(fold=2, width=128, multipliers=(1, 1), blocks=1),                # 4 M
+    "small": UNetConfig(fold=2, width=128, multipliers=(1, 1), blocks=1),                # 4.6 M
     "base": UNetConfig(width=128, multipliers=(1, 2, 3, 4), attention=(False, False, True, True),
                        head=64, embedding=512, token=256),                               # 97 M
     "large": UNetConfig(width=192, multipliers=(1, 2, 3, 4), attention=(False, False, True, True),
@@ -274,16 +274,57 @@ def unet_config(size, latent_channels):
     return replace(SIZES[size], latent_channels=latent_channels)
 
 
+# --- the shapes and parameters, to be seen --------------------------------------------------------
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def show_layers(unet, inputs):
+    """Print each layer's output and parameters while the inputs go through. Returns the output."""
+    def tell(part, layer, out):
+        attends = "  attention" if getattr(layer, "attention", None) else ""
+        print(f"  {part:7s}{str(tuple(out.shape[1:])):15s}{parameters(layer):10,d} "
+              f"{parameters(layer) / parameters(unet):6.1%}{attends}")
+
+    parts = {"time": [unet.time], "stem": [unet.stem], "down": unet.down, "middle": unet.middle,
+             "up": unet.up, "out": [unet.out]}
+    hooks = [layer.register_forward_hook(lambda layer, _, out, part=part: tell(part, layer, out))
+             for part, layers in parts.items() for layer in layers]
+    out = unet(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return out
+
+
+def show():
+    """Sizes; the small network layer by layer; what it says at step 0; what a ControlNet adds."""
+    for size, config in SIZES.items():
+        with torch.device("meta"):  # counted without being filled
+            print(f"{size:6s}{parameters(UNet(config)) / 1e6:8.2f} M parameters")
+    torch.manual_seed(0)
+    c = SIZES["small"]
+    unet, target = UNet(c), torch.randn(32, 4, 16, 16)
+    inputs = dict(z=torch.randn(32, 4, 16, 16), t=torch.arange(32),
+                  vector=torch.randn(32, c.embedding), tokens=torch.randn(32, 3, c.token),
+                  mask=torch.ones(32, 3, dtype=torch.bool))
+    print("\nsmall, layer by layer: output (channels, height, width), parameters and their share")
+    out = show_layers(unet, inputs)
+    print(f"at step 0 it says {out.abs().max():.0f} everywhere: the loss against a target of unit "
+          f"variance is {(out - target).square().mean():.2f}")
+
+    control = ControlNet(unet, channels=1, shrink=4)
+    print(f"\na ControlNet adds {parameters(control) / 1e6:.2f} M parameters, "
+          f"{parameters(control) / parameters(unet):.0%} of the U-Net's:")
+    for name, part in control.named_children():
+        print(f"  {name:9s}{parameters(part):10,d}")
+    residuals = control(**inputs, control=torch.randn(32, 1, 64, 64),
+                        control_vector=torch.randn(32, c.embedding))
+    largest = max(r.abs().max() for r in residuals)
+    print(f"its {len(residuals)} residuals are {largest:.0f} at step 0: the U-Net is not disturbed")
+
+
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__,
                             formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    for size, config in SIZES.items():
-        count = sum(p.numel() for p in UNet(config).parameters()) / 1e6
-        print(f"{size:6s} {count:8.2f} M parameters")
-    c = SIZES["small"]
-    unet = UNet(c)
-    tokens, mask = torch.zeros(1, 1, c.token), torch.ones(1, 1, dtype=torch.bool)
-    emb = unet.embed(torch.zeros(1), torch.zeros(1, c.embedding))
-    h, skips = unet.encode(torch.randn(1, 4, 16, 16), emb, tokens, mask)
-    print("skips", *(tuple(s.shape[1:]) for s in skips), "middle", tuple(h.shape[1:]))
-    print("out  ", tuple(unet.decode(h, skips, emb, tokens, mask).shape[1:]))
+    show()

@@ -1,6 +1,7 @@
 """Fields, learned nulls, the dropout plan, molecules."""
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -344,3 +345,14 @@ def test_descriptors_that_are_not_finite_become_the_mean(tmp_path, monkeypatch):
 @pytest.mark.parametrize("text", ["CCO.Cl", "Cl.OCC", "CCO |c:5|"])
 def test_salts_and_tails_are_cut_off(text):
     assert Chem.MolToSmiles(parse_smiles(text)) == "CCO"
+
+
+def test_the_demo_shows_that_a_dropped_field_leaves_no_trace(capsys):
+    conditioning.show()
+    rows = re.findall(r"^(CCO|dropped) +(10|dropped) +(B1|dropped) +([\d.]+) +(8.00|7.99) +"
+                      r"(8.00|7.99) +[\d.]+ +(\d) +([\d.]+)$", capsys.readouterr().out, re.M)
+    assert len(rows) == 8 and abs(sum(float(row[3]) for row in rows) - 1) < .005
+    assert float(rows[0][3]) > .6 and "dropped" not in rows[0]  # everything is shown to most
+    for smiles, dose, _, _, _, _, tokens, moved in rows:
+        assert (float(moved) == 0) == (dose == "dropped")
+        assert int(tokens) == (1 if smiles == "dropped" else 1 + Fingerprint.tokens)

@@ -149,6 +149,17 @@ def test_written_screen_is_a_manifest_like_any_other(screen, screen_settings):
         assert_allclose(Pixels(counterpart)[70], drawn[key])
 
 
+def test_the_demo_draws_the_cells_of_each_mechanism(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(data, "picture", lambda path, rows, *labels: drawn.append((rows, labels)))
+    data.draw_mechanisms(tmp_path / "mechanisms.png")
+    rows, (channels, mechanisms, *_) = drawn[0]
+    assert mechanisms == ["none", *data.MECHANISMS] and len(rows) == 9
+    assert all(len(row) == 1 + len(channels) + 1 for row in rows)
+    for row in rows[1:]:  # each acts, and on the same cells
+        assert .005 < np.abs(row[0] - rows[0][0]).mean() < .5
+
+
 # --- readers --------------------------------------------------------------------------------------
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (5, 12, 10))

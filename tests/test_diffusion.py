@@ -1,5 +1,6 @@
 """Schedules, targets, samplers and guidance against closed forms."""
 import math
+import re
 from itertools import pairwise
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from torch.testing import assert_close
 
 import diffusion
-from diffusion import Schedule, combine, compose, ddim_step, ddpm_step, dpm_step, sample
+from diffusion import (SAMPLERS, Schedule, combine, compose, ddim_step, ddpm_step, dpm_step,
+                       sample, show_guidance, show_samplers)
 
 
 def exact(schedule, mean=2., std=.5):
@@ -275,3 +277,19 @@ def test_rescale_takes_back_the_spread_that_guidance_added():
     assert_close(diffusion.rescale(guided, given, 1.), given)
     assert_close(diffusion.rescale(guided, given, .5), 2 * given)
     assert diffusion.rescale(guided, given, 0.) is guided
+
+
+def test_the_demo_shows_what_steps_and_guidance_do(capsys):
+    show_samplers()
+    out = capsys.readouterr().out
+    spread = {(name, int(n)): float(s) for name, n, s in re.findall(
+        r"(\w+), +(\d+) steps: mean .* spread ([\d.]+)", out)}
+    for name in SAMPLERS:
+        assert abs(spread[name, 200] - .5) < .02  # few steps make it too narrow
+        assert spread[name, 5] < spread[name, 200] - .01
+    show_guidance()
+    experiment = {(form, weight): float(mean) for form, weight, mean in re.findall(
+        r"(\w+) +weights ([\d.]+): .* experiment (\S+),", capsys.readouterr().out)}
+    assert len(experiment) == 6
+    assert experiment["nested", "1.0"] < -.95                # the rare pair, as asked
+    assert -.8 < experiment["independent", "1.0"] < -.4      # drawn home

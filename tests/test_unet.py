@@ -1,12 +1,13 @@
 """The U-Net: silent at step 0, and after that every input matters."""
 import math
+import re
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from conftest import randomise
-from unet import SIZES, UNet, sinusoid, unet_config
+from unet import SIZES, UNet, show, sinusoid, unet_config
 
 CONFIG = unet_config("tiny", 4)
 
@@ -76,3 +77,16 @@ def test_every_parameter_is_trained():
 def test_sinusoid_has_cosines_first():
     out = sinusoid(torch.tensor([3.]), dim=4)
     assert_close(out[0], torch.tensor([math.cos(3), math.cos(.03), math.sin(3), math.sin(.03)]))
+
+
+def test_the_demo_accounts_for_every_parameter(capsys):
+    show()
+    out = capsys.readouterr().out
+    layers, control = out.split("a ControlNet adds")
+    counts = [int(n.replace(",", "")) for n in re.findall(r"^  \w+ .*\)\s+([\d,]+) ", layers, re.M)]
+    assert sum(counts) == sum(p.numel() for p in UNet(SIZES["small"]).parameters())
+    assert "(4, 16, 16)" in layers and layers.count("attention") == 4
+    loss = float(re.search(r"says 0 everywhere.* ([\d.]+)$", layers, re.M)[1])
+    assert abs(loss - 1) < .03
+    assert "5 residuals are 0" in control
+    assert re.findall(r"^  (\w+)", control, re.M) == ["copy", "hint", "metadata", "zeros"]

@@ -1,4 +1,6 @@
 """The autoencoder: shapes, the KL against torch.distributions, the door to latent space."""
+import re
+
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence as torch_kl
@@ -6,7 +8,7 @@ from torch.testing import assert_close
 
 from conftest import randomise
 from train_vae import measure_latents, through_small_image
-from vae import VAE, VAEConfig, kl_divergence, vae_loss
+from vae import VAE, VAEConfig, kl_divergence, show, vae_loss
 
 
 @pytest.mark.parametrize("config, latent", [
@@ -86,3 +88,15 @@ def test_small_image_baseline_keeps_as_many_numbers():
     assert_close(through_small_image(noise, 5 * 64 * 64), noise)
     # shrunk to one number per channel, an image is its mean
     assert_close(through_small_image(noise, 5)[0, :, 0, 0], noise.mean((0, 2, 3)))
+
+
+def test_the_demo_learns_and_its_kl_weight_has_its_effect(tmp_path, capsys):
+    show(steps=90, path=tmp_path / "blobs.png")
+    out = capsys.readouterr().out
+    baseline = float(re.search(r"made small and large again: L1 ([\d.]+)", out)[1])
+    told = [[float(v) for v in row] for row in re.findall(
+        r"KL weight +([\d.]+), step +(\d+): L1 ([\d.]+), KL by channel (\d+), (\d+) nats", out)]
+    (_, _, first, *_), _, (weak, _, l1, *kl), *_, (strong, step, _, *less) = told
+    assert (weak, strong, step) == (.01, 3., 90) and l1 < baseline < first
+    assert sum(less) < sum(kl) / 2
+    assert (tmp_path / "blobs.png").stat().st_size > 10_000
