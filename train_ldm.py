@@ -805,7 +805,7 @@ def look(average, held, schedule, config, step, loop):
     gaps = field_gaps(average, held, schedule)
     tqdm.write(f"step {step + 1:5d}: training loss {loss:.3f}, held out {mean:.3f} (by noise "
                f"{' '.join(f'{v:.3f}' for v in by_noise)}); shuffled, "
-               + ", ".join(f"{n} +{r:.4f}" for n, (r, _) in gaps.items()) + f"; {said}")
+               + ", ".join(f"{n} {r:+.4f}" for n, (r, _) in gaps.items()) + f"; {said}")
     if not config.overfit:
         write_log(Path(config.out) / "log.jsonl", step=step + 1, train_loss=loss, **speed,
                   heldout_loss=mean, by_noise=by_noise,
