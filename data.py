@@ -539,7 +539,7 @@ class Files:
         return len(self.columns[0])
 
     def __getitem__(self, i):
-        return tuple(str(self.folder / c[i]) if c[i] else "" for c in self.columns)
+        return tuple(os.path.join(self.folder, c[i]) if c[i] else "" for c in self.columns)
 
 
 def read_columns(path):
