@@ -155,11 +155,15 @@ def test_a_probe_learns_to_tell_bright_from_dark():
 def test_interval_brackets_and_is_drawn_by_well():
     values, wells = np.arange(100.), np.repeat(np.arange(10), 10)
     one = np.zeros(100)
-    low, high = evaluate.interval(lambda m: values[m].mean(), wells, one)
+
+    def mean_over(wells, strata, values):
+        return evaluate.over_wells(lambda m: {"mean": values[m].mean()}, wells, strata)["mean"]
+    low, high = mean_over(wells, one, values)
     assert low < values.mean() < high
-    assert evaluate.interval(lambda m: values[m].mean(), one, one) == [49.5, 49.5]
+    assert mean_over(one, one, values) == [49.5, 49.5]
     # a stratum of one well stays in every subset
-    assert evaluate.interval(lambda m: m[:10].mean(), wells, (wells > 0) + 0.) == [1., 1.]
+    first = evaluate.over_wells(lambda m: {"first": m[:10].mean()}, wells, (wells > 0) + 0.)
+    assert first == {"first": [1., 1.]}
 
 
 @pytest.mark.parametrize("n", [1, 5])
