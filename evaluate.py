@@ -429,10 +429,9 @@ def columns_of(rows, fields):
     return {f.name: [str(row.get(f.name, "")) for row in rows] for f in fields}
 
 
-def conditions_of(opened, rows):
-    """The conditions of rows of the manifest, as a request {field: [strings]}."""
-    fields = opened.model.fields
-    return blank_unseen(fields, {f.name: opened.manifest.rows(rows, f.name) for f in fields})
+def conditions_of(model, manifest, rows):
+    """What a model is told of rows of a manifest, as a request {field: [strings]}."""
+    return blank_unseen(model.fields, {f.name: manifest.rows(rows, f.name) for f in model.fields})
 
 
 def generate(model, columns, seeds, request):
@@ -717,8 +716,8 @@ def quality_of(opened, rows_a, rows_b, cells, measure, probe, request):
     model, manifest, wells = opened.model, opened.manifest, wells_of(opened.manifest)
     real_a, b = real_images(opened, rows_a), measure(real_images(opened, rows_b))
     sets = {"real": real_a, "autoencoder": reconstruct(model.vae, real_a)[0],
-            "generated": generate(model, conditions_of(opened, rows_a), range(len(rows_a)),
-                                  request)}
+            "generated": generate(model, conditions_of(model, manifest, rows_a),
+                                  range(len(rows_a)), request)}
     cells_a, cells_b = cells[rows_a], cells[rows_b]
     strata = np.array([f"a {c}" for c in cells_a] + [f"b {c}" for c in cells_b])
     line = {"images": len(rows_a), "cells": len(set(cells_a))}
@@ -828,8 +827,8 @@ def drawn_and_real(opened, args, request, rows, n, real):
     """{"generated": n images, "real ...": `real` each} of a condition cell: its request {field:
     value} and its real rows, apart by the column --also."""
     model, rng = opened.model, np.random.default_rng(1)
-    sets = {"generated": model.generate({name: [value] * n for name, value in request.items()},
-                                        range(n), args.guidance, args.form, args.steps,
+    columns = blank_unseen(model.fields, {name: [value] * n for name, value in request.items()})
+    sets = {"generated": model.generate(columns, range(n), args.guidance, args.form, args.steps,
                                         interval=args.interval)}
     label = np.array([opened.manifest.columns[args.also][i] if args.also else "" for i in rows])
     return sets | {f"real {value}".strip(): real_images(opened, rng.choice(
@@ -889,6 +888,9 @@ def print_cells(report, channels):
 # ------------------------------------------------------------------------------------------------
 # 7. disentangle: how much of the image is biology, how much is experiment?
 # ------------------------------------------------------------------------------------------------
+
+PARTS = ("biology", "experiment", "interaction")
+
 
 def omega_squared(y, blocked=True, scale=None):
     """Share of variance explained in a balanced factorial, without the upward bias of eta squared.
@@ -1149,7 +1151,6 @@ def disentangle_one(model, truth, request):
     return entry | {"omega": {k: omega[k].tolist() for k in PARTS}}
 
 
-PARTS = ("biology", "experiment", "interaction")
 TABLE = ("leak_e_to_b", "leak_b_to_e", "effect_biology", "effect_experiment", "probe_mechanism",
          "probe_batch", "distance_seen", "distance_heldout")
 
@@ -1350,6 +1351,13 @@ def study_arms(args, results):
             truths.append(simulated_truth(opened, args))
         return opened.model, truths[0]
 
+    def key_of(run):
+        return dict(zip(("arm", "confounding", "seed"), run)) | same
+
+    def tried(run, setting):
+        return results.get(key_of(run) | {"tried": setting}, lambda: {"found": try_guidance(
+            *model_and_truth(*run), args, *setting)})["found"]
+
     def measured(run, form, b, e):
         (arm, confounding, seed), (model, truth) = run, model_and_truth(*run)
         request = request_of(args, model, form=form, guidance=dict(biology=b, experiment=e))
@@ -1358,14 +1366,11 @@ def study_arms(args, results):
 
     for confounding, arm in itertools.product(seeds, args.arms):
         runs = [(arm, confounding, seed) for seed in seeds[confounding]]
-        keys = [dict(zip(("arm", "confounding", "seed"), run)) | same for run in runs]
-        found = [[results.get(key | {"tried": tried}, lambda: {"found": try_guidance(
-            *model_and_truth(*run), args, *tried)})["found"] for tried in TRIED[arm]]
-            for run, key in zip(runs, keys)]
-        form, b, e = best_guidance(TRIED[arm], found)
-        for run, key in zip(runs, keys):
-            lines.append(results.get(key | {"form": form, "w_biology": b, "w_experiment": e},
-                                     lambda: measured(run, form, b, e)))
+        best = best_guidance(TRIED[arm], [[tried(run, setting) for setting in TRIED[arm]]
+                                          for run in runs])
+        for run in runs:
+            key = key_of(run) | dict(zip(("form", "w_biology", "w_experiment"), best))
+            lines.append(results.get(key, lambda: measured(run, *best)))
             print_lines(lines[-1:])
     return lines
 
@@ -1652,8 +1657,8 @@ def feature_changes(opened, rows, sets, steps):
     same noise, weights 1: root mean square in deviations of the training images."""
     model, measure = opened.model, morphology(opened, count=400)
     request = Request({g: 1. for g in model.groups}, steps=steps)
-    own = conditions_of(opened, rows)
-    other = conditions_of(opened, np.random.default_rng(1).permutation(rows))
+    own, other = (conditions_of(model, opened.manifest, order) for order in (
+        rows, np.random.default_rng(1).permutation(rows)))
 
     def drawn(shuffled):
         columns = own | {name: other[name] for name in shuffled}
@@ -1952,10 +1957,10 @@ def paired(opened, args, strong):
 
 def draw_controlled(opened, rows, args, control, seeds=None):
     """Images for the conditions of manifest rows, with control images or without (None)."""
+    columns = conditions_of(opened.model, opened.manifest, rows)
     with autocast():
-        return opened.model.generate(conditions_of(opened, rows), seeds or range(len(rows)),
-                                     args.guidance, args.form, args.steps, control=control,
-                                     interval=args.interval)
+        return opened.model.generate(columns, seeds or range(len(rows)), args.guidance, args.form,
+                                     args.steps, control=control, interval=args.interval)
 
 
 def control(args):
@@ -2072,7 +2077,7 @@ def identity(opened, steps, count=8):
     {steps: PSNR in dB against the autoencoder's own reconstruction}, by rounds of the fixed point
     (1 is the inversion of Song et al. 2021, 3 the default)."""
     model, rows = opened.model, opened.held[:count]
-    images, own = real_images(opened, rows), conditions_of(opened, rows)
+    images, own = real_images(opened, rows), conditions_of(model, opened.manifest, rows)
     rebuilt = model.vae.to_image(model.vae.to_latent(images.to(device()))).cpu()
     table = {n: [psnr(model.edit(images, own, own, steps=n, rounds=rounds) / 2, rebuilt / 2).item()
                  for rounds in (1, 3)] for n in steps}
@@ -2089,12 +2094,13 @@ def overlap(one, other, radius):
 
 def edit_cells(opened, before, rows, args):
     """Images of untreated cells (N, C, H, W) edited, by inversion, to the conditions of rows."""
-    target = conditions_of(opened, rows)
+    model = opened.model
+    target = conditions_of(model, opened.manifest, rows)
     source = target | {name: [value] * len(rows)
-                       for name, value in (opened.model.content["control"] or {}).items()}
+                       for name, value in (model.content["control"] or {}).items()}
     weights = {k: v for k, v in args.guidance.items() if k != "control"}
     parts = [slice(i, i + 64) for i in range(0, len(rows), 64)]
-    return torch.cat([opened.model.edit(
+    return torch.cat([model.edit(
         before[part], *({k: v[part] for k, v in c.items()} for c in (source, target)), weights,
         args.form, interval=args.interval) for part in parts])
 
@@ -2809,8 +2815,7 @@ def generated_images(opened, model, checkpoint, rows, args, folder):
     """read(places): images of a model under the conditions of these rows, one seed each. They lie
     in a file, float16, so that memory does not grow with their number and a second run finds them.
     """
-    columns = conditions_of(SimpleNamespace(model=model, manifest=opened.manifest), rows)
-    request = request_of(args, model)
+    columns, request = conditions_of(model, opened.manifest, rows), request_of(args, model)
     key = f"{finger(checkpoint)}{opened.manifest.path.resolve()}{list(rows)}{request}"
     path = Path(folder) / f"generated-{hashlib.sha1(key.encode()).hexdigest()[:12]}.npy"
     if not path.exists():

@@ -1,5 +1,6 @@
 """Metrics against shapes and sums whose answer is known."""
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -173,3 +174,21 @@ def test_nearest_distance_of_a_copy_is_zero(n):
                  rtol=0)
     assert_close(evaluate.nearest_distance(training[:n] + .1, training), torch.full((n,), .1),
                  atol=1e-3, rtol=0)
+
+
+def test_a_plate_that_training_never_saw_is_asked_for_as_unknown():
+    asked, plate = [], SimpleNamespace(name="plate", kind="category", vocabulary=["P1"])
+    opened = SimpleNamespace(model=SimpleNamespace(
+        fields=[plate], generate=lambda columns, *_, **__: asked.append(columns)))
+    args = SimpleNamespace(also=None, guidance={}, form="nested", steps=1, interval=(0., 1.))
+    for value in ("P1", "P2"):
+        evaluate.drawn_and_real(opened, args, {"plate": value}, np.array([], int), 2, 2)
+    assert asked == [{"plate": ["P1", "P1"]}, {"plate": ["", ""]}]
+
+
+def test_a_table_lines_up_and_says_what_is_missing_with_a_blank(capsys):
+    evaluate.print_table("set", {"distance": ".1f", "batch": ".2f"}, [
+        ("real", (1.25, (.5, 2.)), None), ("generated", 10., .5)])
+    assert capsys.readouterr().out.splitlines() == [
+        "", "set                distance  batch", "real       1.2 (0.5 to 2.0)       ",
+        "generated              10.0   0.50"]
