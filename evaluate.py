@@ -9,7 +9,7 @@ its ceiling, and is written as JSON and as a figure.
     python evaluate.py vae                       # which latent space?
 """
 import argparse
-import copy
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -45,36 +45,54 @@ from train_vae import (UserError, at_once, autocast, device, learning_rate, load
 from unet import UNet, UNetConfig
 
 NUCLEUS_RADIUS = 4.5  # pixels; what the segmentation looks for
-HELD_OUT = ["val", "test_pair", "test_substituent", "test_scaffold"]
 
 
 # ------------------------------------------------------------------------------------------------
 # 1. Morphological features, in torch, in batches
 # ------------------------------------------------------------------------------------------------
 
-def gaussian_blur(x, sigma, radius=None):
-    """Separable Gaussian blur of (B, C, H, W), mirrored borders."""
-    radius = radius or max(1, round(3 * sigma))
-    tap = torch.exp(-torch.arange(-radius, radius + 1, device=x.device) ** 2 / (2 * sigma ** 2))
-    tap = (tap / tap.sum()).to(x)
-    c = x.shape[1]
+def blur(x, taps):
+    """Each channel of (B, C, H, W) convolved with taps (K,) along both axes, mirrored borders."""
+    c, radius, taps = x.shape[1], len(taps) // 2, taps.to(x)
     x = F.pad(x, (radius,) * 4, mode="reflect")
-    x = F.conv2d(x, tap.view(1, 1, 1, -1).expand(c, 1, 1, -1), groups=c)
-    return F.conv2d(x, tap.view(1, 1, -1, 1).expand(c, 1, -1, 1), groups=c)
+    x = F.conv2d(x, taps.view(1, 1, 1, -1).expand(c, 1, 1, -1), groups=c)
+    return F.conv2d(x, taps.view(1, 1, -1, 1).expand(c, 1, -1, 1), groups=c)
+
+
+def gaussian_blur(x, sigma, radius=None):
+    """Gaussian blur of (B, C, H, W)."""
+    radius = radius or max(1, round(3 * sigma))
+    taps = torch.exp(-torch.arange(-radius, radius + 1, device=x.device) ** 2 / (2 * sigma ** 2))
+    return blur(x, taps / taps.sum())
+
+
+def tally(place, bins):
+    """How often each whole number below `bins` is in each row of place (R, n): (R, bins)."""
+    nothing = torch.zeros(len(place), bins, dtype=torch.long, device=place.device)
+    return nothing.scatter_add_(1, place, torch.ones_like(place))
+
+
+def grey_levels(x, bins):
+    """Of (B, H, W) on [0, 1]: (pixels at each grey level (B, bins), the levels (bins,))."""
+    place = (x.flatten(1).clamp(0, 1) * (bins - 1)).round().long()
+    return tally(place, bins), torch.arange(bins, device=x.device) / (bins - 1)
+
+
+def best_level(score, value):
+    """The grey level (B,) of the highest score (B, bins). Between two distant classes every cut is
+    as good: the middle of the plateau."""
+    highest = score.max(1, keepdim=True).values
+    best = score >= highest - 1e-6 * highest.abs()
+    return (best * value).sum(1) / best.sum(1)
 
 
 def otsu(x, bins=128):
     """Threshold (B,) of (B, H, W) in [0, 1] that separates best into two classes (Otsu 1979):
     the largest variance between classes, w0 w1 (m0 - m1)^2."""
-    place = (x.flatten(1).clamp(0, 1) * (bins - 1)).round().long()
-    share = torch.zeros(len(x), bins, device=x.device).scatter_add_(
-        1, place, torch.ones_like(place, dtype=torch.float)) / place.shape[1]
-    value = torch.arange(bins, device=x.device) / (bins - 1)
+    count, value = grey_levels(x, bins)
+    share = count / x[0].numel()
     w0, m0 = share.cumsum(1), (share * value).cumsum(1)                  # (B, bins)
-    between = (m0[:, -1:] * w0 - m0) ** 2 / (w0 * (1 - w0)).clamp(min=1e-9)
-    # between two distant classes every cut is as good: the middle of the plateau
-    best = between >= between.max(1, keepdim=True).values * (1 - 1e-6)
-    return (best * value).sum(1) / best.sum(1)
+    return best_level((m0[:, -1:] * w0 - m0) ** 2 / (w0 * (1 - w0)).clamp(min=1e-9), value)
 
 
 def segment_nuclei(dna, radius=NUCLEUS_RADIUS, contrast=.06, threshold=otsu):
@@ -85,8 +103,7 @@ def segment_nuclei(dna, radius=NUCLEUS_RADIUS, contrast=.06, threshold=otsu):
     whole objects smaller than a sixth of a nucleus removed.
     """
     smoothed = gaussian_blur(dna[:, None], 1.)[:, 0]
-    cut = threshold(smoothed)[:, None, None]
-    mask = smoothed > cut
+    mask = smoothed > threshold(smoothed)[:, None, None]
     high = (smoothed * mask).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
     low = (smoothed * ~mask).sum((1, 2)) / (~mask).sum((1, 2)).clamp(min=1)
     mask &= (high - low > contrast)[:, None, None]
@@ -95,15 +112,18 @@ def segment_nuclei(dna, radius=NUCLEUS_RADIUS, contrast=.06, threshold=otsu):
     peaks = peaks + ramp  # one seed, not many, where a saturated nucleus is flat
     window = 2 * round(.5 * radius) + 1
     seeds = (F.max_pool2d(peaks, window, 1, window // 2) == peaks)[:, 0] & mask
-    labels = (seeds.flatten(1).cumsum(1).view_as(seeds) * seeds).float()  # numbered along rows
-    for _ in range(round(3 * radius)):
-        spread = F.max_pool2d(labels[:, None], 3, 1, 1)[:, 0]
-        labels = torch.where((labels == 0) & mask, spread, labels)
-    labels = labels.long()
-    area = per_object(labels, torch.ones_like(dna))
-    small = (area < 3.14 * radius ** 2 / 6) & ~touches(labels, "top", "bottom", "left", "right")
-    small[:, 0] = False
-    return torch.where(small.gather(1, labels.flatten(1)).view_as(labels), 0, labels)
+    labels = seeds.flatten(1).cumsum(1).view_as(seeds) * seeds           # numbered along rows
+    labels = spread(labels, mask, round(3 * radius))
+    return without(labels, (areas(labels) < 3.14 * radius ** 2 / 6) & ~cut_by_border(labels))
+
+
+def spread(labels, mask, steps):
+    """Labels (B, H, W) grown over the mask, a pixel at a step."""
+    labels = labels.float()
+    for _ in range(steps):
+        grown = F.max_pool2d(labels[:, None], 3, 1, 1)[:, 0]
+        labels = torch.where((labels == 0) & mask, grown, labels)
+    return labels.long()
 
 
 def per_object(labels, values):
@@ -113,21 +133,33 @@ def per_object(labels, values):
         1, labels.flatten(1), values.flatten(1).float())
 
 
-def touches(labels, *sides):
-    """Which objects reach the named sides of the field (top, bottom, left, right): (B, L)."""
-    frame = torch.zeros_like(labels)
-    for side in sides:
-        {"top": frame[:, 0], "bottom": frame[:, -1], "left": frame[:, :, 0],
-         "right": frame[:, :, -1]}[side].fill_(1)
+def areas(labels):
+    """Pixels of each label: (B, L), column 0 the background."""
+    return per_object(labels, torch.ones_like(labels))
+
+
+def cut_by_border(labels):
+    """Which objects reach the border of the field: (B, L)."""
+    frame = torch.ones_like(labels)
+    frame[:, 1:-1, 1:-1] = 0
     return per_object(labels, frame) > 0
+
+
+def whole_objects(labels):
+    """1 for each object that is there and not cut by the border, else NaN: (B, L)."""
+    return torch.where((areas(labels) > 0) & ~cut_by_border(labels), 1., torch.nan)
+
+
+def without(labels, objects):
+    """Labels (B, H, W) with these objects, (B, L) bool, made background."""
+    return labels * ~objects.gather(1, labels.flatten(1)).view_as(labels)
 
 
 def count_objects(labels):
     """Objects per image (B,). One that the border cuts counts if it shows at least half the mean
     area of the image's whole ones, so that its centre lies inside (half where none is whole)."""
-    area = per_object(labels, torch.ones_like(labels))[:, 1:]
-    cut = touches(labels, "top", "bottom", "left", "right")[:, 1:]
-    mean = torch.where((area > 0) & ~cut, area, torch.nan).nanmean(1, keepdim=True)
+    area, cut = areas(labels)[:, 1:], cut_by_border(labels)[:, 1:]
+    mean = (area * whole_objects(labels)[:, 1:]).nanmean(1, keepdim=True)
     inside = torch.where(mean.isnan(), .5, (area >= mean / 2).float())
     return ((area > 0) * torch.where(cut, inside, 1.)).sum(1)
 
@@ -136,21 +168,26 @@ def object_shapes(labels):
     """Area in pixels and eccentricity of each object from second moments: (B, L - 1) each, NaN
     where an image has fewer objects and where the border cuts one."""
     h, w = labels.shape[1:]
-    y, x = torch.meshgrid(torch.arange(h, device=labels.device),
-                          torch.arange(w, device=labels.device), indexing="ij")
-    y, x = y.expand_as(labels).float(), x.expand_as(labels).float()
-    area = per_object(labels, torch.ones_like(y))
-    n = area.clamp(min=1)
-    my, mx = per_object(labels, y) / n, per_object(labels, x) / n
-    yy = per_object(labels, y * y) / n - my ** 2 + 1 / 12               # a pixel is a square
-    xx = per_object(labels, x * x) / n - mx ** 2 + 1 / 12
-    xy = per_object(labels, x * y) / n - mx * my
+    y, x = (v.expand_as(labels).float() for v in torch.meshgrid(
+        torch.arange(h, device=labels.device), torch.arange(w, device=labels.device),
+        indexing="ij"))
+    area = areas(labels)
+
+    def mean(values):
+        return per_object(labels, values) / area.clamp(min=1)
+    my, mx = mean(y), mean(x)
+    yy, xx = mean(y * y) - my ** 2 + 1 / 12, mean(x * x) - mx ** 2 + 1 / 12  # a pixel is a square
+    xy = mean(x * y) - mx * my
     root = ((xx - yy) ** 2 / 4 + xy ** 2).clamp(min=0).sqrt()
     large, small = (xx + yy) / 2 + root, (xx + yy) / 2 - root
     eccentricity = (1 - small / large).clamp(0, 1).sqrt()
-    cut = touches(labels, "top", "bottom", "left", "right")
-    nothing = torch.where((area > 0) & ~cut, 1., torch.nan)
-    return (area * nothing)[:, 1:], (eccentricity * nothing)[:, 1:]
+    whole = whole_objects(labels)
+    return (area * whole)[:, 1:], (eccentricity * whole)[:, 1:]
+
+
+def channel(channels, name):
+    """The place of a stain among the channels; the first where it is not there."""
+    return channels.index(name) if name in channels else 0
 
 
 def feature_names(channels):
@@ -169,34 +206,32 @@ def features(images, channels, batch=64, radius=NUCLEUS_RADIUS):
     nuclear radius around them, and log energies of texture at 1, 2 and 4 pixels; correlations of
     channels. NaN where an image has no whole nucleus. Any batch size gives the same numbers.
     """
-    nucleus = channels.index("DNA") if "DNA" in channels else 0
     found = []
     for x in images.split(batch):
         x = (x.to(device()).float() + 1) / 2
-        labels = segment_nuclei(x[:, nucleus], radius)
+        labels = segment_nuclei(x[:, channel(channels, "DNA")], radius)
         area, eccentricity = object_shapes(labels)
-        count = count_objects(labels)
         size = area.nanmean(1)
-        spread = (area - size[:, None]).square().nanmean(1).sqrt()
+        size_spread = (area - size[:, None]).square().nanmean(1).sqrt()
         total = gaussian_blur(x.mean(1, keepdim=True), 1.)[:, 0]
         coverage = (total > otsu(total)[:, None, None]).float().mean((1, 2))
-        parts = [count, size, spread, eccentricity.nanmean(1), coverage]
+        nuclear = torch.stack([count_objects(labels), size, size_spread, eccentricity.nanmean(1),
+                               coverage], 1)
 
         flat = x.flatten(2)                                              # (B, C, HW)
         inside = (labels > 0).float()[:, None]                           # (B, 1, H, W)
         r = round(radius)
         ring = F.max_pool2d(inside, 2 * r + 1, 1, r) - inside
+        per_channel = [flat.mean(2), flat.std(2), flat.quantile(.99, dim=2)] + [
+            (x * where).sum((2, 3)) / where.sum((2, 3)) for where in (inside, ring)]
         scales = [x, *(gaussian_blur(x, s) for s in (1., 2., 4.))]
-        per_channel = [flat.mean(2), flat.std(2), flat.quantile(.99, dim=2),
-                       (x * inside).sum((2, 3)) / inside.sum((2, 3)),
-                       (x * ring).sum((2, 3)) / ring.sum((2, 3))]
         per_channel += [(fine - coarse).square().mean((2, 3)).add(1e-6).log()
                         for fine, coarse in itertools.pairwise(scales)]
         centred = flat - flat.mean(2, keepdim=True)
         unit = centred / centred.norm(dim=2, keepdim=True).clamp(min=1e-6)
         correlation = unit @ unit.transpose(1, 2)                        # (B, C, C)
         i, j = torch.triu_indices(len(channels), len(channels), 1)
-        found.append(torch.cat([torch.stack(parts, 1), *per_channel, correlation[:, i, j]], 1))
+        found.append(torch.cat([nuclear, *per_channel, correlation[:, i, j]], 1))
     return torch.cat(found).cpu()
 
 
@@ -210,12 +245,6 @@ class Standardise:
 
     def __call__(self, found):
         return ((found - self.mean) / self.std).nan_to_num(0.).clamp(-3, 3)
-
-
-def feature_scale(opened, radius=NUCLEUS_RADIUS, count=1000):
-    """Standardise by the real training images of an open model, at most `count` of them."""
-    some = np.random.default_rng(0).permutation(opened.train)[:count]
-    return Standardise(features(real_images(opened, some), opened.model.channels, radius=radius))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -236,39 +265,54 @@ def kernel_distance(a, b):
             - 2 * k(a, b).mean()).item()
 
 
+def mean_distance(pairs):
+    """Kernel distance averaged over pairs of features; NaN of none."""
+    return float(np.mean([kernel_distance(a, b) for a, b in pairs] or [np.nan]))
+
+
 def cell_distance(a, b, cells_a, cells_b):
     """Kernel distance per condition cell, averaged over cells."""
-    return float(np.mean([kernel_distance(a[cells_a == name], b[cells_b == name])
-                          for name in sorted(set(cells_a) & set(cells_b))]))
+    return mean_distance((a[cells_a == name], b[cells_b == name])
+                         for name in sorted(set(cells_a) & set(cells_b)))
 
 
 def wrong_cell_distance(a, b, cells_a, cells_b):
     """The ceiling: kernel distance of each cell to the cells that differ from it in every part of
     their name ("golgi x B2" and "actin x B3"), what images that obey the wrong condition get."""
     names = sorted(set(cells_a) & set(cells_b))
-    parts = {name: name.split(" x ") for name in names}
-    return float(np.mean([kernel_distance(a[cells_a == one], b[cells_b == other])
-                          for one in names for other in names
-                          if all(x != y for x, y in zip(parts[one], parts[other]))] or [np.nan]))
+    return mean_distance((a[cells_a == one], b[cells_b == other]) for one in names
+                         for other in names if all(x != y for x, y in zip(one.split(" x "),
+                                                                          other.split(" x "))))
 
 
-def interval(statistic, wells, strata, repeats=100, share=.5, seed=0):
-    """5 to 95 % of a statistic(mask) over subsets of wells without replacement: in each stratum
-    (condition cell and half) `share` of its wells, rounded up, so that no cell falls out. A half
-    of the sample varies about the whole as the whole varies about the population."""
-    rng, values = np.random.default_rng(seed), []
-    inside = {s: np.unique(wells[strata == s]) for s in np.unique(strata)}
-    for _ in range(repeats):
-        kept = [rng.permutation(w)[:int(np.ceil(share * len(w)))] for w in inside.values()]
-        values.append(statistic(np.isin(wells, np.concatenate(kept))))
-    return around(statistic(np.ones(len(wells), bool)), values)
+def half_samples(statistic, whole, half, repeats=100):
+    """{name: 5 to 95 %} of statistic(sample), a dict of numbers, over samples half(rng) of half of
+    the whole, drawn without replacement: a half varies about the whole as the whole varies about
+    the population. About the estimate from the whole: with few wells the halves lie off it."""
+    rng, estimates = np.random.default_rng(0), statistic(whole)
+    samples, found = [statistic(half(rng)) for _ in range(repeats)], {}
+    for name, estimate in estimates.items():
+        values = np.array([sample[name] for sample in samples])
+        values = values[~np.isnan(values)] if np.isfinite(values).any() else [np.nan]
+        found[name] = (estimate + np.percentile(values, (5, 95)) - np.mean(values)).tolist()
+    return found
 
 
-def around(estimate, values):
-    """5 to 95 % of the values of half samples, about the estimate from the whole: with few wells
-    the halves themselves lie off it."""
-    low, high = np.nanpercentile(values, (5, 95)) - np.nanmean(values)
-    return [float(estimate + low), float(estimate + high)]
+def over_wells(statistic, wells, strata):
+    """half_samples of statistic(mask): half of the wells in each stratum (condition cell and half
+    of the sample), rounded up, so that no cell falls out."""
+    inside = [np.unique(wells[strata == s]) for s in np.unique(strata)]
+
+    def half(rng):
+        return np.isin(wells, np.concatenate([rng.permutation(w)[:math.ceil(len(w) / 2)]
+                                              for w in inside]))
+    return half_samples(statistic, np.ones(len(wells), bool), half)
+
+
+def over_seeds(statistic, seeds):
+    """half_samples of statistic(indices): half of the seeds."""
+    return half_samples(statistic, torch.arange(seeds), lambda rng: torch.from_numpy(
+        np.sort(rng.permutation(seeds)[:max(2, seeds // 2)])))
 
 
 def variance_ratio(a, b, conditions_a, conditions_b):
@@ -280,8 +324,132 @@ def variance_ratio(a, b, conditions_a, conditions_b):
     return (within(a, conditions_a) / within(b, conditions_b)).item()
 
 
+def correlations(p, q):
+    """Pearson correlation (F,) of the columns of two (M, F), rows with NaN in either left out; NaN
+    where fewer than three are left or a column does not vary."""
+    kept = p.isfinite() & q.isfinite()
+    p, q = (torch.where(kept, v.double(), torch.nan) for v in (p, q))
+    p, q = ((v - v.nanmean(0)).nan_to_num(0.) for v in (p, q))
+    size = p.norm(dim=0) * q.norm(dim=0)
+    return torch.where((kept.sum(0) > 2) & (size > 1e-12), (p * q).sum(0) / size, torch.nan)
+
+
 # ------------------------------------------------------------------------------------------------
-# 3. A probe: which mechanism, which batch is this?
+# 3. A model, its data, and what it is asked for
+# ------------------------------------------------------------------------------------------------
+
+def open_model(args):
+    """The model and the data its autoencoder was trained on (or --data)."""
+    model = Model.load(args.checkpoint)
+    settings = SimpleNamespace(**model.content["vae"]["settings"])
+    settings.data = args.data or model.content["settings"]["data"]
+    if not 1 <= args.steps <= model.schedule.T:
+        raise UserError(f"--steps {args.steps}: between 1 and {model.schedule.T}")
+    model.weights(args.guidance)
+    manifest, pixels, train, held = open_data(settings, draw=False)
+    for field in model.fields:
+        if field.name not in manifest.columns:
+            raise UserError(f"{manifest.path} has no column {field.name}, which the model was told")
+        check_values(field, manifest.columns[field.name],
+                     model.denoiser.conditioner.encoder_class.is_molecule)
+    return SimpleNamespace(model=model, settings=settings, manifest=manifest, pixels=pixels,
+                           train=train, held=held)
+
+
+def open_trained(args, path):
+    """As open_model, for a checkpoint that a study has trained."""
+    return open_model(SimpleNamespace(checkpoint=str(path), data=None, steps=args.steps,
+                                      guidance={}))
+
+
+def trained(config):
+    """Train a diffusion model unless it is there, going on from where it was interrupted."""
+    path = Path(config.out) / "model.pt"
+    config.resume = path.exists() and load_checkpoint(path, "ldm", "")["step"] < config.steps
+    return train_ldm.train(config)
+
+
+def real_images(opened, rows, rng=None):
+    """Images (N, C, H, W) in [-1, 1] of rows of the manifest: as `views`."""
+    return views(opened.pixels, rows, opened.settings, opened.model.intensity, rng)
+
+
+def morphology(opened, radius=NUCLEUS_RADIUS, count=1000):
+    """measure(images): their features, standardised by at most `count` real training images."""
+    channels = opened.model.channels
+    some = np.random.default_rng(0).permutation(opened.train)[:count]
+    standardise = Standardise(features(real_images(opened, some), channels, radius=radius))
+    return lambda images: standardise(features(images, channels, radius=radius))
+
+
+def records(manifest, rows):
+    """Rows of a manifest as dicts."""
+    return [{name: values[i] for name, values in manifest.columns.items()} for i in rows]
+
+
+def wells_of(manifest):
+    """One name for each well (plate and well), or for each image where wells are not named."""
+    c = manifest.columns
+    if "well" not in c:
+        return np.arange(len(manifest)).astype(str)
+    return np.array([f"{p}/{w}" for p, w in zip(c.get("plate", [""] * len(manifest)), c["well"])])
+
+
+def cells_of(manifest, by):
+    """The condition cell of each row: its values in the columns `by`, joined."""
+    missing = [name for name in by if name not in manifest.columns]
+    if missing:
+        raise data.DataError(f"--by: {manifest.path} has no column {', '.join(missing)}")
+    return np.array([" x ".join(v) for v in zip(*(manifest.columns[name] for name in by))])
+
+
+@dataclass
+class Request:
+    """How images are asked for, in the words of Model.generate."""
+    guidance: dict
+    form: str = "nested"
+    interval: tuple = INTERVAL
+    rescale: float = 0.
+    steps: int = 15
+    sampler: str = "ddim"
+
+
+def request_of(args, model, guidance=None, **changes):
+    """The request of the command line with the changes of a study, of whose `guidance` only the
+    weights of groups that the model has are taken."""
+    words = {f.name: getattr(args, f.name) for f in dataclasses.fields(Request)
+             if hasattr(args, f.name)} | changes
+    asked = args.guidance if guidance is None else {
+        g: w for g, w in guidance.items() if g in model.groups}
+    return Request(**words | {"guidance": model.weights(asked),
+                              "interval": tuple(words["interval"])})
+
+
+def columns_of(rows, fields):
+    """Rows, dicts, as a request {field: [strings]}; what a row does not say is unknown."""
+    return {f.name: [str(row.get(f.name, "")) for row in rows] for f in fields}
+
+
+def conditions_of(model, manifest, rows):
+    """What a model is told of rows of a manifest, as a request {field: [strings]}."""
+    return blank_unseen(model.fields, {f.name: manifest.rows(rows, f.name) for f in model.fields})
+
+
+def generate(model, columns, seeds, request):
+    """Images of a request, in bf16 where that pays. What is asked for twice (of a model that is
+    told no batch, the same in every batch) is drawn once."""
+    keys, first = list(zip(seeds, *columns.values())), {}
+    for i, key in enumerate(keys):
+        first.setdefault(key, i)
+    with autocast():
+        images = model.generate({k: [v[i] for i in first.values()] for k, v in columns.items()},
+                                [seeds[i] for i in first.values()], **vars(request))
+    place = {key: k for k, key in enumerate(first)}
+    return images[[place[key] for key in keys]]
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. A probe: which mechanism, which batch is this?
 # ------------------------------------------------------------------------------------------------
 
 class Probe(nn.Module):
@@ -307,26 +475,33 @@ class Probe(nn.Module):
         return {q: head(h) for q, head in self.heads.items()}
 
 
-def train_probe(images, answers, labels, steps, seed=0, batch=32, weights=None):
+def fit(network, loss_of, steps, lr, seed, what):
+    """Train a network in place. loss_of(rng): the loss of one step, which draws from rng alone."""
+    optimiser = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=.02)
+    for step in tqdm(range(steps), desc=f"training the {what}", mininterval=1):
+        optimiser.param_groups[0]["lr"] = learning_rate(step, steps, lr)
+        rng, _ = step_rng(seed, step)
+        loss = loss_of(rng)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return network.eval()
+
+
+def train_probe(images, answers, labels, steps, seed=0, weights=None, batch=32):
     """Train a Probe on images (N, C, H, W) with labels {question: (N,) long}, drawn with equal
     probability or by `weights` (N,)."""
     torch.manual_seed(seed)
     probe = Probe(images.shape[1], answers).to(device())
-    optimiser = torch.optim.AdamW(probe.parameters(), lr=2e-3, weight_decay=.02)
-    for step in tqdm(range(steps), desc="training the probe", mininterval=1):
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, steps, 2e-3)
-        rng, _ = step_rng(seed, step)
+
+    def loss_of(rng):
         chosen = torch.from_numpy(rng.choice(len(images), batch, p=weights))
         x = torch.rot90(images[chosen], int(rng.integers(4)), (2, 3))
         x = x.flip(3) if rng.random() < .5 else x
         with autocast():
             out = probe(x.to(device()))
-        loss = sum(F.cross_entropy(out[q].float(), labels[q][chosen].to(device())) for q in labels)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    return probe.eval()
+        return sum(F.cross_entropy(out[q].float(), labels[q][chosen].to(device())) for q in labels)
+    return fit(probe, loss_of, steps, 2e-3, seed, "probe")
 
 
 @torch.no_grad()
@@ -337,62 +512,169 @@ def answer(probe, images, batch=64):
     return {q: torch.cat([o[q] for o in out]) for q in out[0]}
 
 
-def screen_probe(folder, model, steps=1500):
+def read_screen(manifest):
+    """The settings of the simulated screen of a manifest; None where it was not simulated."""
+    note = manifest.path.parent / "simulation.json"
+    return data.Screen(**json.loads(note.read_text())) if note.exists() else None
+
+
+def photographs(rows, screen, intensity):
+    """Fresh fields of view for rows as in data.layout: (N, C, H, W) in [-1, 1]."""
+    images = np.stack([f["image"] for f in data.draw_fields(rows, screen, counterpart=False)])
+    return torch.from_numpy(data.scale_intensity(images, intensity))
+
+
+def screen_probe(opened, steps=1500):
     """The probe of a simulated screen: trained on fresh cells under the same microscopes without
     confounding, on controls and on doses above half effect. Kept in runs/probe.
 
     Returns (probe, {question: answers}), or None where the data set was not simulated.
     """
-    note = Path(folder) / "simulation.json"
-    if not note.exists():
+    screen, model = read_screen(opened.manifest), opened.model
+    if screen is None:
         return None
-    screen = replace(data.Screen(**json.loads(note.read_text())), confounding=0., draw=1000)
-    rows = [r for r in data.layout(screen) if r["role"] == "control" or r["true_effect"] >= .5]
+    if opened.settings.binning != 1 or opened.settings.crop:
+        print("the model sees binned or cropped images: no probe, it is trained on whole ones")
+        return None
+    screen = replace(screen, confounding=0., draw=1000)
     answers = {"true_mechanism": ["none", *data.MECHANISMS],
                "batch": [f"B{b + 1}" for b in range(screen.batches)]}
     code = Path(data.__file__).read_bytes().split(b"# 3. The manifest")[0]  # the simulator's source
-    code += (inspect.getsource(Probe) + inspect.getsource(train_probe)).encode()
+    code += "".join(inspect.getsource(f) for f in (Probe, train_probe, fit)).encode()
     key = hashlib.sha1(f"{screen}{model.intensity}{steps}".encode() + code).hexdigest()[:12]
     path = Path("runs/probe") / f"probe-{key}.pt"
-    settings = model.content["vae"]["settings"]
-    if settings["binning"] != 1 or settings["crop"]:
-        print("the model sees binned or cropped images: no probe, it is trained on whole ones")
-        return None
     if not path.exists():
         print("drawing an unconfounded screen to train the probe on")
-        images = photographs(rows, screen, model.intensity)
+        rows = [r for r in data.layout(screen) if r["role"] == "control" or r["true_effect"] >= .5]
         labels = {q: torch.tensor([a.index(r[q]) for r in rows]) for q, a in answers.items()}
-        probe = train_probe(images, answers, labels, steps)
+        probe = train_probe(photographs(rows, screen, model.intensity), answers, labels, steps)
         save_checkpoint(path, "probe", {"weights": probe.state_dict()})
     probe = Probe(len(model.channels), answers).to(device())
     probe.load_state_dict(load_checkpoint(path, "probe", "remove it")["weights"])
     return probe.eval(), answers
 
 
+def named_right(probe, images, rows):
+    """{"mechanism", "batch": (N,) bool}: which images the probe names as their rows say."""
+    network, answers = probe
+    said = answer(network, images)
+    return {q.removeprefix("true_"): torch.tensor([options[k] == r[q] for k, r in
+                                                   zip(said[q], rows, strict=True)])
+            for q, options in answers.items()}
+
+
+def probe_scores(probe, images, rows, names=("true_mechanism", "batch")):
+    """Share of images that the probe names right: {the mechanism, at doses above half effect, the
+    batch}, under these names; {} without a probe."""
+    if probe is None:
+        return {}
+    hits = named_right(probe, images, rows)
+    strong = torch.tensor([float(r["true_effect"]) >= .5 for r in rows])
+    return {names[0]: hits["mechanism"][strong].float().mean().item(),
+            names[1]: hits["batch"].float().mean().item()}
+
+
 # ------------------------------------------------------------------------------------------------
-# 4. quality: are held-out conditions drawn as they look?
+# 5. Keeping and showing answers
 # ------------------------------------------------------------------------------------------------
 
-def open_model(args):
-    """The model and the data its autoencoder was trained on (or --data)."""
-    model = Model.load(args.checkpoint)
-    settings = SimpleNamespace(**model.content["vae"]["settings"])
-    settings.data = args.data or model.content["settings"]["data"]
-    if not 1 <= args.steps <= model.schedule.T:
-        raise UserError(f"--steps {args.steps}: between 1 and {model.schedule.T}")
-    model.weights(args.guidance)
-    manifest, pixels, train, held = open_data(settings, draw=False)
-    for field in model.fields:
-        if field.name not in manifest.columns:
-            raise UserError(f"{manifest.path} has no column {field.name}, which the model was told")
-        check_values(field, manifest.columns[field.name],
-                     model.denoiser.conditioner.encoder_class.is_molecule)
-    return SimpleNamespace(model=model, settings=settings, manifest=manifest, pixels=pixels,
-                           train=train, held=held)
+class Results:
+    """results.jsonl: one line per finished measurement, named by what it is a measurement of, so
+    that a restart skips what is done."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.done = {json.dumps(e["key"], sort_keys=True): e for e in map(json.loads, lines)}
+
+    def get(self, key, measure):
+        """The line of this key (a dict), measured if it is not there yet."""
+        name = json.dumps(key, sort_keys=True)
+        if name not in self.done:
+            self.done[name] = {"key": json.loads(name)} | measure()
+            write_log(self.path, **self.done[name])
+        return self.done[name]
 
 
-def real_images(opened, rows, rng=None):
-    return views(opened.pixels, rows, opened.settings, opened.model.intensity, rng)
+def finger(path):
+    """The first letters of a file's hash: another file of the same name is another result."""
+    return hashlib.sha1(Path(path).read_bytes()).hexdigest()[:12]
+
+
+def folder_of(args):
+    """--out, or the checkpoint's folder."""
+    out = Path(args.out or Path(args.checkpoint).parent)
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def write_report(path, report, *beside):
+    """The report as JSON; `beside`: names of files that were written with it."""
+    path.write_text(json.dumps(report, indent=1))
+    print(" and ".join([f"wrote {path}", *beside]))
+
+
+def print_table(title, columns, rows):
+    """A table: columns {heading: format of its numbers}, rows [(label, *values)]. A value may be
+    None (blank), a text, or (estimate, (low, high)), printed as "estimate (low to high)"."""
+    def text(value, form):
+        if isinstance(value, tuple):
+            estimate, (low, high) = value
+            return f"{estimate:{form}} ({low:{form}} to {high:{form}})"
+        return "" if value is None else value if isinstance(value, str) else f"{value:{form}}"
+    lines = [[title, *columns]] + [[label, *map(text, values, columns.values())]
+                                   for label, *values in rows]
+    widths = [max(map(len, cells)) for cells in zip(*lines)]
+    print()
+    for label, *cells in lines:
+        print(label.ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells, widths[1:])), sep="  ")
+
+
+@contextlib.contextmanager
+def figure(path, *shape, **options):
+    """with figure(path, ...) as axes: as plt.subplots, written to the file at the end."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(*shape, **options)
+    yield axes
+    fig.tight_layout()
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def draw_rows(path, labels, panels):
+    """Dots in rows: panels [(title, {name: [(value, interval or None) for each label]}, mark)]."""
+    height = 1.6 + .28 * len(labels)
+    with figure(path, 1, len(panels), figsize=(3.8 * len(panels), height), sharey=True) as axes:
+        for axis, (title, series, mark) in zip(axes, panels):
+            for k, (name, values) in enumerate(series.items()):
+                y = np.arange(len(labels))[::-1] + .12 * (1 - k)
+                axis.plot([v for v, _ in values], y, "so^"[k % 3], ms=5, color=f"C{k}",
+                          label=name.replace("_", " "))
+                for (_, interval), place in zip(values, y):
+                    axis.plot(interval or [], [place] * len(interval or []), color=f"C{k}", lw=1)
+            if mark is not None:
+                axis.axvline(mark, color="k", lw=.6)
+            axis.set_title(title, fontsize=9), axis.grid(alpha=.3)
+            axis.legend(fontsize=7, ncols=2, loc="upper center", frameon=False,
+                        bbox_to_anchor=(.5, -.45 / height))                    # below the axis
+        axes[0].set_yticks(range(len(labels)), labels[::-1], fontsize=8)
+
+
+def draw_sets(path, pictures, model):
+    """A row of images for each of {name: {kind: images (N, C, H, W)}}."""
+    data.picture(path, [list(x.numpy()) for kinds in pictures.values() for x in kinds.values()],
+                 model.channels, [f"{name}\n{kind}" for name, kinds in pictures.items()
+                                  for kind in kinds], pixel_um=model.pixel_um)
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. quality: are held-out conditions drawn as they look?
+# ------------------------------------------------------------------------------------------------
+
+HELD_OUT = ["val", "test_pair", "test_substituent", "test_scaffold"]
 
 
 def heldout_sets(opened, wanted):
@@ -429,75 +711,36 @@ def halves(manifest, rows, cells, limit, seed=0):
     return np.array(a, int), np.array(b, int)
 
 
-def wells_of(manifest):
-    """One name for each well (plate and well), or for each image where wells are not named."""
-    c = manifest.columns
-    if "well" not in c:
-        return np.arange(len(manifest)).astype(str)
-    return np.array([f"{p}/{w}" for p, w in zip(c.get("plate", [""] * len(manifest)), c["well"])])
-
-
-def cells_of(manifest, by):
-    """The condition cell of each row: its values in the columns `by`, joined."""
-    missing = [name for name in by if name not in manifest.columns]
-    if missing:
-        raise data.DataError(f"--by: {manifest.path} has no column {', '.join(missing)}")
-    return np.array([" x ".join(v) for v in zip(*(manifest.columns[name] for name in by))])
-
-
-def quality_of(opened, rows_a, rows_b, cells, standardise, probe, request):
+def quality_of(opened, rows_a, rows_b, cells, measure, probe, request):
     """One line of the table: generated images under the conditions of rows_a, and the same rows
-    themselves through the autoencoder, each against the real rows_b."""
-    model, manifest = opened.model, opened.manifest
-    real_a, real_b = real_images(opened, rows_a), real_images(opened, rows_b)
-    columns = {f.name: manifest.rows(rows_a, f.name) for f in model.fields}
-    columns = blank_unseen(model.fields, columns)
+    themselves through the autoencoder, each against the real rows_b. Returns (line, images)."""
+    model, manifest, wells = opened.model, opened.manifest, wells_of(opened.manifest)
+    real_a, b = real_images(opened, rows_a), measure(real_images(opened, rows_b))
     sets = {"real": real_a, "autoencoder": reconstruct(model.vae, real_a)[0],
-            "generated": generate(model, columns, list(range(len(rows_a))), request)}
-    b = standardise(features(real_b, model.channels))
-    cells_a, cells_b, wells = cells[rows_a], cells[rows_b], wells_of(manifest)
+            "generated": generate(model, conditions_of(model, manifest, rows_a),
+                                  range(len(rows_a)), request)}
+    cells_a, cells_b = cells[rows_a], cells[rows_b]
     strata = np.array([f"a {c}" for c in cells_a] + [f"b {c}" for c in cells_b])
-    result = {"images": len(rows_a), "cells": len(set(cells_a))}
+    line = {"images": len(rows_a), "cells": len(set(cells_a))}
     for name, images in sets.items():
-        a = standardise(features(images, model.channels))
-        entry = {"distance": cell_distance(a, b, cells_a, cells_b),
-                 "interval": interval(lambda m: cell_distance(
-                     a[m[:len(a)]], b[m[len(a):]], cells_a[m[:len(a)]], cells_b[m[len(a):]]),
-                     np.concatenate([wells[rows_a], wells[rows_b]]), strata),
-                 "variance_ratio": variance_ratio(a, b, wells[rows_a], wells[rows_b])}
+        a = measure(images)
+
+        def distance(kept):  # (rows_a, rows_b) bool
+            in_a, in_b = np.split(kept, [len(a)])
+            return {"interval": cell_distance(a[in_a], b[in_b], cells_a[in_a], cells_b[in_b])}
+        line[name] = {"distance": cell_distance(a, b, cells_a, cells_b),
+                      **over_wells(distance, wells[np.r_[rows_a, rows_b]], strata),
+                      "variance_ratio": variance_ratio(a, b, wells[rows_a], wells[rows_b])}
+        line[name] |= probe_scores(probe, images, records(manifest, rows_a))
         if name == "real":
-            entry["ceiling"] = wrong_cell_distance(a, b, cells_a, cells_b)
-        if probe:
-            entry |= probe_scores(probe, images, manifest, rows_a)
-        result[name] = entry
-    return result, sets
-
-
-def named_right(probe, images, rows):
-    """{"mechanism", "batch": (N,) bool}: which images the probe names as their rows say."""
-    network, answers = probe
-    said = answer(network, images)
-    return {q.removeprefix("true_"): torch.tensor([options[k] == r[q] for k, r in
-                                                   zip(said[q], rows, strict=True)])
-            for q, options in answers.items()}
-
-
-def probe_scores(probe, images, manifest, rows):
-    """Share of images that the probe names right; the mechanism at doses above half effect."""
-    names = ("true_mechanism", "batch", "true_effect")
-    truth = [{k: manifest.columns[k][i] for k in names} for i in rows]
-    hits = named_right(probe, images, truth)
-    strong = torch.tensor([float(r["true_effect"]) >= .5 for r in truth])
-    return {"true_mechanism": hits["mechanism"][strong].float().mean().item(),
-            "batch": hits["batch"].float().mean().item()}
+            line[name]["ceiling"] = wrong_cell_distance(a, b, cells_a, cells_b)
+    return line, sets
 
 
 def quality(args):
     """The table of `evaluate.py quality`."""
-    opened = open_model(args)
+    opened, out = open_model(args), folder_of(args)
     model, manifest = opened.model, opened.manifest
-    out = Path(args.out or Path(args.checkpoint).parent)
-    out.mkdir(parents=True, exist_ok=True)
     if args.mol2image:
         return benchmark(opened, args, out)
     if args.by:
@@ -506,10 +749,8 @@ def quality(args):
         raise data.DataError(f"{manifest.path} is not simulated: say with --by which columns make "
                              "a condition, such as --by compound plate")
     limit, sets = 96 if args.quick else args.images, heldout_sets(opened, args.sets or HELD_OUT)
-    probe = screen_probe(manifest.path.parent, model)
     cells = cells_of(manifest, ["true_mechanism", "batch"])
-    standardise = feature_scale(opened)
-    request = Request(model.weights(args.guidance), args.form, args.interval, steps=args.steps)
+    probe, measure, request = screen_probe(opened), morphology(opened), request_of(args, model)
     table, pictures = {}, {}
     for name, rows in sets.items():
         rows_a, rows_b = halves(manifest, rows, cells, limit)
@@ -519,37 +760,31 @@ def quality(args):
         left_out = len(set(cells[rows])) - len(set(cells[rows_a]))
         print(f"{name}: {len(set(cells[rows_a]))} condition cells, {left_out} with fewer than four "
               "wells left out")
-        table[name], images = quality_of(opened, rows_a, rows_b, cells, standardise, probe,
-                                         request)
+        table[name], images = quality_of(opened, rows_a, rows_b, cells, measure, probe, request)
         pictures[name] = {k: v[::max(1, len(v) // 8)][:8] for k, v in images.items()}
     if not table:
         raise UserError("nothing to compare: no condition cell has four wells")
-    print_quality(table, probe is not None)
-    report = {"checkpoint": args.checkpoint, "guidance": model.weights(args.guidance),
-              "form": args.form, "interval": args.interval, "steps": args.steps, "table": table}
-    (out / "quality.json").write_text(json.dumps(report, indent=1))
-    labels = [f"{name}\n{kind}" for name, kinds in pictures.items() for kind in kinds]
-    rows = [list(images.numpy()) for kinds in pictures.values() for images in kinds.values()]
-    data.picture(out / "quality.png", rows, model.channels, labels, pixel_um=model.pixel_um)
-    print(f"wrote {out}/quality.json and quality.png")
+    print_quality(table)
+    draw_sets(out / "quality.png", pictures, model)
+    write_report(out / "quality.json", {
+        "checkpoint": args.checkpoint, "guidance": request.guidance, "form": args.form,
+        "interval": args.interval, "steps": args.steps, "table": table}, "quality.png")
 
 
-def print_quality(table, probed):
+def print_quality(table):
     """Kernel distance x 1000 with its interval, variance ratio, probe scores."""
-    columns = ["kernel distance x 1000 (5-95 %)", "ceiling", "variance"]
-    print(f"\n{'held-out set':18s}{'images':24s}{columns[0]:34s}{columns[1]:>9s}{columns[2]:>10s}"
-          + ("  mechanism   batch" if probed else ""))
+    rows = []
     for name, entry in table.items():
-        for kind in ("real", "autoencoder", "generated"):
+        for kind, label in (("real", "other real wells (floor)"),
+                            ("autoencoder", "through the autoencoder"),
+                            ("generated", f"generated ({entry['images']})")):
             e = entry[kind]
-            label = {"real": "other real wells (floor)", "autoencoder": "through the autoencoder",
-                     "generated": f"generated ({entry['images']})"}[kind]
-            text = f"{1000 * e['distance']:8.1f}  ({1000 * e['interval'][0]:.1f} to " \
-                   f"{1000 * e['interval'][1]:.1f})"
-            ceiling = f"{1000 * entry['real']['ceiling']:9.1f}" if kind == "real" else " " * 9
-            print(f"{name if kind == 'real' else '':18s}{label:24s}{text:34s}{ceiling}"
-                  f"{e['variance_ratio']:10.2f}"
-                  + (f"{e['true_mechanism']:11.2f}{e['batch']:8.2f}" if probed else ""))
+            rows.append((f"{name}, {label}",
+                         (1000 * e["distance"], 1000 * np.array(e["interval"])),
+                         1000 * e["ceiling"] if "ceiling" in e else None, e["variance_ratio"],
+                         e.get("true_mechanism"), e.get("batch")))
+    print_table("held-out set", {"kernel distance x 1000 (5-95 %)": ".1f", "ceiling": ".1f",
+                                 "variance": ".2f", "mechanism": ".2f", "batch": ".2f"}, rows)
 
 
 # --- real plates: a table by condition cell -------------------------------------------------------
@@ -565,12 +800,11 @@ def crossed_requests(opened, by):
         for name in by:
             pairs = set(zip(columns[name], columns[field.name]))
             if len(pairs) == len(set(columns[name])):
-                fixed[field.name] = (name, dict(pairs))
+                fixed[field.name] = (by.index(name), dict(pairs))
                 break
     values = [sorted(set(columns[name])) for name in by]
-    return {" x ".join(combination): {
-        f: table[combination[by.index(name)]] for f, (name, table) in fixed.items()}
-        for combination in itertools.product(*values)}
+    return {" x ".join(combination): {f: table[combination[k]] for f, (k, table) in fixed.items()}
+            for combination in itertools.product(*values)}
 
 
 def nearest_distance(images, training, batch=64):
@@ -579,34 +813,27 @@ def nearest_distance(images, training, batch=64):
     return torch.cat([torch.cdist(x, b).min(1).values for x in a.split(batch)]) / a.shape[1] ** .5
 
 
+def summarised(channels):
+    """What `summarise` says: {feature: heading}."""
+    return {"nuclei": "nuclei", **{f"{c}_mean": c for c in channels}}
+
+
 def summarise(images, channels, radius):
     """Nuclei per image and mean intensity of each channel on [0, 1]."""
     found, names = features(images, channels, radius=radius), feature_names(channels)
-    keep = ["nuclei", *(f"{c}_mean" for c in channels)]
-    return {k: float(found[:, names.index(k)].mean()) for k in keep}
+    return {k: float(found[:, names.index(k)].mean()) for k in summarised(channels)}
 
 
-def beside(opened, args, cell, request, inside, n, real):
-    """{"generated": n images, "real ...": `real` each} of a condition cell, real ones (rows
-    `inside`) apart by the column --also."""
+def drawn_and_real(opened, args, request, rows, n, real):
+    """{"generated": n images, "real ...": `real` each} of a condition cell: its request {field:
+    value} and its real rows, apart by the column --also."""
     model, rng = opened.model, np.random.default_rng(1)
-    sets = {"generated": model.generate({name: [value] * n for name, value in request.items()},
-                                        range(n), args.guidance, args.form, args.steps,
+    columns = blank_unseen(model.fields, {name: [value] * n for name, value in request.items()})
+    sets = {"generated": model.generate(columns, range(n), args.guidance, args.form, args.steps,
                                         interval=args.interval)}
-    label = np.array([opened.manifest.columns[args.also][i] if args.also else "" for i in inside])
+    label = np.array([opened.manifest.columns[args.also][i] if args.also else "" for i in rows])
     return sets | {f"real {value}".strip(): real_images(opened, rng.choice(
-        inside[label == value], real), rng) for value in np.unique(label)}
-
-
-def one_cell(opened, args, cell, request, inside, training, n):
-    """One condition cell: (entry of the table, real images, generated images)."""
-    sets = beside(opened, args, cell, request, inside, n, 4 * n)
-    entry = {"cell": cell, "in_training": bool(np.isin(inside, opened.train).any())} | {
-        name: summarise(x, opened.model.channels, args.nucleus_radius) for name, x in sets.items()}
-    fake = sets.pop("generated")
-    entry["nearest_training_view"] = float(nearest_distance(fake, training).median())
-    real = [image for x in sets.values() for image in x[:6].numpy()]
-    return entry, real[::max(1, len(real) // 6)][:6], list(fake[:6].numpy())
+        rows[label == value], real), rng) for value in np.unique(label)}
 
 
 def quality_by_cell(opened, args, out):
@@ -619,45 +846,52 @@ def quality_by_cell(opened, args, out):
     cells = cells_of(opened.manifest, args.by)
     training = torch.cat(list(cached_views(opened.pixels, opened.train, opened.settings,
                                            model.intensity, model.content["settings"]["views"])))
+
+    def nearest(images):
+        return float(nearest_distance(images, training).median())
     rng = np.random.default_rng(1)
     held = real_images(opened, rng.choice(opened.held, 64), rng)
-    blurred, _ = reconstruct(model.vae, held)
     report = {"checkpoint": args.checkpoint, "guidance": model.weights(args.guidance),
               "form": args.form, "steps": args.steps, "by": args.by, "table": [],
-              "held_out_nearest": float(nearest_distance(held, training).median()),
-              "held_out_nearest_autoencoder": float(nearest_distance(blurred, training).median())}
-    rows, labels = [], []
+              "held_out_nearest": nearest(held),
+              "held_out_nearest_autoencoder": nearest(reconstruct(model.vae, held)[0])}
+    pictures, labels = [], []
     for cell, request in crossed_requests(opened, args.by).items():
-        entry, real, fake = one_cell(opened, args, cell, request, np.flatnonzero(cells == cell),
-                                     training, n)
-        report["table"].append(entry)
-        rows.append((real or [None] * 6) + fake)
+        rows = np.flatnonzero(cells == cell)
+        sets = drawn_and_real(opened, args, request, rows, n, 4 * n)
+        fake = sets["generated"]
+        entry = {"cell": cell, "in_training": bool(np.isin(rows, opened.train).any())} | {
+            name: summarise(x, model.channels, args.nucleus_radius) for name, x in sets.items()} | {
+            "nearest_training_view": nearest(fake)}
+        real = [image for name, x in sets.items() if name != "generated" for image in x[:6].numpy()]
+        pictures.append((real[::max(1, len(real) // 6)][:6] or [None] * 6) + list(fake[:6].numpy()))
         labels.append(cell.replace(" x ", "\n") + ("" if entry["in_training"] else "\n(unseen)"))
+        report["table"].append(entry)
     print_cells(report, model.channels)
-    (out / "quality.json").write_text(json.dumps(report, indent=1))
-    data.picture(out / "quality.png", rows, model.channels, labels,
+    data.picture(out / "quality.png", pictures, model.channels, labels,
                  ["real"] * 6 + ["generated"] * 6, model.pixel_um)
-    print(f"wrote {out}/quality.json and quality.png")
+    write_report(out / "quality.json", report, "quality.png")
 
 
 def print_cells(report, channels):
     """The table of quality_by_cell."""
-    names = ["nuclei", *(f"{c}_mean" for c in channels)]
-    print(f"\n{'':48s}" + "".join(f"{k.replace('_mean', ''):>9s}" for k in names)
-          + "  nearest training view")
-    for entry in report["table"]:
-        for kind in [k for k in entry if k.startswith(("real", "generated"))]:
-            label = entry["cell"] + ("" if entry["in_training"] else " (unseen)")
-            print(f"{label if kind == 'generated' else '':34s}{kind:14s}"
-                  + "".join(f"{entry[kind][k]:9.3f}" for k in names)
-                  + (f"{entry['nearest_training_view']:9.3f}" if kind == "generated" else ""))
+    columns = summarised(channels)
+    rows = [(e["cell"] + ("" if e["in_training"] else " (unseen)") + f", {kind}",
+             *(e[kind][k] for k in columns),
+             e["nearest_training_view"] if kind == "generated" else None)
+            for e in report["table"] for kind in e if kind.startswith(("real", "generated"))]
+    print_table("condition", dict.fromkeys([*columns.values(), "nearest training view"], ".3f"),
+                rows)
     print(f"nearest training view of held-out real images {report['held_out_nearest']:.3f}, after "
           f"the autoencoder {report['held_out_nearest_autoencoder']:.3f}")
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. disentangle: how much of the image is biology, how much is experiment?
+# 7. disentangle: how much of the image is biology, how much is experiment?
 # ------------------------------------------------------------------------------------------------
+
+PARTS = ("biology", "experiment", "interaction")
+
 
 def omega_squared(y, blocked=True, scale=None):
     """Share of variance explained in a balanced factorial, without the upward bias of eta squared.
@@ -724,19 +958,13 @@ def effect_size(y, one, other):
 
 def simulated_screen(opened, draw):
     """The settings of a simulated screen, for fresh cells (`draw`) under the same microscopes."""
-    note = opened.manifest.path.parent / "simulation.json"
-    if not note.exists():
+    screen = read_screen(opened.manifest)
+    if screen is None:
         raise data.DataError(f"{opened.manifest.path} is not simulated: the truth is not known "
                              "(for real plates: --by)")
     if opened.settings.binning != 1 or opened.settings.crop:
         raise UserError("the model sees binned or cropped images, the simulator draws whole fields")
-    return replace(data.Screen(**json.loads(note.read_text())), draw=draw)
-
-
-def photographs(rows, screen, intensity):
-    """Fresh fields of view for rows as in data.layout: (N, C, H, W) in [-1, 1]."""
-    images = np.stack([f["image"] for f in data.draw_fields(rows, screen, counterpart=False)])
-    return torch.from_numpy(data.scale_intensity(images, intensity))
+    return replace(screen, draw=draw)
 
 
 class SimulatedFactorial:
@@ -783,7 +1011,7 @@ class SimulatedFactorial:
 
     def requests(self, fields):
         """What a model with these fields is asked for, {field: [biology * experiment * seeds]}."""
-        return {f.name: [str(r.get(f.name, "")) for r in self.rows()] for f in fields}
+        return columns_of(self.rows(), fields)
 
     def held(self, kind):
         """Which places (biology, experiment) of the factorial are held-out pairs of this kind."""
@@ -831,39 +1059,6 @@ class RealFactorial:
                               for e in self.experiment] for b in self.biology])
 
 
-@dataclass
-class Request:
-    """How images are asked for."""
-    guidance: dict
-    form: str = "nested"
-    interval: tuple = INTERVAL
-    rescale: float = 0.
-    steps: int = 15
-    sampler: str = "ddim"
-
-
-def request_of(args, model, **changes):
-    """A request from the command line; weights only for groups that the model has."""
-    words = dict(guidance=args.guidance, form=args.form, interval=tuple(args.interval),
-                 rescale=args.rescale, steps=args.steps) | changes
-    kept = {g: w for g, w in words["guidance"].items() if g in model.groups}
-    return Request(**words | {"guidance": model.weights(kept)})
-
-
-def generate(model, columns, seeds, request):
-    """Images of a request, in bf16 where that pays. What is asked for twice (of a model that is
-    told no batch, the same in every batch) is drawn once."""
-    keys = list(zip(seeds, *columns.values()))
-    place = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-    first = [keys.index(key) for key in place]
-    with autocast():
-        images = model.generate({k: [v[i] for i in first] for k, v in columns.items()},
-                                [seeds[i] for i in first], request.guidance, request.form,
-                                request.steps, sampler=request.sampler,
-                                interval=request.interval, rescale=request.rescale)
-    return images[[place[key] for key in keys]]
-
-
 def generate_places(model, factorial, request, where=None):
     """Images (places * seeds, C, H, W) of the places of a factorial (b, e) that `where` says, all
     by default. Seed s is the same noise in each."""
@@ -881,35 +1076,30 @@ class Truth:
     from them. Drawn once, and compared with many models."""
 
     def __init__(self, factorial, probe=None, radius=NUCLEUS_RADIUS, more=4):
-        self.factorial, self.probe, self.radius = factorial, probe, radius
-        self.standardise = feature_scale(factorial.opened, radius)
+        self.factorial, self.probe = factorial, probe
+        self.measure = morphology(factorial.opened, radius)
         self.images = factorial.truth(0)
-        self.a = self.measure(self.images)
+        self.a = self.places(self.images)
         # several times as many on the other side: the distance to them is less noisy
-        self.b = torch.cat([self.measure(factorial.truth(2 * k + 1)) for k in range(more)], 2)
+        self.b = torch.cat([self.places(factorial.truth(2 * k + 1)) for k in range(more)], 2)
         self.omega = omega_squared(self.a, factorial.blocked)
         self.scores = self.named_right(self.images)
 
-    def features(self, images):
-        found = features(images, self.factorial.opened.model.channels, radius=self.radius)
-        return self.standardise(found)
-
-    def measure(self, images):
+    def places(self, images):
         """Images of all places to standardised features (biology, experiment, seeds, F)."""
         f = self.factorial
-        return self.features(images).view(len(f.biology), len(f.experiment), f.seeds, -1)
+        return self.measure(images).view(len(f.biology), len(f.experiment), f.seeds, -1)
 
     def distance(self, y, where):
         """Kernel distance of y (b, e, n, F) to the truth, per place, averaged over `where`."""
-        return float(np.mean([kernel_distance(y[i, j], self.b[i, j])
-                              for i, j in where.nonzero().tolist()] or [np.nan]))
+        return mean_distance((y[i, j], self.b[i, j]) for i, j in where.nonzero().tolist())
 
     def ceiling(self, where):
         """The true images of one place against those of places that differ in both."""
         b, e, n, _ = self.a.shape
-        return float(np.mean([kernel_distance(self.a[k, m], self.b[i, j, :2 * n])
-                              for i, j in where.nonzero().tolist() for k in range(b)
-                              for m in range(e) if k != i and m != j] or [np.nan]))
+        return mean_distance((self.a[k, m], self.b[i, j, :2 * n])
+                             for i, j in where.nonzero().tolist() for k in range(b)
+                             for m in range(e) if k != i and m != j)
 
     def named_right(self, images):
         """{"mechanism", "batch": (b, e, n)}, 1 where the probe names it; {} without a probe."""
@@ -919,13 +1109,8 @@ class Truth:
         return {k: hit.float().view(self.a.shape[:3]) for k, hit in hits.items()}
 
 
-def over_seeds(statistic, seeds, repeats=100):
-    """5 to 95 % of statistic(indices), a dict of numbers, over random halves of the seeds: a half
-    drawn without replacement varies about the whole as the whole about the population."""
-    rng, whole = np.random.default_rng(0), statistic(torch.arange(seeds))
-    values = [statistic(torch.from_numpy(np.sort(rng.permutation(seeds)[:max(2, seeds // 2)])))
-              for _ in range(repeats)]
-    return {k: around(whole[k], [v[k] for v in values]) for k in whole}
+def simulated_truth(opened, args):
+    return Truth(SimulatedFactorial(opened, args.images), screen_probe(opened))
 
 
 def named_run(model, factorial):
@@ -941,7 +1126,7 @@ def disentangle_one(model, truth, request):
     """The figures of one model under one request, as one line of results.jsonl."""
     f = truth.factorial
     images = generate_places(model, f, request)
-    y, hits = truth.measure(images), truth.named_right(images)
+    y, hits = truth.places(images), truth.named_right(images)
     held = {k: f.held(k) for k in ("val", "test")}
     seen = ~(held["val"] | held["test"])
     target = held["test"] if held["test"].any() else seen
@@ -964,64 +1149,90 @@ def disentangle_one(model, truth, request):
               "distance_val": truth.distance(y, held["val"]),
               "floor": truth.distance(truth.a, target), "ceiling": truth.ceiling(target)}
     omega = omega_squared(y)
-    return entry | {"omega": {k: omega[k].tolist() for k in ("biology", "experiment",
-                                                             "interaction")}}
+    return entry | {"omega": {k: omega[k].tolist() for k in PARTS}}
 
 
-# --- studies: many such lines, kept in results.jsonl so that a restart skips what is done ---------
+TABLE = ("leak_e_to_b", "leak_b_to_e", "effect_biology", "effect_experiment", "probe_mechanism",
+         "probe_batch", "distance_seen", "distance_heldout")
+
+
+def print_lines(lines):
+    """A table: one line per measurement, leaks and probes as they are, distances x 1000."""
+    e = lines[0]
+    truth = {"leak_e_to_b": 0., "leak_b_to_e": 0., "effect_biology": 1., "effect_experiment": 1.,
+             "probe_mechanism": e.get("probe_mechanism_real"),
+             "probe_batch": e.get("probe_batch_real"), "distance_heldout": e["floor"]}
+    every = [(line["label"], line) for line in lines] + [
+        ("the truth itself (floor)", truth),
+        ("wrong places (ceiling)", {"distance_heldout": e["ceiling"]})]
+    print_table("", {name.replace("probe_", "").replace("distance_", "1000 d. "):
+                     ".0f" if "distance" in name else ".3f" for name in TABLE},
+                [(label, *(1000 * found[name] if "distance" in name and name in found
+                           else found.get(name) for name in TABLE)) for label, found in every])
+
+
+def draw_lines(path, lines):
+    """Effects, leaks, probes and distances of several measurements, with their marks."""
+    def column(name):
+        return [(line.get(name, np.nan), line.get(f"{name}_interval")) for line in lines]
+    draw_rows(path, [line["label"] for line in lines], [
+        (title, {name: column(name) for name in names}, mark) for title, names, mark in (
+            ("effect, as a share of the true one", ("effect_biology", "effect_experiment"), 1.),
+            ("leak", ("leak_e_to_b", "leak_b_to_e"), 0.),
+            ("share named right", ("probe_mechanism", "probe_batch"), 1.),
+            ("kernel distance", ("distance_seen", "distance_heldout"), lines[0]["floor"]))])
+
+
+def draw_shares(path, truth, line):
+    """Each feature's share of variance by biology and by experiment: truth and generated, joined
+    by a line. What is disentangled lies on the axes; what leaks moves off them."""
+    true = np.array([truth.omega[k].tolist() for k in ("experiment", "biology")])      # (2, F)
+    found = np.array([line["omega"][k] for k in ("experiment", "biology")])
+    with figure(path, figsize=(5, 4.6)) as axis:
+        axis.plot(*np.stack([true, found], 1), color=".8", lw=.6)                # a line a feature
+        axis.scatter(*true, s=14, color="k", label="truth")
+        axis.scatter(*found, s=14, color="tab:red", label=f"generated: {line['label']}")
+        axis.set(xlabel="share of variance by experiment (omega^2)", ylabel="by biology (omega^2)")
+        axis.legend(fontsize=8)
+
+
+def disentangle(args):
+    """The tables of `evaluate.py disentangle`."""
+    if args.quick:
+        args.images, args.train_steps, args.seeds = 216, 600, args.seeds[:1]
+        args.confounding = args.confounding or [.9]
+        CLASSIFIER.update(images=540, steps=200)
+    out, lines = Path(args.out), None
+    results = Results(out / "results.jsonl")
+    if args.study == "shortcut":
+        study_shortcut(args, results)
+    elif args.study == "pairs":
+        if not args.by:
+            raise UserError("--study pairs needs --by, such as --by compound plate")
+        study_pairs(open_model(args), args, results)
+    elif args.study == "arms":
+        lines = study_arms(args, results)
+    else:
+        opened = open_model(args)
+        truth = Truth(RealFactorial(opened, args.by, args.images), radius=args.nucleus_radius) \
+            if args.by else simulated_truth(opened, args)
+        if args.study == "transfer":
+            study_transfer(opened, truth, results, args)
+        else:
+            lines = study_checkpoint(opened, truth, results, args)
+    if lines:
+        print_lines(lines)
+        draw_lines(out / f"{args.study}.png", lines)
+        print(f"wrote {out}/{args.study}.png")
+    print(f"every line is in {out}/results.jsonl")
+
+
+# --- studies of one checkpoint --------------------------------------------------------------------
 
 WEIGHTS_TRIED = [(1, 1), (1.5, 1.5), (2, 1), (2, 1.5), (2, 2), (2.5, 2.5), (3, 2), (3, 3), (4, 2)]
 FORMS_TRIED = [dict(form=form, interval=interval) for interval in ((0., 1.), INTERVAL)
                for form in FORMS] + [dict(form="nested", interval=(0., 1.), rescale=.7)]
 SAMPLERS_TRIED = [dict(sampler=s, steps=n) for n in (5, 10, 15, 30, 60) for s in SAMPLERS]
-TABLE = ("leak_e_to_b", "leak_b_to_e", "effect_biology", "effect_experiment", "probe_mechanism",
-         "probe_batch", "distance_seen", "distance_heldout")
-
-
-class Results:
-    """results.jsonl: one line per finished measurement, named by what it is a measurement of."""
-
-    def __init__(self, path):
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.done = {json.dumps(e["key"], sort_keys=True): e for e in map(json.loads, lines)}
-
-    def get(self, key, measure):
-        """The line of this key (a dict), measured if it is not there yet."""
-        name = json.dumps(key, sort_keys=True)
-        if name not in self.done:
-            self.done[name] = {"key": json.loads(name)} | measure()
-            write_log(self.path, **self.done[name])
-        return self.done[name]
-
-
-def finger(path):
-    """The first letters of a file's hash: another file of the same name is another result."""
-    return hashlib.sha1(Path(path).read_bytes()).hexdigest()[:12]
-
-
-def trained(config):
-    """Train a diffusion model unless it is there, going on from where it was interrupted."""
-    path = Path(config.out) / "model.pt"
-    config.resume = path.exists() and load_checkpoint(path, "ldm", "")["step"] < config.steps
-    return train_ldm.train(config)
-
-
-def print_lines(lines):
-    """A table: one line per measurement, leaks and probes as they are, distances x 1000."""
-    print(f"\n{'':34s}" + "".join(f"{name.replace('probe_', '').replace('distance_', 'd. '):>19s}"
-                                  for name in TABLE))
-
-    def row(label, values):
-        print(f"{label:34s}" + "".join(f"{1000 * v:19.0f}" if "distance" in name else f"{v:19.3f}"
-                                       for name, v in zip(TABLE, values)))
-    for line in lines:
-        row(line["label"], [line.get(name, np.nan) for name in TABLE])
-    line = lines[0]
-    row("the truth itself (floor)", [0, 0, 1, 1, line.get("probe_mechanism_real", np.nan),
-                                     line.get("probe_batch_real", np.nan), np.nan, line["floor"]])
-    row("wrong places (ceiling)", [np.nan] * 7 + [line["ceiling"]])
 
 
 def planned(args, model):
@@ -1033,15 +1244,14 @@ def planned(args, model):
         return [(f"weights {b:g}, {e:g}", args.checkpoint,
                  {"guidance": dict(biology=b, experiment=e)}) for b, e in WEIGHTS_TRIED]
     if args.study == "forms":
-        return [(label(changes), args.checkpoint, changes) for changes in FORMS_TRIED]
+        return [(label(c), args.checkpoint, c) for c in FORMS_TRIED]
     if args.study == "samplers":
         return [(f"{c['steps']} steps, {c['sampler']}", args.checkpoint, c) for c in SAMPLERS_TRIED]
     if args.study == "training":
-        files = sorted(Path(args.checkpoint).parent.glob("step-*.pt"),
-                       key=lambda p: int(p.stem.split("-")[1]))
+        files = train_vae.step_files(Path(args.checkpoint).parent)
         if not files:
             raise UserError(f"no step-*.pt beside {args.checkpoint}: train with --keep 1000")
-        return [(f"step {file.stem.split('-')[1]}", str(file), {}) for file in files]
+        return [(file.stem.replace("-", " "), str(file), {}) for file in files]
     weights = ", ".join(f"{g} {w:g}" for g, w in model.weights(args.guidance).items())
     return [(weights, args.checkpoint, {})]
 
@@ -1059,12 +1269,11 @@ def study_checkpoint(opened, truth, results, args):
         lines.append(results.get(key, lambda: {"label": label} | disentangle_one(
             Model.load(path), truth, request)))
     if args.study == "model":
-        parts = ("biology", "experiment", "interaction")
-        print(f"\n{'share of variance (omega^2)':28s}" + "".join(f"{p:>20s}" for p in parts)
-              + f"\n{'':28s}" + f"{'truth':>10s}{'generated':>10s}" * 3)
-        for k, name in enumerate(feature_names(opened.model.channels)):
-            print(f"{name:28s}" + "".join(
-                f"{truth.omega[p][k]:10.2f}{lines[0]['omega'][p][k]:10.2f}" for p in parts))
+        print_table("share of variance (omega^2)", {
+            f"{part}, {of}": ".2f" for part in PARTS for of in ("truth", "generated")}, [
+            (name, *(v for part in PARTS for v in (truth.omega[part][k],
+                                                   lines[0]["omega"][part][k])))
+            for k, name in enumerate(feature_names(opened.model.channels))])
     draw_shares(Path(args.out) / f"{args.study}-features.png", truth, lines[-1])
     return lines
 
@@ -1104,24 +1313,18 @@ def train_arm(args, arm, confounding, seed):
         out=f"{args.out}/{arm}-{confounding:g}-{seed}-{args.train_steps}"))
 
 
-def open_trained(args, path):
-    """As open_model, for a checkpoint that a study has trained."""
-    return open_model(SimpleNamespace(checkpoint=str(path), data=None, steps=args.steps,
-                                      guidance={}))
-
-
 def try_guidance(model, truth, args, form, b, e):
     """A form and weights tried on the validation pairs: (kernel distance to the truth, share of
     mechanisms and batches that the probe reads)."""
     where, n = truth.factorial.held("val"), truth.factorial.seeds
-    places, kept = where.nonzero().tolist(), where.flatten().repeat_interleave(n)
-    rows = [r for r, k in zip(truth.factorial.rows(), kept) if k]
+    kept = where.flatten().repeat_interleave(n)
     request = request_of(args, model, form=form, guidance=dict(biology=b, experiment=e))
     images = generate_places(model, truth.factorial, request, where)
-    y = truth.features(images).unflatten(0, (len(places), n))
-    distance = np.mean([kernel_distance(y[k], truth.b[i, j]) for k, (i, j) in enumerate(places)])
-    read = named_right(truth.probe, images, rows) if truth.probe else {}
-    return float(distance), float(np.mean([hit.float().mean() for hit in read.values()] or [0.]))
+    y = truth.measure(images).unflatten(0, (-1, n))                       # (places, n, F)
+    read = named_right(truth.probe, images, list(itertools.compress(
+        truth.factorial.rows(), kept))) if truth.probe else {}
+    return mean_distance(zip(y, truth.b[where])), float(np.mean(
+        [hit.float().mean() for hit in read.values()] or [0.]))
 
 
 def best_guidance(settings, found):
@@ -1135,46 +1338,42 @@ def best_guidance(settings, found):
 
 def study_arms(args, results):
     """The arms at several confoundings, each at its own best guidance."""
-    lines, truth = [], None
-    runs = RUNS if args.confounding is None else itertools.product(args.confounding, args.seeds)
-    seeds = {}
-    for confounding, seed in runs:
-        seeds.setdefault(confounding, []).append(seed)
+    lines, truths, seeds = [], [], defaultdict(list)
+    for confounding, seed in (RUNS if args.confounding is None else
+                              itertools.product(args.confounding, args.seeds)):
+        seeds[confounding].append(seed)
     same = {"vae": finger(args.vae)} | {k: getattr(args, k) for k in (
         "train_steps", "images", "steps", "interval", "rescale")}
 
     @functools.lru_cache(1)  # the weights of an arm are tried on one model after another
-    def opened(arm, confounding, seed):
-        nonlocal truth
-        found = open_trained(args, train_arm(args, arm, confounding, seed))
-        # cells and intensities are the same at any confounding: one truth for all
-        truth = truth or simulated_truth(found, args)
-        return found.model
+    def model_and_truth(arm, confounding, seed):
+        opened = open_trained(args, train_arm(args, arm, confounding, seed))
+        if not truths:  # cells and intensities are the same at any confounding: one truth for all
+            truths.append(simulated_truth(opened, args))
+        return opened.model, truths[0]
+
+    def key_of(run):
+        return dict(zip(("arm", "confounding", "seed"), run)) | same
+
+    def tried(run, setting):
+        return results.get(key_of(run) | {"tried": setting}, lambda: {"found": try_guidance(
+            *model_and_truth(*run), args, *setting)})["found"]
+
+    def measured(run, form, b, e):
+        (arm, confounding, seed), (model, truth) = run, model_and_truth(*run)
+        request = request_of(args, model, form=form, guidance=dict(biology=b, experiment=e))
+        return {"label": f"{arm}, {confounding:g}, {seed} ({form} {b:g}, {e:g})"} | disentangle_one(
+            model, truth, request) | {"confounding": confounding}  # the truth's may be another
 
     for confounding, arm in itertools.product(seeds, args.arms):
-        keys = [{"arm": arm, "confounding": confounding, "seed": seed} | same
-                for seed in seeds[confounding]]
-        found = [[results.get(key | {"tried": tried}, lambda: {"found": try_guidance(
-            opened(arm, confounding, key["seed"]), truth, args, *tried)})["found"]
-            for tried in TRIED[arm]] for key in keys]
-        form, b, e = best_guidance(TRIED[arm], found)
-        for key in keys:
-            def measured():
-                model = opened(arm, confounding, key["seed"])
-                request = request_of(args, model, form=form,
-                                     guidance=dict(biology=b, experiment=e))
-                label = f"{arm}, {confounding:g}, {key['seed']} ({form} {b:g}, {e:g})"
-                return {"label": label} | disentangle_one(model, truth, request) | {
-                    "confounding": confounding}  # the truth may be that of another screen
-            lines.append(results.get(
-                key | {"form": form, "w_biology": b, "w_experiment": e}, measured))
+        runs = [(arm, confounding, seed) for seed in seeds[confounding]]
+        best = best_guidance(TRIED[arm], [[tried(run, setting) for setting in TRIED[arm]]
+                                          for run in runs])
+        for run in runs:
+            key = key_of(run) | dict(zip(("form", "w_biology", "w_experiment"), best))
+            lines.append(results.get(key, lambda: measured(run, *best)))
             print_lines(lines[-1:])
     return lines
-
-
-def simulated_truth(opened, args):
-    return Truth(SimulatedFactorial(opened, args.images),
-                 screen_probe(opened.manifest.path.parent, opened.model))
 
 
 # --- the shortcut: does a classifier profit from images drawn without confounding? ----------------
@@ -1206,21 +1405,53 @@ def balancing(mechanism, batch):
 
 
 class Labelled:
-    """Images (N, C, H, W) with the mechanism and batch of each."""
+    """Images (N, C, H, W) and their rows, with the mechanism and batch of each."""
 
     def __init__(self, images, rows):
-        self.images = images
+        self.images, self.rows = images, rows
         self.mechanism, self.batch = (np.array([r[k] for r in rows])
                                       for k in ("true_mechanism", "batch"))
+
+    def take(self, places):
+        return Labelled(self.images[torch.as_tensor(places)], [self.rows[i] for i in places])
+
+    def __add__(self, other):
+        return Labelled(torch.cat([self.images, other.images]), self.rows + other.rows)
 
     def standardised(self):
         control = torch.from_numpy(self.mechanism == "none")
         return standardise_on_controls(self.images, self.batch, control)
 
 
-def balanced_accuracy(said, true):
-    """Mean over classes of the share named right: a class counts once, however common it is."""
-    return float(np.mean([np.mean(said[true == name] == name) for name in np.unique(true)]))
+def photographed(opened, confounding, draw, count, seed, within=None):
+    """`count` images of a screen of this confounding: of seen molecules, controls and doses above
+    half effect; of rows `within` only."""
+    screen = replace(simulated_screen(opened, draw), confounding=confounding)
+    rows = [r for i, r in enumerate(data.layout(screen)) if (within is None or i in within)
+            and r["split"] not in ("test_substituent", "test_scaffold")
+            and (r["role"] == "control" or r["true_effect"] >= .5)]
+    rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:count]]
+    return Labelled(photographs(rows, screen, opened.model.intensity), rows)
+
+
+def made_balanced(opened, request, count, seed):
+    """About `count` generated images in which mechanism and batch are independent."""
+    rows = SimulatedFactorial(opened, count).rows(requests=1000 * (seed + 1))
+    seeds = range(10_000 * seed, 10_000 * seed + len(rows))
+    return Labelled(generate(opened.model, columns_of(rows, opened.model.fields), seeds, request),
+                    rows)
+
+
+def classify(training, images, test, test_images, seed, weights=None):
+    """A mechanism classifier trained on images of `training`: the mean over classes of the share
+    of test images that it names right. A class counts once, however common it is."""
+    answers = ["none", *data.MECHANISMS]
+    labels = {"mechanism": torch.tensor([answers.index(m) for m in training.mechanism])}
+    probe = train_probe(images, {"mechanism": answers}, labels, CLASSIFIER["steps"], seed,
+                        weights=weights)
+    said = np.array(answers)[answer(probe, test_images)["mechanism"].numpy()]
+    return float(np.mean([np.mean(said[test.mechanism == m] == m)
+                          for m in np.unique(test.mechanism)]))
 
 
 def study_shortcut(args, results):
@@ -1230,57 +1461,32 @@ def study_shortcut(args, results):
     confounding, n = .9, CLASSIFIER["images"]
     checkpoint = train_arm(args, "balanced", confounding, 0)
     opened = open_trained(args, checkpoint)
-    screen, train = simulated_screen(opened, 0), set(opened.train)
-    answers, request = ["none", *data.MECHANISMS], request_of(args, opened.model)
-
-    def photographed(confounding, draw, count, seed, within=None):
-        """`count` images of seen molecules, controls and doses above half effect."""
-        here = replace(screen, confounding=confounding, draw=draw)
-        rows = [r for i, r in enumerate(data.layout(here)) if (within is None or i in within)
-                and r["split"] not in ("test_substituent", "test_scaffold")
-                and (r["role"] == "control" or r["true_effect"] >= .5)]
-        rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:count]]
-        return Labelled(photographs(rows, here, opened.model.intensity), rows)
-
-    def made(seed):
-        factorial = SimulatedFactorial(opened, n)
-        rows = factorial.rows(requests=1000 * (seed + 1))
-        columns = {f.name: [str(r.get(f.name, "")) for r in rows] for f in opened.model.fields}
-        seeds = list(range(10_000 * seed, 10_000 * seed + len(rows)))
-        return Labelled(generate(opened.model, columns, seeds, request), rows)
+    request, train = request_of(args, opened.model), set(opened.train)
+    test = photographed(opened, 0., 4000, CLASSIFIER["test_images"], 0)
 
     def measured(seed):
-        short, free = photographed(confounding, 0, n, seed, train), made(seed)
-        best, both = photographed(0., 5000 + seed, n, seed), copy.copy(short)
-        half = np.random.default_rng(seed).permutation(len(free.images))[:n // 2]
-        both.images = torch.cat([short.images[:n - n // 2], free.images[torch.from_numpy(half)]])
-        both.mechanism = np.concatenate([short.mechanism[:n - n // 2], free.mechanism[half]])
-
-        def score(training, images, test_images, weights=None):
-            labels = {"mechanism": torch.tensor([answers.index(m) for m in training.mechanism])}
-            probe = train_probe(images, {"mechanism": answers}, labels, CLASSIFIER["steps"], seed,
-                                weights=weights)
-            said = np.array(answers)[answer(probe, test_images)["mechanism"].numpy()]
-            return balanced_accuracy(said, test.mechanism)
-        scores = {name: score(x, x.images, test.images) for name, x in (
-            ("confounded", short), ("generated", free), ("both together", both),
-            ("unconfounded", best))}
-        scores["standardised on controls"] = score(short, short.standardised(), test.standardised())
-        scores["reweighted"] = score(short, short.images, test.images,
-                                     balancing(short.mechanism, short.batch))
+        short = photographed(opened, confounding, 0, n, seed, train)
+        free = made_balanced(opened, request, n, seed)
+        half = np.random.default_rng(seed).permutation(len(free.rows))[:n // 2]
+        sets = {"confounded": short, "generated": free,
+                "both together": short.take(range(len(short.rows))[:n - n // 2]) + free.take(half),
+                "unconfounded": photographed(opened, 0., 5000 + seed, n, seed)}
+        scores = {name: classify(x, x.images, test, test.images, seed) for name, x in sets.items()}
+        scores["standardised on controls"] = classify(short, short.standardised(), test,
+                                                      test.standardised(), seed)
+        scores["reweighted"] = classify(short, short.images, test, test.images, seed,
+                                        balancing(short.mechanism, short.batch))
         gap = scores["unconfounded"] - scores["confounded"] or math.nan
         return {"seed": seed, "confounding": confounding, "scores": scores,
                 "closed": {k: (v - scores["confounded"]) / gap for k, v in scores.items()}}
 
-    test = photographed(0., 4000, CLASSIFIER["test_images"], 0)
     lines = [results.get({"shortcut": seed, "checkpoint": finger(checkpoint), "classifier":
                           CLASSIFIER} | vars(request), lambda: measured(seed))
              for seed in args.seeds]
-    print(f"\n{'mechanism classifier trained on':34s}{'accuracy':>12s}{'gap closed':>24s}")
-    for name in lines[0]["scores"]:
-        accuracy, closed = ([line[k][name] for line in lines] for k in ("scores", "closed"))
-        print(f"{name:34s}{np.mean(accuracy):12.3f}{np.mean(closed):12.2f} "
-              f"({min(closed):.2f} to {max(closed):.2f})")
+    closed = {name: [line["closed"][name] for line in lines] for name in lines[0]["scores"]}
+    print_table("mechanism classifier trained on", {"accuracy": ".3f", "gap closed": ".2f"}, [
+        (name, np.mean([line["scores"][name] for line in lines]),
+         (np.mean(shares), (min(shares), max(shares)))) for name, shares in closed.items()])
 
 
 # --- transfer: the same cells in another batch, or treated ----------------------------------------
@@ -1297,50 +1503,51 @@ def study_transfer(opened, truth, results, args, steps=50):
         raise UserError("--study transfer needs the simulator: the same cells elsewhere")
     b, e, n = len(f.biology), len(f.experiment), f.seeds
     rows, place = f.rows(), np.arange(b * e * n).reshape(b, e, n)[:, :, 0]
-    tasks = {"another batch": (place.ravel(), np.roll(place, -1, 1).ravel()),
-             "treated": (np.repeat(place[:1], b - 1, 0).ravel(), place[1:].ravel())}
-    biological = truth.omega["biology"] > truth.omega["experiment"]
-    print(f"\n{'edited to':16s}{'L1 to the truth: before':>26s}{'after':>8s}{'moved':>8s}"
-          f"{'drift':>8s}{'(true)':>8s}")
-    for name, (start, goal) in tasks.items():
-        side = biological if name == "treated" else ~biological
+    biological = truth.omega["biology"] > truth.omega["experiment"]      # (F,)
 
-        def measured():
-            columns = [{field.name: [str(rows[i].get(field.name, "")) for i in where]
-                        for field in model.fields} for where in (start, goal)]
-            edited = model.edit(truth.images[start], *columns, args.guidance, args.form, steps,
-                                interval=args.interval)
-            before, true = (reconstruct(model.vae, truth.images[i])[0] for i in (start, goal))
-            y = [truth.features(x) for x in (before, edited, true)]
-            change, wanted = y[1] - y[0], y[2] - y[0]
-            return {"task": name, "images": len(start),
-                    "l1_before": (before - true).abs().mean().item() / 2,
-                    "l1_after": (edited - true).abs().mean().item() / 2,
-                    "moved": ((change * wanted)[:, side].sum()
-                              / wanted[:, side].square().sum()).item(),
-                    "drift": change[:, ~side].square().mean().sqrt().item(),
-                    "true_drift": wanted[:, ~side].square().mean().sqrt().item()}
-        line = results.get({"transfer": name, "checkpoint": finger(args.checkpoint), "steps": steps,
-                            "images": args.images, "guidance": args.guidance, "form": args.form,
-                            "interval": args.interval},
-                           measured)
-        print(f"{name:16s}{line['l1_before']:26.4f}{line['l1_after']:8.4f}{line['moved']:8.2f}"
-              f"{line['drift']:8.2f}{line['true_drift']:8.2f}")
+    def measured(name, start, goal, side):
+        source, target = (columns_of([rows[i] for i in places], model.fields)
+                          for places in (start, goal))
+        edited = model.edit(truth.images[start], source, target, args.guidance, args.form, steps,
+                            interval=args.interval)
+        before, true = (reconstruct(model.vae, truth.images[i])[0] for i in (start, goal))
+        y, y_edited, y_true = (truth.measure(x) for x in (before, edited, true))
+        change, wanted = y_edited - y, y_true - y
+        return {"task": name, "images": len(start),
+                "l1_before": (before - true).abs().mean().item() / 2,
+                "l1_after": (edited - true).abs().mean().item() / 2,
+                "moved": ((change * wanted)[:, side].sum()
+                          / wanted[:, side].square().sum()).item(),
+                "drift": change[:, ~side].square().mean().sqrt().item(),
+                "true_drift": wanted[:, ~side].square().mean().sqrt().item()}
+
+    lines = [results.get({"transfer": task[0], "checkpoint": finger(args.checkpoint),
+                          "steps": steps, "images": args.images, "guidance": args.guidance,
+                          "form": args.form, "interval": args.interval}, lambda: measured(*task))
+             for task in (("another batch", place.ravel(), np.roll(place, -1, 1).ravel(),
+                           ~biological),
+                          ("treated", np.repeat(place[:1], b - 1, 0).ravel(), place[1:].ravel(),
+                           biological))]
+    print_table("edited to", {"L1 to the truth: before": ".4f", "after": ".4f", "moved": ".2f",
+                              "drift": ".2f", "(true)": ".2f"}, [
+        (e["task"], *(e[k] for k in ("l1_before", "l1_after", "moved", "drift", "true_drift")))
+        for e in lines])
 
 
 # --- real plates: pairs left out in turn ----------------------------------------------------------
 
 def write_split(opened, path, held, cells):
-    """The manifest with a column split: cells in `held` are test, a tenth of the rest val."""
+    """The manifest with a column split, unless it is there: cells in `held` are test, a tenth of
+    the rest val. Returns its path."""
+    if path.exists():
+        return str(path)
     m, rng = opened.manifest, np.random.default_rng(0)
-    rows = []
-    for i in range(len(m)):
+    rows = records(m, range(len(m)))
+    for i, row in enumerate(rows):
         files = [str(Path(f).resolve()) for f in m.files[i]]
         names = m.channels if len(files) == len(m.channels) else ["image"]
-        split = "test" if cells[i] in held else "val" if rng.random() < .1 else "train"
-        rows.append({k: v[i] for k, v in m.columns.items()} | dict(zip(names, files))
-                    | {"split": split})
-    path.unlink(missing_ok=True)  # of an interrupted run
+        row |= dict(zip(names, files)) | {
+            "split": "test" if cells[i] in held else "val" if rng.random() < .1 else "train"}
     data.write_manifest(path, rows)
     return str(path)
 
@@ -1357,17 +1564,15 @@ def study_pairs(opened, args, results):
     pairs = [(treatments[1 + k % (len(treatments) - 1)], plate)
              for k, plate in enumerate(factorial.experiment)]
     left_out = {f"{t} x {plate}" for t, plate in pairs}
-    if not (out / "split-vae.csv").exists():
-        write_split(opened, out / "split-vae.csv", left_out, cells)
     vae = train_vae.trained(train_vae.Config(**opened.model.content["vae"]["settings"] | {
-        "data": str(out / "split-vae.csv"), "split": "auto", "out": str(out / "pairs-vae")}))
+        "data": write_split(opened, out / "split-vae.csv", left_out, cells), "split": "auto",
+        "out": str(out / "pairs-vae")}))
 
     def measured(treatment, plate):
-        manifest = out / f"split-{plate}.csv"
-        if not manifest.exists():
-            write_split(opened, manifest, {f"{treatment} x {plate}"}, cells)
         config = train_ldm.Config(**opened.model.content["settings"] | {
-            "data": str(manifest), "vae": str(vae), "out": str(out / f"pairs-{plate}")})
+            "data": write_split(opened, out / f"split-{plate}.csv", {f"{treatment} x {plate}"},
+                                cells),
+            "vae": str(vae), "out": str(out / f"pairs-{plate}")})
         here = SimpleNamespace(**vars(opened) | {"model": Model.load(trained(config))})
         rng = np.random.default_rng(0)
         known = np.array([i for i, (cell, p) in enumerate(zip(cells, plates))
@@ -1378,123 +1583,37 @@ def study_pairs(opened, args, results):
         entry = {"left_out": f"{treatment} x {plate}"}
         for t in (treatments[0], treatment):
             cell = f"{t} x {plate}"
-            for name, x in beside(here, args, cell, factorial.asked[cell],
-                                  np.flatnonzero(cells == cell), n, n).items():
+            for name, x in drawn_and_real(here, args, factorial.asked[cell],
+                                          np.flatnonzero(cells == cell), n, n).items():
                 right = answer(probe, x)["treatment"] == treatments.index(t)
                 entry[f"{t}: {name}"] = summarise(x, here.model.channels, args.nucleus_radius) | {
                     "named right": right.float().mean().item()}
         return entry
 
+    columns = summarised(opened.model.channels) | {"named right": "named right"}
     for treatment, plate in pairs:
         line = results.get({"pair": f"{treatment} x {plate}", "vae": finger(vae), "images": n,
                             "guidance": args.guidance, "form": args.form, "also": args.also,
                             "interval": args.interval},
                            lambda: measured(treatment, plate))
-        print(f"\nleft out: {line['left_out']}")
-        for name, values in list(line.items())[2:]:
-            print(f"  {name:28s}" + "  ".join(f"{k.replace('_mean', '')} {v:.3f}"
-                                              for k, v in values.items()))
-
-
-# --- the sub-command ------------------------------------------------------------------------------
-
-def draw_shares(path, truth, line):
-    """Each feature's share of variance by biology and by experiment: truth and generated, joined
-    by a line. What is disentangled lies on the axes; what leaks moves off them."""
-    import matplotlib.pyplot as plt
-    fig, axis = plt.subplots(figsize=(5, 4.6))
-    true = np.array([truth.omega[k].tolist() for k in ("experiment", "biology")])
-    found = np.array([line["omega"][k] for k in ("experiment", "biology")])
-    axis.plot(*np.stack([true, found], 1), color=".8", lw=.6)  # x and y (2, F): one line a feature
-    axis.scatter(*true, s=14, color="k", label="truth")
-    axis.scatter(*found, s=14, color="tab:red", label=f"generated: {line['label']}")
-    axis.set(xlabel="share of variance by experiment (omega^2)", ylabel="by biology (omega^2)")
-    axis.legend(fontsize=8)
-    fig.tight_layout()
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
-
-
-def draw_rows(path, labels, panels):
-    """Dots in rows: panels [(title, {name: [(value, interval or None) for each label]}, mark)]."""
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, len(panels), figsize=(3.8 * len(panels), 1.6 + .28 * len(labels)),
-                             sharey=True)
-    for axis, (title, series, mark) in zip(axes, panels):
-        for k, (name, values) in enumerate(series.items()):
-            y = np.arange(len(labels))[::-1] + .12 * (1 - k)
-            axis.plot([v for v, _ in values], y, "so^"[k % 3], ms=5, color=f"C{k}",
-                      label=name.replace("_", " "))
-            for (_, interval), place in zip(values, y):
-                axis.plot(interval or [], [place] * len(interval or []), color=f"C{k}", lw=1)
-        if mark is not None:
-            axis.axvline(mark, color="k", lw=.6)
-        axis.set_title(title, fontsize=9), axis.grid(alpha=.3)
-        axis.legend(fontsize=7, ncols=2, loc="upper center", frameon=False,
-                    bbox_to_anchor=(.5, -.45 / (1.6 + .28 * len(labels))))     # below the axis
-    axes[0].set_yticks(range(len(labels)), labels[::-1], fontsize=8)
-    fig.tight_layout()
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
-
-
-def draw_lines(path, lines):
-    """Effects, leaks, probes and distances of several measurements, with their marks."""
-    def column(name):
-        return [(line.get(name, np.nan), line.get(f"{name}_interval")) for line in lines]
-    draw_rows(path, [line["label"] for line in lines], [
-        (title, {name: column(name) for name in names}, mark) for title, names, mark in (
-            ("effect, as a share of the true one", ("effect_biology", "effect_experiment"), 1.),
-            ("leak", ("leak_e_to_b", "leak_b_to_e"), 0.),
-            ("share named right", ("probe_mechanism", "probe_batch"), 1.),
-            ("kernel distance", ("distance_seen", "distance_heldout"), lines[0]["floor"]))])
-
-
-def disentangle(args):
-    """The tables of `evaluate.py disentangle`."""
-    if args.quick:
-        args.images, args.train_steps, args.seeds = 216, 600, args.seeds[:1]
-        args.confounding = args.confounding or [.9]
-        CLASSIFIER.update(images=540, steps=200)
-    out = Path(args.out)
-    results = Results(out / "results.jsonl")
-    if args.study == "shortcut":
-        study_shortcut(args, results)
-    elif args.study == "pairs":
-        if not args.by:
-            raise UserError("--study pairs needs --by, such as --by compound plate")
-        study_pairs(open_model(args), args, results)
-    elif args.study == "arms":
-        lines = study_arms(args, results)
-    else:
-        opened = open_model(args)
-        truth = Truth(RealFactorial(opened, args.by, args.images), radius=args.nucleus_radius) \
-            if args.by else simulated_truth(opened, args)
-        if args.study == "transfer":
-            study_transfer(opened, truth, results, args)
-        else:
-            lines = study_checkpoint(opened, truth, results, args)
-    if args.study not in ("shortcut", "pairs", "transfer"):
-        print_lines(lines)
-        draw_lines(out / f"{args.study}.png", lines)
-        print(f"wrote {out}/{args.study}.png")
-    print(f"every line is in {out}/results.jsonl")
+        print_table(f"left out: {line['left_out']}", dict.fromkeys(columns.values(), ".3f"), [
+            (name, *(e[k] for k in columns)) for name, e in line.items()
+            if name not in ("key", "left_out")])
 
 
 # ------------------------------------------------------------------------------------------------
-# 6. conditions: is every field used? which molecule encoder generalises?
+# 8. conditions: is every field used? which molecule encoder generalises?
 # ------------------------------------------------------------------------------------------------
 
 def conditions(args):
     """The tables of `evaluate.py conditions`."""
     if args.encoders:
         return compare_encoders(args)
-    opened, out = open_model(args), Path(args.out or Path(args.checkpoint).parent)
+    opened, out = open_model(args), folder_of(args)
     rows = np.random.default_rng(0).permutation(opened.held)[:256 if args.quick else 1024]
     model, count = opened.model, len(rows)
-    images = real_images(opened, rows)
     posterior = torch.cat([torch.stack(model.vae.encode(x.to(device())), 1).cpu()
-                           for x in images.split(64)]).numpy()
+                           for x in real_images(opened, rows).split(64)]).numpy()
     latents = train_ldm.Latents(posterior, model.vae, opened.manifest, rows,
                                 model.denoiser.conditioner, 1)
     sets = train_ldm.field_sets(model.fields)
@@ -1506,29 +1625,24 @@ def conditions(args):
         return prediction.flatten(1), loss, t * 4 // model.schedule.T
     plain, loss, quarter = predict(())
     sizes = group_sizes(model, latents)
-    changes = feature_changes(opened, rows[:32 if args.quick else 96], sets, args)
+    changes = feature_changes(opened, rows[:32 if args.quick else 96], sets, args.steps)
     table = {}
     for name, shuffled in sets.items():
         prediction, worse, _ = predict(shuffled)
-        rise = (worse - loss).cpu()
+        rise = worse - loss
         table[name] = {
             "rise": rise.mean().item(), "error": rise.std().item() / count ** .5,
-            "rise_by_noise": [rise[quarter.cpu() == q].mean().item() for q in range(4)],
+            "rise_by_noise": [rise[quarter == q].mean().item() for q in range(4)],
             "cosine": F.cosine_similarity(plain, prediction).mean().item(),
             "rms": sizes.get(name), "features": changes[name]}
-    print(f"\n{'taken from another row':24s}{'loss rises by':>22s}{'by noise, little to much':>34s}"
-          f"{'cosine':>9s}{'RMS':>7s}{'features move':>15s}")
-    for name, e in table.items():
-        print(f"{name:24s}{e['rise']:12.4f} +- {e['error']:.4f}  "
-              + "".join(f"{v:8.4f}" for v in e["rise_by_noise"])
-              + f"{e['cosine']:9.3f}" + (f"{e['rms']:7.2f}" if e["rms"] else " " * 7)
-              + f"{e['features']:15.2f}")
+    print_table("taken from another row", {
+        "loss rises by": ".4f", "+-": ".4f", "at little noise": ".4f", "less": ".4f",
+        "more": ".4f", "most": ".4f", "cosine": ".3f", "RMS": ".2f", "features move": ".2f"}, [
+        (name, e["rise"], e["error"], *e["rise_by_noise"], e["cosine"], e["rms"], e["features"])
+        for name, e in table.items()])
     train_ldm.warn_of_unused({k: (e["rise"], e["error"]) for k, e in table.items()})
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "conditions.json").write_text(json.dumps(
-        {"checkpoint": args.checkpoint, "held_out_loss": loss.mean().item(), "table": table},
-        indent=1))
-    print(f"wrote {out}/conditions.json")
+    write_report(out / "conditions.json", {
+        "checkpoint": args.checkpoint, "held_out_loss": loss.mean().item(), "table": table})
 
 
 def group_sizes(model, latents):
@@ -1539,19 +1653,17 @@ def group_sizes(model, latents):
     return {f"all of {g}": p.square().mean().sqrt().item() for g, p in parts.items()}
 
 
-def feature_changes(opened, rows, sets, args):
+def feature_changes(opened, rows, sets, steps):
     """How far the features of a generated image move when one field alone is another row's, on the
     same noise, weights 1: root mean square in deviations of the training images."""
-    model, other = opened.model, np.random.default_rng(1).permutation(rows)
-    standardise = feature_scale(opened, count=400)
-    request = Request({g: 1. for g in model.groups}, steps=args.steps)
+    model, measure = opened.model, morphology(opened, count=400)
+    request = Request({g: 1. for g in model.groups}, steps=steps)
+    own, other = (conditions_of(model, opened.manifest, order) for order in (
+        rows, np.random.default_rng(1).permutation(rows)))
 
     def drawn(shuffled):
-        columns = {f.name: opened.manifest.rows(other if f.name in shuffled else rows, f.name)
-                   for f in model.fields}
-        images = generate(model, blank_unseen(model.fields, columns), list(range(len(rows))),
-                          request)
-        return standardise(features(images, model.channels))
+        columns = own | {name: other[name] for name in shuffled}
+        return measure(generate(model, columns, range(len(rows)), request))
     plain = drawn(())
     return {name: (drawn(shuffled) - plain).square().mean().sqrt().item()
             for name, shuffled in sets.items()}
@@ -1598,12 +1710,11 @@ def dose_fidelity(y, truth, doses, ec50):
     The effect is the change from dose 0 projected on the true change at the highest dose; the
     half-effect dose is that of the Hill curve that fits it best, over a grid.
     """
-    found, true = y.mean(2) - y.mean(2)[:, :1], truth.mean(2) - truth.mean(2)[:, :1]  # (M, D, F)
+    found, true = (x.mean(2) - x.mean(2)[:, :1] for x in (y, truth))                  # (M, D, F)
     way = true[:, -1:] / true[:, -1:].square().sum(2, keepdim=True)
     effect = (found * way).sum(2).double()                                            # (M, D)
     rank = effect.argsort(1).argsort(1).double()
-    order = torch.arange(len(doses), dtype=torch.double).expand_as(rank)
-    spearman = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(rank, order)])
+    spearman = correlations(rank.T, torch.arange(len(doses))[:, None].expand_as(rank.T))   # (M,)
     grid = torch.logspace(-1.5, 2, 141, dtype=torch.double)
     dose = torch.tensor(doses, dtype=torch.double)[:, None] ** data.HILL
     curve = dose / (dose + grid ** data.HILL)                                         # (D, grid)
@@ -1620,18 +1731,15 @@ def across_molecules(y, truth):
     a, b = y[:, -1].mean(1), truth[:, -1].mean(1)                                     # (M, F)
     differ = b.std(0) > .5
     a, b = (x[:, differ] - x[:, differ].mean(0) for x in (a, b))
-    return ((a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp(min=1e-6)).mean().item()
+    return F.cosine_similarity(a, b, dim=0).mean().item()
 
 
-def score_molecules(series, standardise, probe, images, truth):
+def score_molecules(series, measure, probe, images, truth):
     """The figures of images (M * doses * seeds) against the truth (M, doses, seeds, F)."""
-    y = series.shape(standardise(features(images, series.opened.model.channels)))
-    rows = series.rows()
-    strong = torch.tensor([r["true_effect"] >= .5 for r in rows])
-    right = named_right(probe, images, rows)["mechanism"]
+    y = series.shape(measure(images))
     spearman, decades = dose_fidelity(y, truth, series.doses, [m["ec50"] for m in series.molecules])
-    return {"probe": right[strong].float().mean().item(), "correlation": across_molecules(y, truth),
-            "dose_rank": spearman, "ec50_error": decades}
+    return {"probe": probe_scores(probe, images, series.rows())["true_mechanism"],
+            "correlation": across_molecules(y, truth), "dose_rank": spearman, "ec50_error": decades}
 
 
 def compare_encoders(args):
@@ -1644,21 +1752,9 @@ def compare_encoders(args):
     size = {k: getattr(args, k) for k in ("molecules", "series", "steps", "guidance", "form",
                                           "interval")}
     for encoder, seed in itertools.product(args.names, args.seeds):
-        def measured():
-            start = train_ldm.Config(
-                out=str(out / f"{encoder}-{seed}-{args.train_steps}"), seed=seed,
-                molecule_encoder=encoder, steps=args.train_steps,
-                molecule_table=args.molecule_table if encoder == "table" else "")
-            opened = open_trained(args, trained(start))
-            encoders = [e for e, f in zip(opened.model.denoiser.conditioner.encoders,
-                                          opened.model.fields) if f.kind == "molecule"]
-            last = json.loads((Path(start.out) / "log.jsonl").read_text().splitlines()[-1])
-            entry = {"label": encoder, "seed": seed, "parameters": sum(
-                p.numel() for e in encoders for p in e.parameters()),
-                "seconds_per_step": last["seconds"] / last["step"]}
-            return entry | score_encoder(opened, args)
         lines.append(results.get({"encoder": encoder, "seed": seed, "train_steps": args.train_steps,
-                                  "table": args.molecule_table} | size, measured))
+                                  "table": args.molecule_table} | size,
+                                 lambda: measure_encoder(args, out, encoder, seed)))
     some = out / f"{args.names[0]}-{args.seeds[0]}-{args.train_steps}" / "model.pt"
     for label in ("real images", "molecules permuted"):
         lines.append(results.get({"limit": label} | size, lambda: {"label": label, "seed": 0}
@@ -1666,42 +1762,55 @@ def compare_encoders(args):
     print_encoders(lines, out)
 
 
+def measure_encoder(args, out, encoder, seed):
+    """A model with this encoder, trained if it is missing: its size, its speed and its scores."""
+    config = train_ldm.Config(
+        out=str(out / f"{encoder}-{seed}-{args.train_steps}"), seed=seed, molecule_encoder=encoder,
+        steps=args.train_steps, molecule_table=args.molecule_table if encoder == "table" else "")
+    opened = open_trained(args, trained(config))
+    parameters = sum(p.numel() for e, f in zip(opened.model.denoiser.conditioner.encoders,
+                                               opened.model.fields)
+                     if f.kind == "molecule" for p in e.parameters())
+    last = read_log(config.out)[-1]
+    return {"label": encoder, "seed": seed, "parameters": parameters,
+            "seconds_per_step": last["seconds"] / last["step"]} | score_encoder(opened, args)
+
+
 def score_encoder(opened, args, limit=None):
     """{kind: figures} of a model, or of real images (the ceiling), or of these with the molecules
     permuted (the floor)."""
-    model, scores, standardise = opened.model, {}, feature_scale(opened)
-    probe = screen_probe(opened.manifest.path.parent, model)
+    model, scores = opened.model, {}
+    measure, probe = morphology(opened), screen_probe(opened)
     for kind, name in MOLECULE_SETS.items():
         series = DoseSeries(opened, kind, args.molecules, args.series)
-        truth = series.shape(standardise(features(series.truth(10_000), model.channels)))
-        rows, m = series.rows(), len(series.molecules)
+        truth, rows = series.shape(measure(series.truth(10_000))), series.rows()
         if limit is None:
-            columns = {f.name: [str(r.get(f.name, "")) for r in rows] for f in model.fields}
-            images = generate(model, columns, [r["cells"] for r in rows],
-                              Request(model.weights(args.guidance), args.form, args.interval,
-                                      steps=args.steps))
+            images = generate(model, columns_of(rows, model.fields), [r["cells"] for r in rows],
+                              request_of(args, model))
         else:
             images = series.truth(20_000)
         if limit == "molecules permuted":
-            images = images.unflatten(0, (m, -1))[np.random.default_rng(1).permutation(m)].flatten(
-                0, 1)
-        scores[name] = score_molecules(series, standardise, probe, images, truth)
+            order = np.random.default_rng(1).permutation(len(series.molecules))
+            images = images.unflatten(0, (len(order), -1))[order].flatten(0, 1)
+        scores[name] = score_molecules(series, measure, probe, images, truth)
     return scores
 
 
 def print_encoders(lines, out):
-    """The table of compare_encoders, means over seeds, and its figure."""
+    """The tables of compare_encoders, means over seeds, and its figure."""
     names, kinds = ("probe", "correlation", "dose_rank", "ec50_error"), MOLECULE_SETS.values()
-    print(f"\n{'':22s}" + "".join(f"{kind:^44s}" for kind in kinds) + f"\n{'':22s}" + "".join(
-        f"{name.replace('_', ' '):>11s}" for name in names) * 3)
-    labels = list(dict.fromkeys(line["label"] for line in lines))
-    for label in labels:
-        ours = [line for line in lines if line["label"] == label]
-        print(f"{label:22s}" + "".join(f"{np.mean([e[kind][name] for e in ours]):11.2f}"
-                                       for kind in kinds for name in names)
-              + (f"   {ours[0]['parameters'] / 1e6:.2f} M parameters, "
-                 f"{np.mean([e['seconds_per_step'] for e in ours]):.2f} s a training step"
-                 if "parameters" in ours[0] else ""))
+    ours = {label: [line for line in lines if line["label"] == label]
+            for label in dict.fromkeys(line["label"] for line in lines)}
+
+    def mean(entries, name):
+        return np.mean([e[name] for e in entries])
+    for kind in kinds:
+        print_table(kind, {name.replace("_", " "): ".2f" for name in names}, [
+            (label, *(mean([e[kind] for e in entries], name) for name in names))
+            for label, entries in ours.items()])
+    print_table("", {"M parameters": ".2f", "s a training step": ".2f"}, [
+        (label, mean(entries, "parameters") / 1e6, mean(entries, "seconds_per_step"))
+        for label, entries in ours.items() if "parameters" in entries[0]])
     draw_rows(out / "encoders.png", [f"{line['label']}, {line['seed']}" for line in lines], [
         (name.replace("_", " "), {kind: [(line[kind][name], None) for line in lines]
                                   for kind in kinds}, None) for name in names])
@@ -1709,13 +1818,19 @@ def print_encoders(lines, out):
 
 
 # ------------------------------------------------------------------------------------------------
-# 7. control: does a ControlNet draw *these* cells?
+# 9. control: does a ControlNet draw *these* cells?
 # ------------------------------------------------------------------------------------------------
 
 def pearson(x, y):
     """Correlation of the pixels of each image and channel: (N, C) of two (N, C, H, W)."""
     x, y = (v.flatten(2) - v.flatten(2).mean(2, keepdim=True) for v in (x, y))
-    return (x * y).sum(2) / (x.norm(dim=2) * y.norm(dim=2)).clamp(min=1e-6)
+    return F.cosine_similarity(x, y, dim=2)
+
+
+def psnr(x, y, over=None):
+    """Peak signal to noise in dB of images on [0, 1], the error averaged over these dimensions or
+    over all."""
+    return -10 * (x - y).square().mean(over).clamp(min=1e-9).log10()
 
 
 def structural_similarity(x, y, sigma=1.5):
@@ -1742,24 +1857,24 @@ def power_spectrum(x):
     return torch.stack([power[:, ring == k].mean(1) for k in rings], 1).add(1e-8).log()
 
 
-def paired_scores(images, real, channels, standardise, others, radius=NUCLEUS_RADIUS):
-    """How near images (N, C, H, W) in [-1, 1] come to the true ones of the same cells: per channel
-    L1, PSNR, SSIM, Pearson correlation, and the mean difference of log power (signed: below 0 is
-    too smooth); nuclei count error, as a share of the mean count; kernel distance to `others`."""
-    x, y = (images + 1) / 2, (real + 1) / 2
-    nucleus = channels.index("DNA") if "DNA" in channels else 0
-    counts = [count_objects(segment_nuclei(v[:, nucleus], radius)) for v in (x, y)]
+def paired_scores(images, p, channels, radius):
+    """How near images (N, C, H, W) in [-1, 1] come to the true ones of the same cells (see
+    `paired`): per channel L1, PSNR, SSIM, Pearson correlation, and the mean difference of log power
+    (signed: below 0 is too smooth); nuclei count error, as a share of the mean count; kernel
+    distance to other images."""
+    x, y = (images + 1) / 2, (p.real + 1) / 2
+    found, true = (count_objects(segment_nuclei(v[:, channel(channels, "DNA")], radius))
+                   for v in (x, y))
     spectrum = power_spectrum(x) - power_spectrum(y)
-    found = standardise(features(images, channels, radius=radius))
     return {"l1": (x - y).abs().mean((0, 2, 3)).tolist(),
-            "psnr": (-10 * (x - y).square().mean((0, 2, 3)).clamp(min=1e-9).log10()).tolist(),
+            "psnr": psnr(x, y, (0, 2, 3)).tolist(),
             "ssim": structural_similarity(x, y).mean(0).tolist(),
             "pearson": pearson(x, y).mean(0).tolist(),
             "spectrum": spectrum.mean(1).tolist(),
             "spectrum_error": spectrum.abs().mean(1).tolist(),
-            "nuclei_error": ((counts[0] - counts[1]).abs().mean() / counts[1].mean()).item(),
-            "nuclei_bias": (counts[0].mean() / counts[1].mean() - 1).item(),
-            "distance": kernel_distance(found, others)}
+            "nuclei_error": ((found - true).abs().mean() / true.mean()).item(),
+            "nuclei_bias": (found.mean() / true.mean() - 1).item(),
+            "distance": kernel_distance(p.measure(images), p.others)}
 
 
 class Regression(nn.Module):
@@ -1768,9 +1883,9 @@ class Regression(nn.Module):
     def __init__(self, channels, out):
         super().__init__()
         self.out, self.width = out, max(channels, out)
-        config = UNetConfig(self.width, fold=2, width=48, multipliers=(1, 2, 2), blocks=1,
-                            attention=(False, False, False), embedding=64, token=16)
-        self.unet = UNet(config)
+        self.unet = UNet(UNetConfig(
+            self.width, fold=2, width=48, multipliers=(1, 2, 2), blocks=1,
+            attention=(False, False, False), embedding=64, token=16))
 
     def forward(self, x):                                                # (B, channels, H, W)
         n, c = len(x), self.unet.config
@@ -1809,9 +1924,9 @@ def control_rows(opened, count, strong):
     if strong:
         effect = m.columns.get("true_effect")
         dose = next((f.name for f in opened.model.fields if f.kind == "log"), None)
-        keep = [i for i in held if (float(effect[i] or 0) >= .5 if effect else
-                                    dose is None or float(m.columns[dose][i] or 0) > 0)]
-        held = np.array(keep, int)
+        held = np.array([i for i in held if (float(effect[i] or 0) >= .5 if effect else
+                                             dose is None or float(m.columns[dose][i] or 0) > 0)],
+                        int)
     cut = bool(opened.settings.crop)
     if len(held) < (1 if cut else 8):
         raise UserError(f"only {len(held)} held-out rows to draw: hold out more with --split")
@@ -1831,100 +1946,107 @@ def seen_with_control(opened, rows, seed=0):
         np.concatenate([opened.train, opened.held]), rng=rng())
 
 
+def paired(opened, args, strong):
+    """What paired images are scored with: held-out rows (`strong`: see control_rows), their images
+    and control images, and the features of other held-out images."""
+    rows, others = control_rows(opened, args.images, strong)
+    real, hint = seen_with_control(opened, rows)
+    measure = morphology(opened, args.nucleus_radius)
+    return SimpleNamespace(rows=rows, real=real, hint=hint, shown=hint[0], measure=measure,
+                           others=measure(seen_with_control(opened, others, 1)[0]))
+
+
+def draw_controlled(opened, rows, args, control, seeds=None):
+    """Images for the conditions of manifest rows, with control images or without (None)."""
+    columns = conditions_of(opened.model, opened.manifest, rows)
+    with autocast():
+        return opened.model.generate(columns, seeds or range(len(rows)), args.guidance, args.form,
+                                     args.steps, control=control, interval=args.interval)
+
+
 def control(args):
     """The tables of `evaluate.py control`."""
     opened = open_model(args)
-    model, column = opened.model, (opened.model.controlnet or {}).get("column")
-    if not column:
+    model, told = opened.model, opened.model.controlnet
+    if not told:
         raise UserError(f"{args.checkpoint} has no ControlNet: train one with python train_ldm.py "
                         "--control_column NAME")
     if args.quick:
         args.images, args.samples = min(args.images, 32), min(args.samples, 2)
-    if column == "negcon":
-        cells_of(opened.manifest, [opened.model.controlnet["by"], *(args.by or [])])
-    out = Path(args.out or Path(args.checkpoint).parent)
-    out.mkdir(parents=True, exist_ok=True)
-    report = {"checkpoint": args.checkpoint, "column": column, "steps": args.steps,
-              "guidance": args.guidance, "learning": draw_learning(out, args.checkpoint)}
-    report["identity"] = identity(opened, (10, 25, 50) if args.quick else (10, 25, 50, 100, 200))
-    if column == "negcon":
+    if told["column"] == "negcon":
+        cells_of(opened.manifest, [told["by"], *(args.by or [])])  # refused before any work
+    out = folder_of(args)
+    report = {"checkpoint": args.checkpoint, "column": told["column"], "steps": args.steps,
+              "guidance": args.guidance, "learning": draw_learning(out, args.checkpoint),
+              "identity": identity(opened, (10, 25, 50) if args.quick else (10, 25, 50, 100, 200))}
+    if told["column"] == "negcon":
         report["plates"] = control_by_plate(opened, args, out)
     else:
         report["paired"] = control_paired(opened, args, out)
-        if opened.model.controlnet["channels"] == len(opened.model.channels):
+        if told["channels"] == len(model.channels):
             report["counterfactual"] = counterfactual(opened, args, out)
-    (out / "control.json").write_text(json.dumps(report, indent=1))
-    print(f"wrote {out}/control.json and control.png")
+    write_report(out / "control.json", report, "control.png")
 
 
-def ask(opened, rows, args, control, seeds=None):
-    """Images for the conditions of manifest rows, with control images or without (None)."""
+def regress(opened, shown, seconds):
+    """The control images `shown` through the regression, trained for this long on the same cuts of
+    control images and images."""
     model = opened.model
-    columns = blank_unseen(model.fields, {f.name: opened.manifest.rows(rows, f.name)
-                                          for f in model.fields})
-    with autocast():
-        return model.generate(columns, range(len(rows)) if seeds is None else seeds,
-                              args.guidance, args.form, args.steps, control=control,
-                              interval=args.interval)
+    pixels = sample.control_pixels(model.controlnet["column"], opened.manifest, opened.pixels)
+
+    def draw(rng, count):
+        chosen, seed = rng.choice(opened.train, count), int(rng.integers(2 ** 31))
+        return [views(p, chosen, opened.settings, scale, np.random.default_rng(seed))
+                for p, scale in ((pixels, model.controlnet["intensity"]),
+                                 (opened.pixels, model.intensity))]
+    network = train_regression(draw, seconds)
+    return torch.cat([network(x.to(device())).clamp(-1, 1).cpu() for x in shown.split(64)])
 
 
 def control_paired(opened, args, out):
     """Every way of drawing held-out images from their control images, and some that do not look."""
     model, channels = opened.model, opened.model.channels
     same = model.controlnet["channels"] == len(channels)  # the cells before treatment
-    rows, others = control_rows(opened, args.images, same)
-    n, (real, hint) = len(rows), seen_with_control(opened, rows)
-    shown, standardise = hint[0], feature_scale(opened, args.nucleus_radius)
-    reference = standardise(features(seen_with_control(opened, others, 1)[0], channels,
-                                     radius=args.nucleus_radius))
-    seconds = report_seconds(args.checkpoint) * (.1 if args.quick else 1.)
-    pixels = sample.control_pixels(model.controlnet["column"], opened.manifest, opened.pixels)
-
-    def draw(rng, count):  # the same cut of both
-        chosen, seed = rng.choice(opened.train, count), int(rng.integers(2 ** 31))
-        return [views(p, chosen, opened.settings, scale, np.random.default_rng(seed))
-                for p, scale in ((pixels, model.controlnet["intensity"]),
-                                 (opened.pixels, model.intensity))]
-    network = train_regression(draw, seconds)
-    regressed = torch.cat([network(x.to(device())).clamp(-1, 1).cpu() for x in shown.split(64)])
+    p = paired(opened, args, same)
+    n, seconds = len(p.rows), report_seconds(args.checkpoint) * (.1 if args.quick else 1.)
+    sets = {"through the autoencoder": reconstruct(model.vae, p.real)[0]}
+    for name, given in (("ControlNet", p.hint), ("without control", None)):
+        many = torch.stack([draw_controlled(opened, p.rows, args, given, range(k * n, (k + 1) * n))
+                            for k in range(args.samples)])
+        sets |= {name: many[0], f"{name}, mean of {len(many)}": many.mean(0)}
+    sets["regression"] = regress(opened, p.shown, seconds)
+    if p.shown.shape[1] in (1, len(channels)):
+        sets["control itself"] = p.shown.expand_as(p.real)
     some = np.random.default_rng(0).permutation(opened.train)[:512]
-    average = real_images(opened, some).mean(0, keepdim=True)
-    many = {name: torch.stack([ask(opened, rows, args, control, range(k * n, (k + 1) * n))
-                               for k in range(args.samples)])
-            for name, control in (("ControlNet", hint), ("without control", None))}
-    sets = {"through the autoencoder": reconstruct(model.vae, real)[0]}
-    for name, x in many.items():
-        sets |= {name: x[0], f"{name}, mean of {len(x)}": x.mean(0)}
-    sets |= {"regression": regressed, "control itself": shown.expand(-1, len(channels), -1, -1)
-             if shown.shape[1] == 1 else shown, "mean image": average.expand_as(real)}
-    table = {name: paired_scores(x, real, channels, standardise, reference, args.nucleus_radius)
-             for name, x in sets.items() if x.shape == real.shape}
-    table["real"] = paired_scores(real, real, channels, standardise, reference,
-                                  args.nucleus_radius)
+    sets |= {"mean image": real_images(opened, some).mean(0, keepdim=True).expand_as(p.real),
+             "real": p.real}
+    table = {name: paired_scores(x, p, channels, args.nucleus_radius) for name, x in sets.items()}
     print_paired(table, channels)
-    look = [list(x[:6].numpy()) for x in (real, *(sets[k] for k in (
-        "ControlNet", "without control", "regression")))]
-    data.picture(out / "control.png", [list(shown[:6].numpy() if shown.shape == real.shape
-                                            else shown[:6, 0].numpy()), *look], channels,
-                 ["control", "real", "ControlNet", "without control", "regression"],
-                 pixel_um=model.pixel_um)
-    rows_by_channel = [[shown[0, 0].numpy(), *x[0].numpy()] for x in
-                       (sets["ControlNet"], real, regressed)]
-    data.picture(out / "control_channels.png", rows_by_channel, channels,
-                 ["ControlNet", "real", "regression"], ["control", *channels], model.pixel_um)
+    kinds = ["real", "ControlNet", "without control", "regression"]
+    data.picture(out / "control.png", [list(x[:6].numpy()) for x in (
+        p.shown if same else p.shown[:, 0], *(sets[kind] for kind in kinds))],
+        channels, ["control", *kinds], pixel_um=model.pixel_um)
+    kinds = ["ControlNet", "real", "regression"]
+    data.picture(out / "control_channels.png", [
+        [p.shown[0, 0].numpy(), *sets[kind][0].numpy()] for kind in kinds],
+        channels, kinds, ["control", *channels], model.pixel_um)
     return table
 
 
 def print_paired(table, channels):
-    """The table of control_paired: means over channels, and Pearson correlation by channel."""
-    print(f"\n{'':28s}{'L1':>8s}{'PSNR':>7s}{'SSIM':>7s}{'spectrum':>10s}{'nuclei error':>14s}"
-          f"{'(bias)':>9s}{'distance':>10s}  Pearson: " + " ".join(f"{c:>5s}" for c in channels))
-    for name, e in table.items():
-        print(f"{name:28s}{np.mean(e['l1']):8.4f}{np.mean(e['psnr']):7.1f}{np.mean(e['ssim']):7.3f}"
-              f"{np.mean(e['spectrum_error']):10.2f}{e['nuclei_error']:14.3f}"
-              f"{e['nuclei_bias']:+9.3f}"
-              f"{1000 * e['distance']:10.0f}           "
-              + " ".join(f"{v:5.2f}" for v in e["pearson"]))
+    """The tables of control_paired: means over channels, and Pearson correlation by channel."""
+    means = {"l1": ("L1", ".4f"), "psnr": ("PSNR", ".1f"), "ssim": ("SSIM", ".3f"),
+             "spectrum_error": ("spectrum", ".2f"), "nuclei_error": ("nuclei error", ".3f"),
+             "nuclei_bias": ("(bias)", "+.3f")}
+    print_table("", dict(means.values()) | {"1000 distance": ".0f"}, [
+        (name, *(np.mean(e[k]) for k in means), 1000 * e["distance"]) for name, e in table.items()])
+    print_table("Pearson", dict.fromkeys(channels, ".2f"), [
+        (name, *e["pearson"]) for name, e in table.items()])
+
+
+def read_log(folder):
+    """The lines of log.jsonl of a training run."""
+    return [json.loads(line) for line in open(Path(folder) / "log.jsonl")]
 
 
 def report_seconds(checkpoint):
@@ -1932,27 +2054,22 @@ def report_seconds(checkpoint):
     log = Path(checkpoint).parent / "log.jsonl"
     if not log.exists():
         raise UserError(f"no {log}: the regression is trained for as long as the ControlNet was")
-    seconds = [json.loads(line).get("seconds", 0.) for line in open(log)]
+    seconds = [entry.get("seconds", 0.) for entry in read_log(log.parent)]
     # a resumed run counts from 0 again
-    ends = [a for a, b in zip(seconds, [*seconds[1:], 0.]) if b < a]
-    return max(1., sum(ends))
+    return max(1., sum(a for a, b in zip(seconds, [*seconds[1:], 0.]) if b < a))
 
 
 def draw_learning(out, checkpoint):
     """The held-out loss along the training, and the step at which half of its fall was done."""
-    import matplotlib.pyplot as plt
-    log = [json.loads(line) for line in open(Path(checkpoint).parent / "log.jsonl")]
+    log = read_log(Path(checkpoint).parent)
     steps, losses = [e["step"] for e in log], [e["heldout_loss"] for e in log]
     half = (losses[0] + min(losses)) / 2
     click = next((s for s, v in zip(steps, losses) if v <= half), None)
-    fig, axis = plt.subplots(figsize=(4.5, 3))
-    axis.plot(steps, losses, "o-", ms=3)
-    axis.axvline(click, color=".7", lw=1)
-    axis.set(xlabel="step", ylabel="held-out loss with control",
-             title=f"half of the fall by step {click}")
-    fig.tight_layout()
-    fig.savefig(out / "learning.png", dpi=110)
-    plt.close(fig)
+    with figure(out / "learning.png", figsize=(4.5, 3)) as axis:
+        axis.plot(steps, losses, "o-", ms=3)
+        axis.axvline(click, color=".7", lw=1)
+        axis.set(xlabel="step", ylabel="held-out loss with control",
+                 title=f"half of the fall by step {click}")
     return {"steps": steps, "heldout_loss": losses, "half_of_the_fall": click}
 
 
@@ -1961,15 +2078,12 @@ def identity(opened, steps, count=8):
     {steps: PSNR in dB against the autoencoder's own reconstruction}, by rounds of the fixed point
     (1 is the inversion of Song et al. 2021, 3 the default)."""
     model, rows = opened.model, opened.held[:count]
-    images = real_images(opened, rows)
-    own = blank_unseen(model.fields, {f.name: opened.manifest.rows(rows, f.name)
-                                      for f in model.fields})
-    rebuilt, table = model.vae.to_image(model.vae.to_latent(images.to(device()))).cpu(), {}
-    print(f"\nthe same image again, PSNR in dB{'rounds 1':>12s}{'3':>8s}")
-    for n in steps:
-        back = [model.edit(images, own, own, steps=n, rounds=rounds) for rounds in (1, 3)]
-        table[n] = [-10 * math.log10(max(1e-9, ((x - rebuilt) / 2).square().mean())) for x in back]
-        print(f"{n:5d} steps{table[n][0]:34.1f}{table[n][1]:8.1f}")
+    images, own = real_images(opened, rows), conditions_of(model, opened.manifest, rows)
+    rebuilt = model.vae.to_image(model.vae.to_latent(images.to(device()))).cpu()
+    table = {n: [psnr(model.edit(images, own, own, steps=n, rounds=rounds) / 2, rebuilt / 2).item()
+                 for rounds in (1, 3)] for n in steps}
+    print_table("the same image again, PSNR in dB", {"rounds 1": ".1f", "3": ".1f"}, [
+        (f"{n} steps", *found) for n, found in table.items()])
     return table
 
 
@@ -1979,47 +2093,44 @@ def overlap(one, other, radius):
     return ((a & b).sum() / (a | b).sum().clamp(min=1)).item()
 
 
+def edit_cells(opened, before, rows, args):
+    """Images of untreated cells (N, C, H, W) edited, by inversion, to the conditions of rows."""
+    model = opened.model
+    target = conditions_of(model, opened.manifest, rows)
+    source = target | {name: [value] * len(rows)
+                       for name, value in (model.content["control"] or {}).items()}
+    weights = {k: v for k, v in args.guidance.items() if k != "control"}
+    parts = [slice(i, i + 64) for i in range(0, len(rows), 64)]
+    return torch.cat([model.edit(
+        before[part], *({k: v[part] for k, v in c.items()} for c in (source, target)), weights,
+        args.form, interval=args.interval) for part in parts])
+
+
 def counterfactual(opened, args, out):
     """The same cells, treated: the ControlNet, and editing by inversion without it, against the
     true image of these cells after treatment. All after the autoencoder."""
-    model, m = opened.model, opened.manifest
-    rows, others = control_rows(opened, args.images, True)
-    n, (real, hint) = len(rows), seen_with_control(opened, rows)
-    before = hint[0]
-    target = blank_unseen(model.fields, {f.name: m.rows(rows, f.name) for f in model.fields})
-    controls = model.content["control"] or {}
-    source = target | {name: [value] * n for name, value in controls.items()}
-    weights = {k: v for k, v in args.guidance.items() if k != "control"}
-    edited = torch.cat([model.edit(
-        before[i:i + 64], {k: v[i:i + 64] for k, v in source.items()},
-        {k: v[i:i + 64] for k, v in target.items()}, weights, args.form, interval=args.interval)
-        for i in range(0, n, 64)])
-    start, truth = (reconstruct(model.vae, x)[0] for x in (before, real))
-    standardise = feature_scale(opened, args.nucleus_radius)
-    reference = standardise(features(seen_with_control(opened, others, 1)[0], model.channels,
-                                     radius=args.nucleus_radius))
-    probe = screen_probe(m.path.parent, model) if "true_mechanism" in m.columns else None
-    nucleus = model.channels.index("DNA") if "DNA" in model.channels else 0
-    table = {}
-    print(f"\n{'the same cells, treated':28s}{'L1 to the truth':>17s}{'nuclei overlap':>16s}"
-          f"{'mechanism':>11s}{'distance':>10s}")
-    drawn = ask(opened, rows, args, hint)
-    for name, x in {"untreated": start, "ControlNet": drawn, "edited": edited,
-                    "without control": ask(opened, rows, args, None), "the truth": truth}.items():
-        found = standardise(features(x, model.channels, radius=args.nucleus_radius))
-        table[name] = e = {
-            "l1": (x - truth).abs().mean((0, 2, 3)).div(2).tolist(),
-            "nuclei_overlap": overlap((x[:, nucleus] + 1) / 2, (start[:, nucleus] + 1) / 2,
-                                      args.nucleus_radius),
-            "distance": kernel_distance(found, reference)} | (
-                probe_scores(probe, x, m, rows) if probe else {})
-        print(f"{name:28s}{np.mean(e['l1']):17.4f}{e['nuclei_overlap']:16.2f}"
-              f"{e.get('true_mechanism', np.nan):11.2f}{1000 * e['distance']:10.0f}")
-    data.picture(out / "counterfactual.png", [list(x[:8].numpy()) for x in (
-        before, drawn, edited, real)], model.channels,
-        ["untreated", "ControlNet", "edited", "truth"], ["\n".join(
-            m.columns[f.name][i][:16] for f in model.fields[:2]) for i in rows[:8]],
-        model.pixel_um)
+    model, m, p = opened.model, opened.manifest, paired(opened, args, True)
+    start, truth = (reconstruct(model.vae, x)[0] for x in (p.shown, p.real))
+    sets = {"untreated": start, "ControlNet": draw_controlled(opened, p.rows, args, p.hint),
+            "edited": edit_cells(opened, p.shown, p.rows, args),
+            "without control": draw_controlled(opened, p.rows, args, None), "the truth": truth}
+    probe = screen_probe(opened) if "true_mechanism" in m.columns else None
+    nuclei = {name: (x[:, channel(model.channels, "DNA")] + 1) / 2 for name, x in sets.items()}
+    table = {name: {
+        "l1": (x - truth).abs().mean((0, 2, 3)).div(2).tolist(),
+        "nuclei_overlap": overlap(nuclei[name], nuclei["untreated"], args.nucleus_radius),
+        "distance": kernel_distance(p.measure(x), p.others)}
+        | probe_scores(probe, x, records(m, p.rows)) for name, x in sets.items()}
+    print_table("the same cells, treated", {"L1 to the truth": ".4f", "nuclei overlap": ".2f",
+                                            "mechanism": ".2f", "1000 distance": ".0f"}, [
+        (name, np.mean(e["l1"]), e["nuclei_overlap"], e.get("true_mechanism"),
+         1000 * e["distance"]) for name, e in table.items()])
+    rows = {"untreated": p.shown, "ControlNet": sets["ControlNet"], "edited": sets["edited"],
+            "truth": p.real}
+    data.picture(out / "counterfactual.png", [list(x[:8].numpy()) for x in rows.values()],
+                 model.channels, list(rows), ["\n".join(
+                     m.columns[f.name][i][:16] for f in model.fields[:2]) for i in p.rows[:8]],
+                 model.pixel_um)
     return table
 
 
@@ -2030,37 +2141,36 @@ def control_by_plate(opened, args, out):
     is all that the model knows of them."""
     model, m, by = opened.model, opened.manifest, opened.model.controlnet["by"]
     cells, seen = cells_of(m, [by, *(args.by or [])]), set(m.rows(opened.train, by))
-    table, pictures, labels = {}, [], []
+    table, pictures, columns = {}, {}, summarised(model.channels)
     for cell in sorted(set(cells[opened.held])):
         inside = np.random.default_rng(0).permutation(opened.held[cells[opened.held] == cell])
         rows = np.resize(inside, args.images)
         real, hint = seen_with_control(opened, rows)
-        sets = {"real": real, "with control": ask(opened, rows, args, hint),
-                "without control": ask(opened, rows, args, None)}
-        table[cell] = {"in_training": m.columns[by][inside[0]] in seen, "images": len(inside)} | {
-            name: summarise(x, model.channels, args.nucleus_radius) for name, x in sets.items()}
-        pictures += [list(x[:6].numpy()) for x in sets.values()]
-        labels += [f"{cell}\n{name}" for name in sets]
-    names = ["nuclei", *(f"{c}_mean" for c in model.channels)]
-    print(f"\n{'':50s}" + "".join(f"{k.replace('_mean', ''):>9s}" for k in names)
-          + "   mean error of log intensity")
-    for cell, e in table.items():
-        for name in ("real", "with control", "without control"):
-            ratio = [e[name][k] / e["real"][k] for k in names[1:]]
-            e[name]["log_error"] = float(np.abs(np.log(ratio)).mean())
-            label = cell + ("" if e["in_training"] else " (unseen)")
-            print(f"{label if name == 'real' else '':34s}{name:16s}" + "".join(
-                f"{e[name][k]:9.4f}" for k in names) + f"{e[name]['log_error']:12.3f}")
-    for name in ("with control", "without control"):
-        print(f"{name}: mean error of log intensity over plates "
-              f"{np.mean([e[name]['log_error'] for e in table.values()]):.3f}")
-    data.picture(out / "control.png", pictures[:18], model.channels, labels[:18],
-                 pixel_um=model.pixel_um)
+        sets = {"real": real, "with control": draw_controlled(opened, rows, args, hint),
+                "without control": draw_controlled(opened, rows, args, None)}
+        found = {name: summarise(x, model.channels, args.nucleus_radius)
+                 for name, x in sets.items()}
+        for e in found.values():
+            e["log_error"] = float(np.mean([abs(np.log(e[k] / found["real"][k]))
+                                            for k in columns if k != "nuclei"]))
+        table[cell] = {"in_training": m.columns[by][inside[0]] in seen, "images": len(inside)
+                       } | found
+        pictures[cell] = {name: x[:6] for name, x in sets.items()}
+    kinds = ("real", "with control", "without control")
+    print_table("", dict.fromkeys(columns.values(), ".4f") | {
+        "mean error of log intensity": ".3f"}, [
+        (cell + ("" if e["in_training"] else " (unseen)") + f", {kind}",
+         *(e[kind][k] for k in (*columns, "log_error")))
+        for cell, e in table.items() for kind in kinds])
+    for kind in kinds[1:]:
+        print(f"{kind}: mean error of log intensity over plates "
+              f"{np.mean([e[kind]['log_error'] for e in table.values()]):.3f}")
+    draw_sets(out / "control.png", dict(itertools.islice(pictures.items(), 6)), model)
     return table
 
 
 # ------------------------------------------------------------------------------------------------
-# 8. vae: which latent space?
+# 10. vae: which latent space?
 # ------------------------------------------------------------------------------------------------
 
 # Each changes the default autoencoder in one way: a setting of train_vae.py and its value
@@ -2095,40 +2205,34 @@ class PatchPCA:
 def feature_agreement(x, y, channels):
     """How well features of reconstructions y agree with those of the originals x, by channel and
     for the nuclei: {name: (correlation over images, bias in deviations)}, means over features."""
-    a, b = (features(v, channels, at_once(v)) for v in (x, y))
+    a, b = (features(v, channels, at_once(v)).double() for v in (x, y))
     kept = a.isfinite() & b.isfinite()
-    table = {}
+    a, b = (torch.where(kept, v, torch.nan) for v in (a, b))
+    correlation, count = correlations(a, b).nan_to_num(0.), kept.sum(0)
+    deviation = ((a - a.nanmean(0)).square().nansum(0) / (count - 1)).sqrt()
+    bias = (b - a).nanmean(0).abs() / deviation.clamp(min=1e-9)
+    table, names = {}, feature_names(channels)
     for name in ["nuclei", *channels]:
-        found = []
-        for k, feature in enumerate(feature_names(channels)):
-            own = feature.startswith(f"{name}_") and not feature.endswith("_correlation")
-            if (own or (name == "nuclei" and k < 5)) and kept[:, k].sum() > 2:
-                p, q = (v[:, k][kept[:, k]].double() for v in (a, b))
-                spread = p.std().clamp(min=1e-9)
-                found.append((torch.corrcoef(torch.stack([p, q]))[0, 1].nan_to_num(0.).item(),
-                              ((q.mean() - p.mean()).abs() / spread).item()))
-        table[name] = tuple(float(v) for v in np.mean(found or [[np.nan] * 2], 0))
+        own = torch.tensor([k < 5 if name == "nuclei" else feature.startswith(f"{name}_")
+                            and not feature.endswith("_correlation")
+                            for k, feature in enumerate(names)]) & (count > 2)
+        table[name] = correlation[own].mean().item(), bias[own].mean().item()
     return table
 
 
 def score_reconstruction(x, x_hat, channels, probe, rows):
     """All that compares reconstructions with the originals (N, C, H, W) in [-1, 1]."""
     p, q = (x + 1) / 2, (x_hat + 1) / 2
-    found = train_vae.reconstruction_metrics(x, x_hat)
     power = power_spectrum(q) - power_spectrum(p)                        # (C, frequencies)
-    found |= {"ssim": torch.cat([structural_similarity(a, b) for a, b in zip(
-                  p.split(at_once(p)), q.split(at_once(q)))]).mean(0).tolist(),
-              "psnr_per_channel": (-10 * (p - q).square().mean((0, 2, 3)).clamp(min=1e-9)
-                                   .log10()).tolist(),
-              "emd": earth_movers_distance(p, q).tolist(),
-              "fine_power": power[:, power.shape[1] // 2:].mean(1).tolist(),
-              "features": feature_agreement(x, x_hat, channels)}
-    if probe:
-        hits = named_right(probe, x_hat, rows)
-        strong = torch.tensor([float(r["true_effect"]) >= .5 for r in rows])
-        found |= {"probe_mechanism": hits["mechanism"][strong].float().mean().item(),
-                  "probe_batch": hits["batch"].float().mean().item()}
-    return found
+    similar = torch.cat([structural_similarity(a, b) for a, b in zip(
+        p.split(at_once(p)), q.split(at_once(q)))])
+    return train_vae.reconstruction_metrics(x, x_hat) | {
+        "ssim": similar.mean(0).tolist(),
+        "psnr_per_channel": psnr(p, q, (0, 2, 3)).tolist(),
+        "emd": earth_movers_distance(p, q).tolist(),
+        "fine_power": power[:, power.shape[1] // 2:].mean(1).tolist(),
+        "features": feature_agreement(x, x_hat, channels)} | probe_scores(
+            probe, x_hat, rows, ("probe_mechanism", "probe_batch"))
 
 
 def rates(vae, images):
@@ -2155,7 +2259,7 @@ def compare_latent_spaces(args):
     if args.quick:
         args.train_steps, args.ldm_steps, args.images = 150, min(args.ldm_steps, 100), 96
     out = Path(args.out)
-    results, lines, reconstructions = Results(out / "vae.jsonl"), [], {}
+    results, lines, pictures = Results(out / "vae.jsonl"), [], {}
     for change in args.configs or LATENT_SPACES:
         name = change.replace(" ", ",") or "default"
         config = replace(train_vae.Config(), **{
@@ -2166,35 +2270,40 @@ def compare_latent_spaces(args):
         if opened.settings.data != config.data:
             raise UserError(f"{path} was trained on {opened.settings.data}: use another --out")
         x, rows = held_out(opened, args.images)
-        x_hat, kl = reconstruct(opened.vae, x)
+        x_hat, kl = reconstruct(opened.model.vae, x)
         line = results.get({"vae": change, "autoencoder": finger(path), "images": len(x)},
                            lambda: {"label": name} | measure_autoencoder(opened, x, x_hat, kl,
                                                                          rows))
         if args.ldm_steps:
             line = line | results.get(
-                {"ldm_on": change, "autoencoder": finger(path), "ldm_steps": args.ldm_steps,
-                 "images": args.images, "guidance": args.guidance, "form": args.form,
-                 "interval": args.interval, "steps": args.steps},
+                {"ldm_on": change, "autoencoder": finger(path)} | {k: getattr(args, k) for k in (
+                    "ldm_steps", "images", "guidance", "form", "interval", "steps")},
                 lambda: generation_on(args, path, out / f"ldm-{name}-{args.train_steps}"))
         lines.append(line)
-        reconstructions.setdefault("original", x[0].numpy())
-        reconstructions[name] = x_hat[0].numpy()
-    lines[0]["originals"] = score_reconstruction(x, x, opened.channels, probe_of(opened), rows)
-    print_latent_spaces(lines, opened.channels)
-    draw_latent_spaces(out, lines, reconstructions, opened.channels)
-    (out / "vae.json").write_text(json.dumps(lines, indent=1))
-    print(f"wrote {out}/vae.json, vae.png and rate_distortion.png")
+        pictures.setdefault("original", x[0].numpy())
+        pictures[name] = x_hat[0].numpy()
+    channels = opened.model.channels
+    lines[0]["originals"] = score_reconstruction(x, x, channels, screen_probe(opened), rows)
+    print_latent_spaces(lines, channels)
+    draw_latent_spaces(out, lines, pictures, channels)
+    write_report(out / "vae.json", lines, "vae.png", "rate_distortion.png")
 
 
 def measure_autoencoder(opened, x, x_hat, kl, rows):
     """One line of the table: size, rates, reconstruction, and the baselines beside it."""
-    probe, (encode, decode) = probe_of(opened), rates(opened.vae, x)
-    numbers = opened.vae.to_latent(x[:1].to(device())).numel()
+    vae, channels, probe = opened.model.vae, opened.model.channels, screen_probe(opened)
+    encode, decode = rates(vae, x)
+    numbers = vae.to_latent(x[:1].to(device())).numel()
+    small = train_vae.through_small_image(x, numbers)
+    some = np.random.default_rng(1).permutation(opened.train)[:15 * at_once(x)]
+    f = opened.settings.downsampling
+    pca = PatchPCA(real_images(opened, some), f, numbers // (x[0, 0].numel() // f ** 2))
     return {"numbers": numbers, "numbers_per_pixel": numbers / x[0, 0].numel(),
             "kl": kl.mean().item(), "encoded_per_s": encode, "decoded_per_s": decode,
-            "parameters": sum(p.numel() for p in opened.vae.parameters()),
-            **score_reconstruction(x, x_hat, opened.channels, probe, rows),
-            "baselines": baselines(opened, x, numbers, probe, rows)}
+            "parameters": sum(p.numel() for p in vae.parameters()),
+            **score_reconstruction(x, x_hat, channels, probe, rows),
+            "baselines": {name: score_reconstruction(x, y, channels, probe, rows)
+                          for name, y in (("small image", small), ("patch PCA", pca(x)))}}
 
 
 def parse_settings(change):
@@ -2217,37 +2326,21 @@ def parse_settings(change):
 
 
 def open_autoencoder(path):
-    """An autoencoder, and the data it was trained on."""
+    """As open_model, of an autoencoder."""
     vae, content = train_vae.load_vae(path)
     settings = SimpleNamespace(**content["settings"])
     manifest, pixels, train, held = open_data(settings, draw=False)
-    return SimpleNamespace(vae=vae, settings=settings, manifest=manifest, pixels=pixels,
-                           train=train, held=held, intensity=content["intensity"],
-                           channels=tuple(settings.channels.split(",")), content={"vae": content})
+    model = SimpleNamespace(vae=vae, channels=tuple(settings.channels.split(",")),
+                            intensity=content["intensity"])
+    return SimpleNamespace(model=model, settings=settings, manifest=manifest, pixels=pixels,
+                           train=train, held=held)
 
 
 def held_out(opened, count):
     """(held-out images, their rows of the manifest), at random."""
     some = np.random.default_rng(0).permutation(opened.held)[:count]
     rng = np.random.default_rng(0) if opened.settings.crop else None
-    return views(opened.pixels, some, opened.settings, opened.intensity, rng), [
-        {name: values[i] for name, values in opened.manifest.columns.items()} for i in some]
-
-
-def probe_of(opened):
-    return screen_probe(opened.manifest.path.parent, opened)
-
-
-def baselines(opened, x, numbers, probe, rows):
-    """What needs no network, at the same compression: a small image (area downsampling, bicubic
-    upsampling) and patches in principal components."""
-    some = np.random.default_rng(1).permutation(opened.train)[:15 * at_once(x)]
-    f = opened.settings.downsampling
-    training = views(opened.pixels, some, opened.settings, opened.intensity)
-    pca = PatchPCA(training, f, numbers // (x[0, 0].numel() // f ** 2))
-    return {"small image": score_reconstruction(
-        x, train_vae.through_small_image(x, numbers), opened.channels, probe, rows),
-        "patch PCA": score_reconstruction(x, pca(x), opened.channels, probe, rows)}
+    return real_images(opened, some, rng), records(opened.manifest, some)
 
 
 def generation_on(args, vae, out):
@@ -2256,92 +2349,70 @@ def generation_on(args, vae, out):
     path = trained(train_ldm.Config(data=args.data or train_ldm.Config.data, vae=str(vae),
                                     out=str(out), steps=args.ldm_steps))
     opened = open_trained(args, path)
-    m = opened.manifest
-    if "true_mechanism" not in m.columns:
+    if "true_mechanism" not in opened.manifest.columns:
         return {}
-    cells = cells_of(m, ["true_mechanism", "batch"])
+    cells = cells_of(opened.manifest, ["true_mechanism", "batch"])
     held, = heldout_sets(opened, ["val"]).values()
-    a, b = halves(m, held, cells, args.images)
-    request = Request(opened.model.weights(args.guidance), args.form, args.interval,
-                      steps=args.steps)
-    entry, _ = quality_of(opened, a, b, cells, feature_scale(opened),
-                          screen_probe(m.path.parent, opened.model), request)
+    a, b = halves(opened.manifest, held, cells, args.images)
+    entry, _ = quality_of(opened, a, b, cells, morphology(opened), screen_probe(opened),
+                          request_of(args, opened.model))
     return {"generated": {k: entry["generated"][k] for k in (
         "distance", "variance_ratio", "true_mechanism", "batch")},
         "generated_floor": entry["real"]["distance"], "generated_ceiling": entry["real"]["ceiling"]}
 
 
 def print_latent_spaces(lines, channels):
-    """One line per autoencoder and baseline: reconstruction; then by channel; then generation."""
-    every = [(e["label"], e) for e in lines]
-    beside = [(label, e) for e in lines for label, e in (
+    """One line per autoencoder and baseline: reconstruction; then by channel; then speed and
+    generation."""
+    rows = [row for e in lines for row in (
         (e["label"], e), *((f"    {name}", b) for name, b in e["baselines"].items()))]
-    beside.append(("the originals", lines[0]["originals"]))
-    wide = max([28, *(len(label) + 1 for label, _ in beside)])
-    print(f"\n{'':{wide}s}{'numbers':>8s}{'a pixel':>9s}{'KL':>7s}{'L1':>8s}{'PSNR':>6s}"
-          f"{'SSIM':>7s}{'EMD':>8s}{'mechanism':>11s}{'batch':>7s}")
-    for label, e in beside:
-        size = (f"{e['numbers']:8d}{e['numbers_per_pixel']:9.3f}{e['kl']:7.0f}" if "kl" in e
-                else " " * 24)
-        print(f"{label:{wide}s}{size}{e['l1']:8.4f}{e['psnr']:6.1f}{np.mean(e['ssim']):7.3f}"
-              f"{np.mean(e['emd']):8.4f}{e.get('probe_mechanism', np.nan):11.2f}"
-              f"{e.get('probe_batch', np.nan):7.2f}")
-    for title, key, form in (("L1", "l1_per_channel", "8.4f"), ("PSNR", "psnr_per_channel", "8.1f"),
-                             ("structural similarity", "ssim", "8.3f"),
-                             ("earth mover's distance", "emd", "8.4f"),
-                             ("fine power, log (-: lost)", "fine_power", "8.2f")):
-        print(f"\n{title:{wide}s}" + "".join(f"{c:>8s}" for c in channels))
-        for label, e in beside[:-1]:
-            print(f"{label:{wide}s}" + "".join(f"{v:{form}}" for v in e[key]))
+    print_table("", {"numbers": "d", "a pixel": ".3f", "KL": ".0f", "L1": ".4f", "PSNR": ".1f",
+                     "SSIM": ".3f", "EMD": ".4f", "mechanism": ".2f", "batch": ".2f"}, [
+        (label, e.get("numbers"), e.get("numbers_per_pixel"), e.get("kl"), e["l1"], e["psnr"],
+         np.mean(e["ssim"]), np.mean(e["emd"]), e.get("probe_mechanism"), e.get("probe_batch"))
+        for label, e in (*rows, ("the originals", lines[0]["originals"]))])
+    for title, key, form in (("L1", "l1_per_channel", ".4f"), ("PSNR", "psnr_per_channel", ".1f"),
+                             ("structural similarity", "ssim", ".3f"),
+                             ("earth mover's distance", "emd", ".4f"),
+                             ("fine power, log (-: lost)", "fine_power", ".2f")):
+        print_table(title, dict.fromkeys(channels, form), [(label, *e[key]) for label, e in rows])
     names = ["nuclei", *channels]
-    print(f"\n{'features: correlation (bias)':{wide}s}" + "".join(f"{n:>13s}" for n in names))
-    for label, e in beside[:-1]:
-        print(f"{label:{wide}s}" + "".join("{:6.2f} ({:4.2f})".format(*e["features"][n])
-                                       for n in names))
-    print(f"\n{'':{wide}s}{'M parameters':>14s}{'encoded/s':>11s}{'decoded/s':>11s}")
-    for label, e in every:
-        print(f"{label:{wide}s}{e['parameters'] / 1e6:14.2f}{e['encoded_per_s']:11.0f}"
-              f"{e['decoded_per_s']:11.0f}")
-    print_generation([(label, e) for label, e in every if "generated" in e])
-
-
-def print_generation(made):
-    """What each autoencoder does to generation."""
-    wide = max([28, *(len(label) + 1 for label, _ in made)])
+    print_table("features: correlation (bias)", dict.fromkeys(names, ""), [
+        (label, *("{:.2f} ({:.2f})".format(*e["features"][name]) for name in names))
+        for label, e in rows])
+    print_table("", {"M parameters": ".2f", "encoded/s": ".0f", "decoded/s": ".0f"}, [
+        (e["label"], e["parameters"] / 1e6, e["encoded_per_s"], e["decoded_per_s"])
+        for e in lines])
+    made = [e for e in lines if "generated" in e]
     if made:
-        print(f"\n{'generated on held-out wells':{wide}s}{'mechanism':>10s}{'batch':>8s}"
-              f"{'distance':>10s}{'(floor, ceiling)':>20s}{'variance':>10s}")
-    for label, e in made:
-        g, limits = e["generated"], (e["generated_floor"], e["generated_ceiling"])
-        print(f"{label:{wide}s}{g['true_mechanism']:10.2f}{g['batch']:8.2f}"
-              f"{1000 * g['distance']:10.0f}"
-              f"{'({:.0f}, {:.0f})'.format(*(1000 * v for v in limits)):>20s}"
-              f"{g['variance_ratio']:10.2f}")
+        print_table("generated on held-out wells", {
+            "mechanism": ".2f", "batch": ".2f", "1000 distance": ".0f", "floor": ".0f",
+            "ceiling": ".0f", "variance": ".2f"}, [
+            (e["label"], e["generated"]["true_mechanism"], e["generated"]["batch"],
+             *(1000 * v for v in (e["generated"]["distance"], e["generated_floor"],
+                                  e["generated_ceiling"])), e["generated"]["variance_ratio"])
+            for e in made])
 
 
 def draw_latent_spaces(out, lines, images, channels):
     """By channel, the same image {name: (C, H, W)} through each autoencoder; and distortion against
     rate."""
-    import matplotlib.pyplot as plt
     data.picture(out / "vae.png", [[image, *image] for image in images.values()], channels,
                  list(images), ["all", *channels])
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    for k, e in enumerate(lines):
-        for axis, rate in zip(axes, (e["numbers"], e["kl"])):
-            axis.plot(rate, e["l1"], "o", color=f"C{k % 10}", label=e["label"])
-    for name, mark in (("small image", "^"), ("patch PCA", "s")):
-        points = sorted({(e["numbers"], e["baselines"][name]["l1"]) for e in lines})
-        axes[0].plot(*zip(*points), mark, mfc="none", color="k", label=name)
-    axes[0].set(xscale="log", yscale="log", xlabel="numbers per image", ylabel="L1 on [0, 1]")
-    axes[1].set(xscale="log", xlabel="KL, nats per image")
-    axes[0].legend(fontsize=6), axes[0].grid(alpha=.3), axes[1].grid(alpha=.3)
-    fig.tight_layout()
-    fig.savefig(out / "rate_distortion.png", dpi=110)
-    plt.close(fig)
+    with figure(out / "rate_distortion.png", 1, 2, figsize=(9, 3.6), sharey=True) as axes:
+        for k, e in enumerate(lines):
+            for axis, rate in zip(axes, (e["numbers"], e["kl"])):
+                axis.plot(rate, e["l1"], "o", color=f"C{k % 10}", label=e["label"])
+        for name, mark in (("small image", "^"), ("patch PCA", "s")):
+            points = sorted({(e["numbers"], e["baselines"][name]["l1"]) for e in lines})
+            axes[0].plot(*zip(*points), mark, mfc="none", color="k", label=name)
+        axes[0].set(xscale="log", yscale="log", xlabel="numbers per image", ylabel="L1 on [0, 1]")
+        axes[1].set(xscale="log", xlabel="KL, nats per image")
+        axes[0].legend(fontsize=6), axes[0].grid(alpha=.3), axes[1].grid(alpha=.3)
 
 
 # ------------------------------------------------------------------------------------------------
-# 9. Mol2Image's benchmark, reimplemented (Yang et al. 2021; its metric code was not released)
+# 11. Mol2Image's benchmark, reimplemented (Yang et al. 2021; its metric code was not released)
 # ------------------------------------------------------------------------------------------------
 
 BINOMIAL = torch.tensor([1., 4., 6., 4., 1.]) / 16
@@ -2351,18 +2422,12 @@ REACH = 16.  # of the histograms of projections, in deviations
 def laplacian_pyramid(x, smallest=16):
     """Bands of images (N, C, H, W), finest first, the last the low-pass rest at `smallest` pixels:
     5x5 binomial kernel, mirrored borders (Burt & Adelson 1983)."""
-    c, bands = x.shape[1], []
-
-    def blur(v):
-        v = F.pad(v, (2, 2, 2, 2), mode="reflect")
-        taps = BINOMIAL.to(v)
-        v = F.conv2d(v, taps.view(1, 1, 5, 1).expand(c, 1, 5, 1), groups=c)
-        return F.conv2d(v, taps.view(1, 1, 1, 5).expand(c, 1, 1, 5), groups=c)
+    bands = []
     while min(x.shape[2:]) >= 2 * smallest:
-        small = blur(x)[:, :, ::2, ::2]
-        spread = torch.zeros_like(x)
-        spread[:, :, ::2, ::2] = small
-        bands.append(x - 4 * blur(spread))
+        small = blur(x, BINOMIAL)[:, :, ::2, ::2]
+        apart = torch.zeros_like(x)
+        apart[:, :, ::2, ::2] = small
+        bands.append(x - 4 * blur(apart, BINOMIAL))
         x = small
     return [*bands, x]
 
@@ -2372,21 +2437,18 @@ def random_patches(bands, seeds, patches=128, side=7):
     depend on the image's seed alone, so that any batch size gives the same."""
     found = []
     for level, band in enumerate(bands):
-        c, h, w = band.shape[1:]
-        windows = band.unfold(2, side, 1).unfold(3, side, 1)         # (N, C, h', w', side, side)
-        places = np.stack([np.random.default_rng((seed, level)).integers(
-            (h - side + 1) * (w - side + 1), size=patches) for seed in seeds])
-        y, x = (torch.from_numpy(v) for v in np.divmod(places, w - side + 1))
-        rows = torch.arange(len(band))[:, None]
-        found.append(windows[rows, :, y, x])
+        h, w = (n - side + 1 for n in band.shape[2:])
+        windows = band.unfold(2, side, 1).unfold(3, side, 1)         # (N, C, h, w, side, side)
+        places = np.stack([np.random.default_rng((seed, level)).integers(h * w, size=patches)
+                           for seed in seeds])
+        y, x = (torch.from_numpy(v) for v in np.divmod(places, w))
+        found.append(windows[torch.arange(len(band))[:, None], :, y, x])
     return found
 
 
 def histogram(values, low, high, bins=4096):
     """Counts (R, bins) of each row of values (R, n); what lies outside counts at the ends."""
-    place = ((values - low) * (bins / (high - low))).clamp(0, bins - 1).long()
-    counts = torch.zeros(len(values), bins, dtype=torch.long, device=values.device)
-    return counts.scatter_add_(1, place, torch.ones_like(place))
+    return tally(((values - low) * (bins / (high - low))).clamp(0, bins - 1).long(), bins)
 
 
 def area_between(one, other, low, high):
@@ -2423,17 +2485,17 @@ def patch_histograms(stream):
     arXiv:1710.10196, section 5), by level, finest first: 128 patches of 7x7 pixels per image and
     level, standardised per channel by the set itself, along random directions. stream() yields the
     images twice, the same batches (B, C, H, W) on [0, 1]."""
-    sums, counts = 0, 0
+    sums, found = 0, 0
     for levels in patches_of(stream):
         sums = sums + torch.stack([torch.stack([p.double().pow(k).sum((0, 2, 3)) for k in range(3)])
                                    for p in levels])                     # (levels, 3, C)
     n, mean, square = sums[:, 0], sums[:, 1] / sums[:, 0], sums[:, 2] / sums[:, 0]
     std = (square - mean ** 2).clamp(min=0).sqrt().clamp(min=1e-8)
     for levels in patches_of(stream):
-        counts = counts + torch.stack([
+        found = found + torch.stack([
             along_directions(((p - m[:, None, None]) / s[:, None, None]).flatten(1).float())
             for p, m, s in zip(levels, mean, std)])                      # (levels, 512, bins)
-    return counts
+    return found
 
 
 def sliced_wasserstein(a, b):
@@ -2443,20 +2505,30 @@ def sliced_wasserstein(a, b):
     return [1000 * wasserstein_along(p, q) for p, q in zip(a, b)]
 
 
+# --- morphology as the benchmark groups it --------------------------------------------------------
+
 def minimum_cross_entropy(x, bins=128):
     """Threshold (B,) of (B, H, W) on [0, 1] (Li & Lee 1993): the cut whose two class means tell
     most, the largest m0 log(mean0) + m1 log(mean1) with m the summed intensities."""
-    place = (x.flatten(1).clamp(0, 1) * (bins - 1)).round().long()
-    count = torch.zeros(len(x), bins, device=x.device).scatter_add_(
-        1, place, torch.ones_like(place, dtype=torch.float))
-    value = torch.arange(bins, device=x.device) / (bins - 1)
-    n0, m0 = count.cumsum(1), (count * value).cumsum(1)
-    n1, m1 = n0[:, -1:] - n0, m0[:, -1:] - m0
-    told = (m0 * (m0 / n0.clamp(min=1)).clamp(min=1e-9).log()
-            + m1 * (m1 / n1.clamp(min=1)).clamp(min=1e-9).log())
-    # between two distant classes every cut is as good: the middle of the plateau
-    best = told >= told.max(1, keepdim=True).values * (1 + 1e-6)         # told is negative
-    return ((best * value).sum(1) / best.sum(1).clamp(min=1)).add(.5 / (bins - 1))
+    count, value = grey_levels(x, bins)
+    n0, m0 = count.cumsum(1), (count * value).cumsum(1)                  # (B, bins)
+    told = sum(m * (m / n.clamp(min=1)).clamp(min=1e-9).log()
+               for n, m in ((n0, m0), (n0[:, -1:] - n0, m0[:, -1:] - m0)))
+    return best_level(told, value) + .5 / (bins - 1)
+
+
+def lower_of_three(x, bins=64):
+    """The lower threshold (B,) of Otsu's method with three classes: background apart from the two
+    brighter ones, the largest sum of w mean^2 over classes."""
+    count, value = grey_levels(x, bins)
+    share = count / x[0].numel()
+    w, m = share.cumsum(1), (share * value).cumsum(1)
+    between = sum(b ** 2 / a.clamp(min=1e-9) for a, b in (                # (B, lower, upper)
+        (w[:, :, None], m[:, :, None]), (w[:, None] - w[:, :, None], m[:, None] - m[:, :, None]),
+        (w[:, None, -1:] - w[:, None], m[:, None, -1:] - m[:, None])))
+    upper = torch.ones(bins, bins, dtype=torch.bool, device=x.device).triu(1)
+    best = between.masked_fill(~upper, -1.).flatten(1).argmax(1) // bins
+    return (best + .5) / (bins - 1)
 
 
 ZERNIKE = [(n, m) for n in range(10) for m in range(n + 1) if (n - m) % 2 == 0]   # 30 moments
@@ -2491,44 +2563,13 @@ def zernike_moments(labels):
         real, imaginary = (total(radial * f(m * theta)) for f in (torch.cos, torch.sin))
         moments.append((real ** 2 + imaginary ** 2).sqrt() / (math.pi * radius ** 2))
     moments = torch.stack(moments, 1).view(len(labels), count, len(ZERNIKE))
-    there = per_object(labels, torch.ones_like(labels)) > 0
-    there &= ~touches(labels, "top", "bottom", "left", "right")
-    return torch.where(there[..., None], moments, torch.nan)[:, 1:]
+    return (moments * whole_objects(labels)[..., None])[:, 1:]
 
 
-def lower_of_three(x, bins=64):
-    """The lower threshold (B,) of Otsu's method with three classes: background apart from the two
-    brighter ones, the largest sum of w mean^2 over classes."""
-    place = (x.flatten(1).clamp(0, 1) * (bins - 1)).round().long()
-    share = torch.zeros(len(x), bins, device=x.device).scatter_add_(
-        1, place, torch.ones_like(place, dtype=torch.float)) / place.shape[1]
-    w = share.cumsum(1)
-    m = (share * torch.arange(bins, device=x.device) / (bins - 1)).cumsum(1)
-    end_w, end_m = w[:, -1:, None], m[:, -1:, None]
-    between = sum(b ** 2 / a.clamp(min=1e-9) for a, b in (                # (B, lower, upper)
-        (w[:, :, None], m[:, :, None]), (w[:, None] - w[:, :, None], m[:, None] - m[:, :, None]),
-        (end_w - w[:, None], end_m - m[:, None])))
-    upper = torch.ones(bins, bins, dtype=torch.bool, device=x.device).triu(1)
-    best = between.masked_fill(~upper, -1.).flatten(1).argmax(1) // bins
-    return (best + .5) / (bins - 1)
-
-
-def grow_cells(labels, rna, steps):
-    """Cells: the nuclei's labels spread, a pixel at a time, over the stained area of the RNA
-    channel (B, H, W)."""
-    blurred = gaussian_blur(rna[:, None], 1.)[:, 0]
-    stained = blurred > lower_of_three(blurred)[:, None, None]
-    cells = labels.float()
-    for _ in range(steps):
-        spread = F.max_pool2d(cells[:, None], 3, 1, 1)[:, 0]
-        cells = torch.where((cells == 0) & stained, spread, cells)
-    return cells.long()
-
-
-def middle(x):
-    """Median of (B, L, ...) over L without NaN; NaN where there is nothing."""
-    nothing = x.new_full((len(x), 1, *x.shape[2:]), torch.nan)
-    return torch.cat([x, nothing], 1).nanmedian(1).values
+def mean_and_median(x):
+    """Of (B, L, F) over L, without NaN: (B, 2 F), NaN where there is nothing."""
+    nothing = x.new_full((len(x), 1, x.shape[2]), torch.nan)
+    return torch.cat([x.nanmean(1), torch.cat([x, nothing], 1).nanmedian(1).values], 1)
 
 
 FAMILIES = ("coverage", "count", "size", "Zernike shape", "intensity")
@@ -2538,29 +2579,21 @@ def correspondence_features(images, channels, radius=NUCLEUS_RADIUS):
     """{family: (N, features)} of images (N, C, H, W) in [-1, 1], as CellProfiler's are grouped in
     Mol2Image's benchmark: share of the field covered by nuclei and by cells; number of nuclei; mean
     and median over nuclei and over cells of area and of 30 Zernike moments; mean and median
-    intensity of each channel in cells. Nuclei that the border cuts are discarded with their cells,
-    but for the count, which `count_objects` keeps without bias."""
-    nucleus, rna = (channels.index(c) if c in channels else 0 for c in ("DNA", "RNA"))
+    intensity of each channel in cells. Cells are the nuclei's labels spread over the stained area
+    of the RNA channel. Nuclei that the border cuts are discarded with their cells, but for the
+    count, which `count_objects` keeps without bias."""
     x = (images.to(device()).float() + 1) / 2
-    nuclei = segment_nuclei(x[:, nucleus], radius, threshold=minimum_cross_entropy)
-    cells = grow_cells(nuclei, x[:, rna], round(3 * radius))
-    count = count_objects(nuclei)[:, None]
-    cut = touches(nuclei, "top", "bottom", "left", "right")
-    nuclei, cells = (v * ~cut.gather(1, v.flatten(1)).view_as(v) for v in (nuclei, cells))
-    sizes = [object_shapes(v)[0] for v in (nuclei, cells)]                # (N, L) each
-    shapes = [zernike_moments(v) for v in (nuclei, cells)]               # (N, L, 30)
-    inside = torch.where(cells[:, None] > 0, x, torch.nan).flatten(2)    # (N, C, H W)
-    found = {"coverage": torch.stack([(v > 0).float().mean((1, 2)) for v in (nuclei, cells)], 1),
-             "count": count,
-             "size": torch.stack([f(v) for v in sizes for f in (mean_of, middle)], 1),
-             "Zernike shape": torch.cat([f(v) for v in shapes for f in (mean_of, middle)], 1),
+    nuclei = segment_nuclei(x[:, channel(channels, "DNA")], radius, threshold=minimum_cross_entropy)
+    rna = gaussian_blur(x[:, channel(channels, "RNA"), None], 1.)[:, 0]
+    cells = spread(nuclei, rna > lower_of_three(rna)[:, None, None], round(3 * radius))
+    whole = [without(v, cut_by_border(nuclei)) for v in (nuclei, cells)]
+    inside = torch.where(whole[1][:, None] > 0, x, torch.nan).flatten(2)  # (N, C, H W)
+    found = {"coverage": torch.stack([(v > 0).float().mean((1, 2)) for v in whole], 1),
+             "count": count_objects(nuclei)[:, None],
+             "size": torch.cat([mean_and_median(object_shapes(v)[0][..., None]) for v in whole], 1),
+             "Zernike shape": torch.cat([mean_and_median(zernike_moments(v)) for v in whole], 1),
              "intensity": torch.cat([inside.nanmean(2), inside.nanmedian(2).values], 1)}
     return {name: values.cpu() for name, values in found.items()}
-
-
-def mean_of(x):
-    """Mean of (B, L, ...) over L without NaN."""
-    return x.nanmean(1)
 
 
 def ranks(x):
@@ -2582,16 +2615,6 @@ def by_molecule(found, place):
             for family, v in found.items()}
 
 
-def correlations(p, q):
-    """Pearson correlation (F,) of the columns of two (M, F), rows with NaN in either left out; NaN
-    where a column does not vary."""
-    kept = p.isfinite() & q.isfinite()
-    p, q = (torch.where(kept, v.double(), torch.nan) for v in (p, q))
-    p, q = ((v - v.nanmean(0)).nan_to_num(0.) for v in (p, q))
-    size = p.norm(dim=0) * q.norm(dim=0)
-    return torch.where((kept.sum(0) > 2) & (size > 1e-12), (p * q).sum(0) / size, torch.nan)
-
-
 def correlation_by_family(a, b):
     """{family: (Pearson, Spearman)} over molecules: features {family: (M, F)} of two sets
     correlated, averaged over the family's features that vary."""
@@ -2605,6 +2628,8 @@ def correlation_by_family(a, b):
         table[family] = tuple(correlations(*pair).nanmean().item() for pair in ((p, q), ranked))
     return table
 
+
+# --- does this image belong to this molecule? -----------------------------------------------------
 
 class Correspondence(nn.Module):
     """Do this image and this molecule belong together? A residual network over the image, message
@@ -2631,22 +2656,16 @@ def train_correspondence(read, rows, graphs, molecule, steps, seed=0, batch=32, 
     (B, C, H, W); graphs (M, A, 6 + A); molecule (N,) the place of each row's own."""
     torch.manual_seed(seed)
     network = Correspondence(read(rows[:1]).shape[1]).to(device())
-    optimiser = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=.02)
-    for step in tqdm(range(steps), desc="training the correspondence", mininterval=1):
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, steps, lr)
-        rng, _ = step_rng(seed, step)
+
+    def loss_of(rng):
         chosen = rng.integers(len(rows), size=batch)
         x, own = torch.rot90(read(rows[chosen]), int(rng.integers(4)), (2, 3)), molecule[chosen]
         with autocast():
             out = network(x.to(device()), graphs[own].to(device())).float()        # (B, B)
         matched = torch.from_numpy(own[:, None] == own).to(out)
         weight = matched / matched.sum() + (1 - matched) / (1 - matched).sum().clamp(min=1)
-        loss = F.binary_cross_entropy_with_logits(out, matched, weight / 2, reduction="sum")
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    return network.eval()
+        return F.binary_cross_entropy_with_logits(out, matched, weight / 2, reduction="sum")
+    return fit(network, loss_of, steps, lr, seed, "correspondence")
 
 
 @torch.no_grad()
@@ -2659,9 +2678,9 @@ def correspondence_hits(network, codes, graphs, molecule, candidates=100, seed=0
     for code, own in zip(codes.to(b), molecule):
         others = rng.permutation(np.delete(np.arange(len(b)), own))[:candidates - 1]
         scores = network.score(code.expand(1 + len(others), -1), b[[own, *others]]).float()
-        right.append(((scores[0] > 0).float() + (scores[1] <= 0).float()).item() / 2)
-        places.append((scores[1:] > scores[0]).sum().item()
-                      + .5 * (scores[1:] == scores[0]).sum().item())
+        true, wrong = scores[0], scores[1:]
+        right.append(((true > 0).float() + (wrong[0] <= 0).float()).item() / 2)
+        places.append((wrong > true).sum().item() + .5 * (wrong == true).sum().item())
     return {"accuracy": np.array(right)} | {f"top_{k}": np.array(places) < k for k in (1, 5, 10)}
 
 
@@ -2680,6 +2699,22 @@ def benchmark_sets(manifest, wanted):
             raise data.DataError(f"{manifest.path}, column split: no {name} rows; there are "
                                  + ", ".join(names))
     return {name: np.flatnonzero(np.isin(label, parts)) for name, parts in sets.items()}
+
+
+def treatments(opened, checkpoint):
+    """What the benchmark compares over: (SMILES of each row, its treatment as molecule and dose,
+    rows with a molecule at a quarter of the highest dose or more)."""
+    m, fields = opened.manifest, opened.model.fields
+    molecule, dose = (next((f.name for f in fields if f.kind == kind), None)
+                      for kind in ("molecule", "log"))
+    if not molecule:
+        raise UserError(f"{checkpoint} was told no molecule")
+    smiles = np.array(m.columns[molecule])
+    if not dose:
+        return smiles, smiles, np.flatnonzero(smiles != "")
+    doses = np.array([float(d) if d else 0. for d in m.columns[dose]])
+    strong = (4 * doses >= doses.max()) & (doses > 0)
+    return smiles, cells_of(m, [molecule, dose]), np.flatnonzero(strong & (smiles != ""))
 
 
 def twins(manifest, rows, treatment, per_molecule, limit, seed=0):
@@ -2722,16 +2757,15 @@ def nearest_molecules(smiles, training):
 def nearest_images(opened, rows, smiles, treatment):
     """For each row a real training row of the nearest training molecule, at the same dose where it
     has it and, where there is one, in the same batch. smiles, treatment: columns."""
-    m, rng = opened.manifest, np.random.default_rng(2)
-    batch = batches_of(m)
+    rng, batch = np.random.default_rng(2), batches_of(opened.manifest)
     trained = [i for i in opened.train if smiles[i]]
     nearest = nearest_molecules([smiles[i] for i in rows], sorted({smiles[i] for i in trained}))
-    by_molecule, by_treatment = rows_by(smiles, trained), rows_by(treatment, trained)
+    by_smiles, by_treatment = rows_by(smiles, trained), rows_by(treatment, trained)
     found = []
     for i in rows:
         near = nearest[smiles[i]]
         same_dose = near + treatment[i].removeprefix(smiles[i])  # "CCO x 10" to "CCN x 10"
-        candidates = by_treatment.get(same_dose) or by_molecule[near]
+        candidates = by_treatment.get(same_dose) or by_smiles[near]
         found.append(int(rng.choice([j for j in candidates if batch[j] == batch[i]] or candidates)))
     return np.array(found)
 
@@ -2782,12 +2816,9 @@ def generated_images(opened, model, checkpoint, rows, args, folder):
     """read(places): images of a model under the conditions of these rows, one seed each. They lie
     in a file, float16, so that memory does not grow with their number and a second run finds them.
     """
-    columns = blank_unseen(model.fields, {f.name: opened.manifest.rows(rows, f.name)
-                                          for f in model.fields})
-    request = Request(model.weights(args.guidance), args.form, args.interval, steps=args.steps)
+    columns, request = conditions_of(model, opened.manifest, rows), request_of(args, model)
     key = f"{finger(checkpoint)}{opened.manifest.path.resolve()}{list(rows)}{request}"
     path = Path(folder) / f"generated-{hashlib.sha1(key.encode()).hexdigest()[:12]}.npy"
-
     if not path.exists():
         shape = (len(rows), len(model.channels),
                  *(side * model.vae.config.downsampling for side in model.latent_shape[1:]))
@@ -2802,6 +2833,32 @@ def generated_images(opened, model, checkpoint, rows, args, folder):
     return lambda k: torch.from_numpy(made[k].astype(np.float32))
 
 
+def readers(opened, args, a, b, smiles, treatment, out):
+    """{kind: read(places)}: the sets of images that are compared with the real rows `a`, these
+    first; `b` are the same treatments in other wells."""
+    def rows(chosen):
+        return lambda k: real_images(opened, chosen[k])
+    sets = {"real": rows(a), "real, another well": rows(b),
+            "real, molecules permuted": rows(np.random.default_rng(3).permutation(b)),
+            "generated": generated_images(opened, opened.model, args.checkpoint, a, args, out),
+            "nearest training molecule": rows(nearest_images(opened, a, smiles, treatment)),
+            "class mean": class_means(opened, a, treatment)}
+    if args.generated:
+        sets["the other system"] = other_system(opened, args.generated, a)
+    return sets
+
+
+def pixel_model(opened, args):
+    """The diffusion model of `--pixel_model`, which must see images as the other one does."""
+    pixel = Model.load(args.pixel_model)
+    for name, one, other in (("channels", pixel.channels, opened.model.channels),
+                             ("intensities", pixel.intensity, opened.model.intensity)):
+        if one != other:
+            raise UserError(f"{args.pixel_model} has other {name} than {args.checkpoint}: train "
+                            "both on the same data with the same settings")
+    return pixel
+
+
 # --- the benchmark --------------------------------------------------------------------------------
 
 def halved(images, size=64):
@@ -2812,7 +2869,7 @@ def halved(images, size=64):
 
 
 @torch.no_grad()
-def measured(read, n, channels, network, what, batch=64):
+def measure_images(read, n, channels, network, what, batch=64):
     """What the benchmark compares, of the images read(places), places 0 to n - 1, in [-1, 1]. They
     are read in batches, once for features and twice for patches: no image is kept."""
     def stream(size=64):
@@ -2830,45 +2887,25 @@ def measured(read, n, channels, network, what, batch=64):
 
 
 def score_benchmark(made, real, network, graphs, place):
-    """The benchmark's figures of images beside real ones of the same conditions, both `measured`:
-    at 64 pixels, and sliced Wasserstein distance at their own size where both are larger. 5 to
-    95 % over half samples of the molecules. place (N,): each image's molecule among graphs."""
-    levels = {side: sliced_wasserstein(made["patches"][side], real["patches"][side])
-              for side in sorted(set(made["patches"]) & set(real["patches"]))}
-    found = {"swd": levels.pop(min(levels)), "intensity_w1": area_between(
+    """The benchmark's figures of images beside real ones of the same conditions (both from
+    measure_images): at 64 pixels, and sliced Wasserstein distance at their own size where both are
+    larger. 5 to 95 % over half samples of the molecules. place (N,): each image's molecule among
+    graphs."""
+    levels = [sliced_wasserstein(made["patches"][side], real["patches"][side])
+              for side in sorted(set(made["patches"]) & set(real["patches"]))]
+    found = dict(zip(("swd", "swd_native"), levels)) | {"intensity_w1": area_between(
         made["intensity"], real["intensity"], 0., 1.).tolist()}
-    if levels:
-        found["swd_native"] = levels.popitem()[1]
     a, b = (by_molecule(v["features"], place) for v in (made, real))
     hits = correspondence_hits(network, made["codes"], graphs, place)
     found["correlation"] = correlation_by_family(a, b)
     found |= {name: float(v.mean()) for name, v in hits.items()}
-    rng, spread = np.random.default_rng(0), defaultdict(list)
-    for _ in range(100):
-        half = rng.permutation(len(graphs))[:max(3, len(graphs) // 2)]
-        for family in FAMILIES:
-            spread[family].append(correlations(a[family][half], b[family][half]).nanmean().item())
-        spread["accuracy"].append(hits["accuracy"][np.isin(place, half)].mean())
-    estimates = {f: found["correlation"][f][0] for f in FAMILIES} | {"accuracy": found["accuracy"]}
-    return found | {"candidates": min(100, len(graphs)), "interval": {
-        name: around(estimate, spread[name]) if np.isfinite(spread[name]).any() else [np.nan] * 2
-        for name, estimate in estimates.items()}}
 
-
-def treatments(opened, checkpoint):
-    """What the benchmark compares over: (SMILES of each row, its treatment as molecule and dose,
-    rows with a molecule at a quarter of the highest dose or more)."""
-    m, fields = opened.manifest, opened.model.fields
-    molecule = next((f.name for f in fields if f.kind == "molecule"), None)
-    dose = next((f.name for f in fields if f.kind == "log"), None)
-    if not molecule:
-        raise UserError(f"{checkpoint} was told no molecule")
-    smiles = np.array(m.columns[molecule])
-    if not dose:
-        return smiles, smiles, np.flatnonzero(smiles != "")
-    doses = np.array([float(d) if d else 0. for d in m.columns[dose]])
-    strong = (4 * doses >= doses.max()) & (doses > 0)
-    return smiles, cells_of(m, [molecule, dose]), np.flatnonzero(strong & (smiles != ""))
+    def statistic(some):
+        return {f: correlations(a[f][some], b[f][some]).nanmean().item() for f in FAMILIES} | {
+            "accuracy": hits["accuracy"][np.isin(place, some)].mean()}
+    n = len(graphs)
+    return found | {"candidates": min(100, n), "interval": half_samples(
+        statistic, np.arange(n), lambda rng: rng.permutation(n)[:max(3, n // 2)])}
 
 
 def benchmark(opened, args, out):
@@ -2895,210 +2932,162 @@ def benchmark(opened, args, out):
         if len(inside) < 3:
             print(f"{name}: fewer than three molecules have two wells, left out")
             continue
-        mixed = np.random.default_rng(3).permutation(b)
-        near = nearest_images(opened, a, smiles, treatment)
-        sets = {"real": rows_reader(opened, a), "real, another well": rows_reader(opened, b),
-                "real, molecules permuted": rows_reader(opened, mixed),
-                "generated": generated_images(opened, model, args.checkpoint, a, args, out),
-                "nearest training molecule": rows_reader(opened, near),
-                "class mean": class_means(opened, a, treatment)}
+        sets = readers(opened, args, a, b, smiles, treatment, out)
         if pixel:
             sets["same U-Net in pixels"] = generated_images(opened, pixel, args.pixel_model, a,
                                                             args, out)
-        if args.generated:
-            sets["the other system"] = other_system(opened, args.generated, a)
         pictures[name] = {kind: read(np.arange(min(8, len(a)))) for kind, read in sets.items()}
-        real, table[name] = None, {"images": len(a), "molecules": len(inside)}
-        for kind, read in sets.items():
-            found = measured(read, len(a), model.channels, network, f"{name}, {kind}")
-            real = real or found
-            if kind != "real":
-                table[name][kind] = score_benchmark(found, real, network, graphs[inside], place)
+        found = {kind: measure_images(read, len(a), model.channels, network, f"{name}, {kind}")
+                 for kind, read in sets.items()}
+        real = found.pop("real")
+        table[name] = {"images": len(a), "molecules": len(inside)} | {
+            kind: score_benchmark(one, real, network, graphs[inside], place)
+            for kind, one in found.items()}
     if not table:
         raise UserError("nothing to compare")
-    write_benchmark(table, pictures, args, model, out)
-
-
-def rows_reader(opened, rows):
-    return lambda k: real_images(opened, rows[k])
-
-
-def pixel_model(opened, args):
-    """The diffusion model of `--pixel_model`, which must see images as the other one does."""
-    pixel = Model.load(args.pixel_model)
-    for name, one, other in (("channels", pixel.channels, opened.model.channels),
-                             ("intensities", pixel.intensity, opened.model.intensity)):
-        if one != other:
-            raise UserError(f"{args.pixel_model} has other {name} than {args.checkpoint}: train "
-                            "both on the same data with the same settings")
-    return pixel
-
-
-def write_benchmark(table, pictures, args, model, out):
-    """The tables printed, mol2image.json and mol2image.png."""
     print_benchmark(table, model.channels)
-    (out / "mol2image.json").write_text(json.dumps({
+    draw_sets(out / "mol2image.png", pictures, model)
+    write_report(out / "mol2image.json", {
         "checkpoint": args.checkpoint, "guidance": model.weights(args.guidance),
-        "steps": args.steps, "train_steps": args.train_steps, "table": table}, indent=1))
-    data.picture(out / "mol2image.png", [list(v.numpy()) for kinds in pictures.values()
-                                         for v in kinds.values()], model.channels,
-                 [f"{name}\n{kind}" for name, kinds in pictures.items() for kind in kinds],
-                 pixel_um=model.pixel_um)
-    print(f"wrote {out}/mol2image.json and mol2image.png")
+        "steps": args.steps, "train_steps": args.train_steps, "table": table}, "mol2image.png")
 
 
 def print_benchmark(table, channels):
-    """By set: distances; correlations and accuracies; their intervals."""
+    """By set: distances; correlations over molecules, with intervals of Pearson's; accuracies."""
     for name, entry in table.items():
         print(f"\n{name}: {entry['images']} images of {entry['molecules']} molecules")
         kinds = {k: v for k, v in entry.items() if isinstance(v, dict)}
-        first = next(iter(kinds.values()))
-        print(f"{'':28s}{'sliced Wasserstein x 1000, mean':>{8 * len(first['swd']) + 8}s}   "
-              f"{'intensity W1 x 1000':>{6 * len(channels) + 2}s}   "
-              + " ".join(f"{f:>13s}" for f in FAMILIES)
-              + f"   pairs  top-1     5    10 of {first['candidates']}")
-        for kind, e in kinds.items():
-            print(f"{kind:28s}" + "".join(f"{v:8.0f}" for v in (*e["swd"], np.mean(e["swd"])))
-                  + "     " + "".join(f"{1000 * v:6.0f}" for v in e["intensity_w1"]) + "   "
-                  + " ".join(f"{p:6.2f} {s:6.2f}" for p, s in (e["correlation"][f]
-                                                              for f in FAMILIES))
-                  + f"{e['accuracy']:8.2f}" + "".join(f"{e[f'top_{k}']:6.2f}" for k in (1, 5, 10)))
-            if "swd_native" in e:
-                print(f"{'   at native size':28s}" + "".join(
-                    f"{v:8.0f}" for v in (*e["swd_native"], np.mean(e["swd_native"]))))
-        print("5 to 95 % over molecules    " + " ".join(f"{f:>15s}" for f in (*FAMILIES, "pairs")))
-        for kind, e in kinds.items():
-            print(f"{kind:28s}" + " ".join("{:6.2f} to {:5.2f}".format(*e["interval"][f])
-                                           for f in (*FAMILIES, "accuracy")))
-    print("(correlations over molecules: Pearson, Spearman; intervals: Pearson)")
+        for title, key in (("sliced Wasserstein x 1000, finest level first", "swd"),
+                           ("the same at native size", "swd_native")):
+            found = [(kind, *e[key], np.mean(e[key])) for kind, e in kinds.items() if key in e]
+            if found:
+                print_table(title, dict.fromkeys([*map(str, range(len(found[0]) - 2)), "mean"],
+                                                 ".0f"), found)
+        print_table("intensity W1 x 1000", dict.fromkeys(channels, ".0f"), [
+            (kind, *(1000 * v for v in e["intensity_w1"])) for kind, e in kinds.items()])
+        print_table("Pearson over molecules (5 to 95 %)", dict.fromkeys(FAMILIES, ".2f"), [
+            (kind, *((e["correlation"][f][0], e["interval"][f]) for f in FAMILIES))
+            for kind, e in kinds.items()])
+        print_table("Spearman over molecules", dict.fromkeys(FAMILIES, ".2f"), [
+            (kind, *(e["correlation"][f][1] for f in FAMILIES)) for kind, e in kinds.items()])
+        candidates = next(iter(kinds.values()))["candidates"]
+        print_table("share told right", {"pairs (5 to 95 %)": ".2f", **dict.fromkeys(
+            (f"top-{k} of {candidates}" for k in (1, 5, 10)), ".2f")}, [
+            (kind, (e["accuracy"], e["interval"]["accuracy"]),
+             *(e[f"top_{k}"] for k in (1, 5, 10))) for kind, e in kinds.items()])
 
 
-# --- command line ---------------------------------------------------------------------------------
+# --- command line: options {name: (default, help, further words of add_argument)} -----------------
 
-def parse_guidance(words):
-    return {name: parse_number(name, value) for name, _, value in (w.partition("=") for w in words)}
-
-
-def command(commands, name, text):
-    return commands.add_parser(name, help=text,
-                               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-
-
-def common_options(parser):
+def common(steps=15, out=None):
     """What every sub-command takes."""
-    parser.add_argument("--checkpoint", default="runs/ldm/model.pt", help="from train_ldm.py")
-    parser.add_argument("--data", default=None, help="another manifest than the model's own")
-    parser.add_argument("--guidance", nargs="+", default=[], help="GROUP=WEIGHT for each group")
-    parser.add_argument("--form", default="nested", choices=FORMS, help="of guidance")
-    parser.add_argument("--interval", type=float, nargs=2, default=INTERVAL,
-                        help="noise levels between which guidance acts")
-    parser.add_argument("--quick", action="store_true", help="fewer images, shorter training")
+    return dict(
+        checkpoint=("runs/ldm/model.pt", "from train_ldm.py"),
+        data=(None, "another manifest than the model's own"),
+        guidance=([], "GROUP=WEIGHT for each group", dict(nargs="+")),
+        form=("nested", "of guidance", dict(choices=FORMS)),
+        interval=(INTERVAL, "noise levels between which guidance acts", dict(nargs=2, type=float)),
+        steps=(steps, "DDIM steps"),
+        out=(out, "folder for JSON and figures (None: the checkpoint's)"),
+        quick=(False, "fewer images, shorter training"))
 
 
-def real_plate_options(parser, by):
-    parser.add_argument("--by", nargs=by, default=None, help="for real plates: columns to cross, "
-                        "biology first, such as compound plate")
-    parser.add_argument("--also", default=None, help="with --by: real images apart by this column, "
-                        "such as well")
-    parser.add_argument("--nucleus_radius", type=float, default=NUCLEUS_RADIUS,
-                        help="pixels, with --by: what the segmentation looks for")
+def real_plates(by):
+    """What the sub-commands take that can look at real plates; `by`: how many columns."""
+    return dict(
+        by=(None, "for real plates: columns to cross, biology first, such as compound plate",
+            dict(nargs=by)),
+        also=(None, "with --by: real images apart by this column, such as well"),
+        nucleus_radius=(NUCLEUS_RADIUS, "pixels, with --by: what the segmentation looks for"))
 
 
-def disentangle_options(parser):
-    parser.add_argument("--study", default="model", help="one checkpoint as it is; at several "
-                        "guidance weights; under the forms of guidance; with each sampler in few "
-                        "steps and in many; along its training; the three arms (trains them); the "
-                        "shortcut of a classifier (trains it); real images edited; real plates "
-                        "with one pair left out in turn (trains them)",
-                        choices=("model", "weights", "forms", "samplers", "training", "arms",
-                                 "shortcut", "transfer", "pairs"))
-    parser.add_argument("--out", default="runs/disentangle", help="results.jsonl and figures")
-    parser.add_argument("--images", type=int, default=756, help="of the whole factorial")
-    parser.add_argument("--steps", type=int, default=15, help="DDIM steps")
-    parser.add_argument("--rescale", type=float, default=0., help="share of guidance's extra "
-                        "spread taken back")
-    parser.add_argument("--vae", default="runs/vae/model.pt", help="of the arms: one for all")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="which arms")
-    parser.add_argument("--confounding", type=float, nargs="+", default=None,
-                        help="of the arms' screens (0 and 0.5 with one seed, 0.9 with three)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2],
-                        help="with --confounding, and of the shortcut's classifiers")
-    parser.add_argument("--train_steps", type=int, default=1500, help="of each arm")
+COMMANDS = {
+    "quality": (quality, "are held-out conditions drawn as they look?", dict(
+        **common(STEPS), **real_plates("+"),
+        images=(192, "generated for each held-out set"),
+        sets=(None, "values of the column split (val, test_pair, test_substituent, test_scaffold; "
+              "with --mol2image easy and hard)", dict(nargs="+")),
+        mol2image=(False, "Mol2Image's benchmark"),
+        generated=(None, "with --mol2image: a manifest of images that another system made for the "
+                   "same plates, wells and sites"),
+        pixel_model=(None, "with --mol2image: the same U-Net trained on pixels, for its own row"),
+        per_molecule=(4, "with --mol2image: images, at most"),
+        train_steps=(1000, "with --mol2image: of the network that tells whether molecule and image "
+                     "match"))),
+    "disentangle": (disentangle, "how much of the image is biology, how much experiment, beside "
+                    "the truth?", dict(
+        **common(out="runs/disentangle"), **real_plates(2),
+        study=("model", "one checkpoint as it is; at several guidance weights; under the forms of "
+               "guidance; with each sampler in few steps and in many; along its training; the "
+               "three arms (trains them); the shortcut of a classifier (trains it); real images "
+               "edited; real plates with one pair left out in turn (trains them)", dict(choices=(
+                   "model", "weights", "forms", "samplers", "training", "arms", "shortcut",
+                   "transfer", "pairs"))),
+        images=(756, "of the whole factorial"),
+        rescale=(0., "share of guidance's extra spread taken back"),
+        vae=("runs/vae/model.pt", "of the arms: one for all"),
+        arms=(list(ARMS), "which arms", dict(nargs="+", choices=ARMS)),
+        confounding=(None, "of the arms' screens (0 and 0.5 with one seed, 0.9 with three)",
+                     dict(nargs="+", type=float)),
+        seeds=([0, 1, 2], "with --confounding, and of the shortcut's classifiers",
+               dict(nargs="+", type=int)),
+        train_steps=(1500, "of each arm"))),
+    "conditions": (conditions, "is every field used? with --encoders: which molecule encoder "
+                   "generalises? (trains them)", dict(
+        **common(),
+        encoders=(False, "compare the molecule encoders (in runs/encoders without --out)"),
+        names=(["fingerprint", "descriptors", "graph", "smiles", "identity"], "which encoders",
+               dict(nargs="+", choices=MOLECULE_ENCODERS)),
+        molecule_table=("", "of the encoder table"),
+        seeds=([0, 1], "of the training runs", dict(nargs="+", type=int)),
+        train_steps=(2000, "of each encoder's model"),
+        molecules=(24, "of each kind"),
+        series=(6, "images for each molecule and dose"))),
+    "control": (control, "does a ControlNet draw these very cells?", dict(
+        **common(STEPS),
+        by=(None, "negcon: tables by these columns as well as by plate, such as compound",
+            dict(nargs="+")),
+        images=(128, "held-out images, or for each plate"),
+        samples=(8, "of which the mean is shown as well"),
+        nucleus_radius=(NUCLEUS_RADIUS, "pixels"))),
+    "vae": (compare_latent_spaces, "which latent space? trains autoencoders of several shapes, "
+            "weights and losses, and a diffusion model on each", dict(
+        **common(out="runs/latent_spaces"),
+        configs=(None, 'changes to the default autoencoder, such as "latent_channels=8 '
+                 'kl_weight=1e-3" (ten by default)', dict(nargs="+")),
+        train_steps=(1500, "of each autoencoder"),
+        ldm_steps=(1000, "of the diffusion model on each (0: none)"),
+        images=(384, "held-out images")))}
 
 
-def conditions_options(parser):
-    parser.add_argument("--out", default=None, help="folder for JSON and figure (the checkpoint's, "
-                        "or runs/encoders)")
-    parser.add_argument("--steps", type=int, default=15, help="DDIM steps")
-    parser.add_argument("--encoders", action="store_true", help="compare the molecule encoders")
-    parser.add_argument("--names", nargs="+", choices=MOLECULE_ENCODERS, help="which encoders",
-                        default=["fingerprint", "descriptors", "graph", "smiles", "identity"])
-    parser.add_argument("--molecule_table", default="", help="of the encoder table")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the training runs")
-    parser.add_argument("--train_steps", type=int, default=2000, help="of each encoder's model")
-    parser.add_argument("--molecules", type=int, default=24, help="of each kind")
-    parser.add_argument("--series", type=int, default=6, help="images for each molecule and dose")
-
-
-def vae_options(parser):
-    parser.add_argument("--configs", nargs="+", default=None, help='changes to the default '
-                        'autoencoder, such as "latent_channels=8 kl_weight=1e-3" (ten by default)')
-    parser.add_argument("--train_steps", type=int, default=1500, help="of each autoencoder")
-    parser.add_argument("--ldm_steps", type=int, default=1000, help="of the diffusion model on "
-                        "each (0: none)")
-    parser.add_argument("--images", type=int, default=384, help="held-out images")
-    parser.add_argument("--steps", type=int, default=15, help="DDIM steps")
-    parser.add_argument("--out", default="runs/latent_spaces", help="folder for all of it")
+def add_options(parser, options):
+    """The options of a sub-command, each of its default's type."""
+    for name, (default, text, *words) in options.items():
+        kind = ({"action": "store_true"} if default is False else
+                {"type": type(default) if isinstance(default, (int, float)) else str})
+        parser.add_argument(f"--{name}", default=default, help=text, **kind | dict(*words))
 
 
 def main():
     parser = data.Parser(description=__doc__,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    q = command(commands, "quality", "are held-out conditions drawn as they look?")
-    d = command(commands, "disentangle", "how much of the image is biology, how much experiment, "
-                "beside the truth?")
-    c = command(commands, "conditions", "is every field used? with --encoders: which molecule "
-                "encoder generalises? (trains them)")
-    n = command(commands, "control", "does a ControlNet draw these very cells?")
-    v = command(commands, "vae", "which latent space? trains autoencoders of several shapes, "
-                "weights and losses, and a diffusion model on each")
-    for sub in (q, d, c, n, v):
-        common_options(sub)
-    real_plate_options(q, "+"), real_plate_options(d, 2)
-    n.add_argument("--by", nargs="+", default=None, help="negcon: tables by these columns as well "
-                   "as by plate, such as compound")
-    n.add_argument("--out", default=None, help="folder for JSON and figures (the checkpoint's)")
-    n.add_argument("--images", type=int, default=128, help="held-out images, or for each plate")
-    n.add_argument("--samples", type=int, default=8, help="of which the mean is shown as well")
-    n.add_argument("--steps", type=int, default=STEPS, help="DDIM steps")
-    n.add_argument("--nucleus_radius", type=float, default=NUCLEUS_RADIUS, help="pixels")
-    q.add_argument("--out", default=None, help="folder for JSON and figure (the checkpoint's)")
-    q.add_argument("--images", type=int, default=192, help="generated for each held-out set")
-    q.add_argument("--sets", nargs="+", default=None, help="values of the column split (val, "
-                   "test_pair, test_substituent, test_scaffold; with --mol2image easy and hard)")
-    q.add_argument("--mol2image", action="store_true", help="Mol2Image's benchmark")
-    q.add_argument("--generated", default=None, help="with --mol2image: a manifest of images that "
-                   "another system made for the same plates, wells and sites")
-    q.add_argument("--pixel_model", default=None, help="with --mol2image: the same U-Net "
-                   "trained on pixels, for a row of its own")
-    q.add_argument("--per_molecule", type=int, default=4, help="with --mol2image: images, at most")
-    q.add_argument("--train_steps", type=int, default=1000, help="with --mol2image: of the network "
-                   "that tells whether molecule and image match")
-    q.add_argument("--steps", type=int, default=STEPS, help="DDIM steps")
-    disentangle_options(d), conditions_options(c), vae_options(v)
-    parser.epilog = "".join(sub.format_help() for sub in (q, d, c, n, v))
+    commands, parser.epilog = parser.add_subparsers(dest="command", required=True), ""
+    for name, (_, text, options) in COMMANDS.items():
+        sub = commands.add_parser(name, help=text,
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        add_options(sub, options)
+        parser.epilog += sub.format_help()
     args = parser.parse_args()
     for name in ("images", "steps", "samples", "molecules", "series", "train_steps"):
         if getattr(args, name, 1) < 1:
             parser.error(f"--{name} must be at least 1")
-    args.guidance = parse_guidance(args.guidance)
-    low, high = getattr(args, "interval", (0, 1))
+    pairs = [word.partition("=") for word in args.guidance]
+    args.guidance = {name: parse_number(name, value) for name, _, value in pairs}
+    low, high = args.interval
     if not 0 <= low <= high <= 1 or not 0 <= getattr(args, "rescale", 0) <= 1:
         raise UserError("--interval takes two noise levels from 0 to 1, the smaller first, "
                         "--rescale a share from 0 to 1")
-    {"quality": quality, "disentangle": disentangle, "conditions": conditions,
-     "control": control, "vae": compare_latent_spaces}[args.command](args)
+    COMMANDS[args.command][0](args)
 
 
 if __name__ == "__main__":

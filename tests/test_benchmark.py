@@ -189,7 +189,7 @@ def test_border_objects_are_discarded_but_for_the_count(fields):
     x = x[:4].clone()
     before = correspondence_features(x, list(data.CHANNELS))
     labels = evaluate.segment_nuclei((x[:, 0] + 1) / 2, threshold=minimum_cross_entropy)
-    cut = evaluate.touches(labels, "top", "bottom", "left", "right")
+    cut = evaluate.cut_by_border(labels)
     whole = ((labels > 0) & ~cut.gather(1, labels.flatten(1)).view_as(labels)).float().mean((1, 2))
     assert_close(before["coverage"][:, 0], whole)
     assert (whole < (labels > 0).float().mean((1, 2))).all()
@@ -224,7 +224,7 @@ def test_nothing_measured_depends_on_the_batch(fields):
     def read(k):
         asked.append(len(k))
         return x[k]
-    one, many = (evaluate.measured(read, 10, list(data.CHANNELS), network, "", batch=b)
+    one, many = (evaluate.measure_images(read, 10, list(data.CHANNELS), network, "", batch=b)
                  for b in (3, 10))
     assert asked == [3, 3, 3, 1, 1, 3, 3, 3, 1, 3, 3, 3, 1, 10, 1, 10, 10]
     assert sum(v[0].numel() for v in (*one["features"].values(), one["codes"])) < 200
@@ -239,7 +239,7 @@ def test_nothing_measured_depends_on_the_batch(fields):
 def test_large_images_are_compared_at_64_pixels_and_at_their_own_size():
     x = images(4, 128) * 2 - 1
     network = evaluate.Correspondence(5, 8).eval()
-    one, other = (evaluate.measured(lambda k: v[k], 4, list(data.CHANNELS), network, "")
+    one, other = (evaluate.measure_images(lambda k: v[k], 4, list(data.CHANNELS), network, "")
                   for v in (x, evaluate.halved(x)))
     assert [len(one["patches"][side]) for side in (64, 128)] == [3, 4]
     assert_close(one["patches"][64], other["patches"][64])

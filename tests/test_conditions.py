@@ -123,7 +123,7 @@ def test_encoders_command_compares_and_resumes(screen, vae_path, cli, tmp_path, 
         ("size", str, "tiny"), ("data", str, str(screen)), ("vae", str, str(vae_path))],
         bases=(train_ldm.Config,)))
     real = evaluate.screen_probe
-    monkeypatch.setattr(evaluate, "screen_probe", lambda folder, model: real(folder, model, 2))
+    monkeypatch.setattr(evaluate, "screen_probe", lambda opened: real(opened, 2))
     arguments = ["conditions", "--encoders", "--names", "graph", "identity", "--seeds", 0,
                  "--train_steps", 2, "--molecules", 3, "--series", 1, "--steps", 1, "--out",
                  tmp_path / "e"]

@@ -400,10 +400,11 @@ def test_attribution_compares_with_the_untreated_cells(ldm_path, screen, cli, tm
 
 
 def test_standard_interval_is_of_the_right_width():
-    """The half of the wells in `interval`, as in over_seeds."""
+    """The half of the wells in over_wells, as in over_seeds."""
     rng, widths = np.random.default_rng(0), []
     for _ in range(100):
         x = rng.normal(size=40)
-        low, high = evaluate.interval(lambda m: x[m].mean(), np.arange(40), np.zeros(40))
+        low, high = evaluate.over_wells(lambda m: {"m": x[m].mean()}, np.arange(40),
+                                        np.zeros(40))["m"]
         widths.append(high - low)
     assert abs(np.mean(widths) / (2 * 1.645 / 40 ** .5) - 1) < .12

@@ -1,5 +1,6 @@
 """Metrics against shapes and sums whose answer is known."""
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -155,11 +156,15 @@ def test_a_probe_learns_to_tell_bright_from_dark():
 def test_interval_brackets_and_is_drawn_by_well():
     values, wells = np.arange(100.), np.repeat(np.arange(10), 10)
     one = np.zeros(100)
-    low, high = evaluate.interval(lambda m: values[m].mean(), wells, one)
+
+    def mean_over(wells, strata, values):
+        return evaluate.over_wells(lambda m: {"mean": values[m].mean()}, wells, strata)["mean"]
+    low, high = mean_over(wells, one, values)
     assert low < values.mean() < high
-    assert evaluate.interval(lambda m: values[m].mean(), one, one) == [49.5, 49.5]
+    assert mean_over(one, one, values) == [49.5, 49.5]
     # a stratum of one well stays in every subset
-    assert evaluate.interval(lambda m: m[:10].mean(), wells, (wells > 0) + 0.) == [1., 1.]
+    first = evaluate.over_wells(lambda m: {"first": m[:10].mean()}, wells, (wells > 0) + 0.)
+    assert first == {"first": [1., 1.]}
 
 
 @pytest.mark.parametrize("n", [1, 5])
@@ -169,3 +174,21 @@ def test_nearest_distance_of_a_copy_is_zero(n):
                  rtol=0)
     assert_close(evaluate.nearest_distance(training[:n] + .1, training), torch.full((n,), .1),
                  atol=1e-3, rtol=0)
+
+
+def test_a_plate_that_training_never_saw_is_asked_for_as_unknown():
+    asked, plate = [], SimpleNamespace(name="plate", kind="category", vocabulary=["P1"])
+    opened = SimpleNamespace(model=SimpleNamespace(
+        fields=[plate], generate=lambda columns, *_, **__: asked.append(columns)))
+    args = SimpleNamespace(also=None, guidance={}, form="nested", steps=1, interval=(0., 1.))
+    for value in ("P1", "P2"):
+        evaluate.drawn_and_real(opened, args, {"plate": value}, np.array([], int), 2, 2)
+    assert asked == [{"plate": ["P1", "P1"]}, {"plate": ["", ""]}]
+
+
+def test_a_table_lines_up_and_says_what_is_missing_with_a_blank(capsys):
+    evaluate.print_table("set", {"distance": ".1f", "batch": ".2f"}, [
+        ("real", (1.25, (.5, 2.)), None), ("generated", 10., .5)])
+    assert capsys.readouterr().out.splitlines() == [
+        "", "set                distance  batch", "real       1.2 (0.5 to 2.0)       ",
+        "generated              10.0   0.50"]
