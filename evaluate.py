@@ -768,7 +768,8 @@ def quality(args):
     draw_sets(out / "quality.png", pictures, model)
     write_report(out / "quality.json", {
         "checkpoint": args.checkpoint, "guidance": request.guidance, "form": args.form,
-        "interval": args.interval, "steps": args.steps, "table": table}, "quality.png")
+        "interval": args.interval, "steps": args.steps, "sampler": args.sampler,
+        "table": table}, "quality.png")
 
 
 def print_quality(table):
@@ -830,7 +831,7 @@ def drawn_and_real(opened, args, request, rows, n, real):
     model, rng = opened.model, np.random.default_rng(1)
     columns = blank_unseen(model.fields, {name: [value] * n for name, value in request.items()})
     sets = {"generated": model.generate(columns, range(n), args.guidance, args.form, args.steps,
-                                        interval=args.interval)}
+                                        sampler=args.sampler, interval=args.interval)}
     label = np.array([opened.manifest.columns[args.also][i] if args.also else "" for i in rows])
     return sets | {f"real {value}".strip(): real_images(opened, rng.choice(
         rows[label == value], real), rng) for value in np.unique(label)}
@@ -852,7 +853,8 @@ def quality_by_cell(opened, args, out):
     rng = np.random.default_rng(1)
     held = real_images(opened, rng.choice(opened.held, 64), rng)
     report = {"checkpoint": args.checkpoint, "guidance": model.weights(args.guidance),
-              "form": args.form, "steps": args.steps, "by": args.by, "table": [],
+              "form": args.form, "steps": args.steps, "sampler": args.sampler,
+              "by": args.by, "table": [],
               "held_out_nearest": nearest(held),
               "held_out_nearest_autoencoder": nearest(reconstruct(model.vae, held)[0])}
     pictures, labels = [], []
@@ -1264,8 +1266,6 @@ def study_checkpoint(opened, truth, results, args):
     for label, path, changes in planned(args, opened.model):
         request = request_of(args, opened.model, **changes)
         key = {"checkpoint": finger(path), "images": args.images, "by": args.by} | vars(request)
-        if request.sampler == "ddim":  # as these lines were named when it was the only one
-            del key["sampler"]
         lines.append(results.get(key, lambda: {"label": label} | disentangle_one(
             Model.load(path), truth, request)))
     if args.study == "model":
@@ -1343,7 +1343,7 @@ def study_arms(args, results):
                               itertools.product(args.confounding, args.seeds)):
         seeds[confounding].append(seed)
     same = {"vae": finger(args.vae)} | {k: getattr(args, k) for k in (
-        "train_steps", "images", "steps", "interval", "rescale")}
+        "train_steps", "images", "steps", "sampler", "interval", "rescale")}
 
     @functools.lru_cache(1)  # the weights of an arm are tried on one model after another
     def model_and_truth(arm, confounding, seed):
@@ -1594,7 +1594,7 @@ def study_pairs(opened, args, results):
     for treatment, plate in pairs:
         line = results.get({"pair": f"{treatment} x {plate}", "vae": finger(vae), "images": n,
                             "guidance": args.guidance, "form": args.form, "also": args.also,
-                            "interval": args.interval},
+                            "interval": args.interval, "sampler": args.sampler},
                            lambda: measured(treatment, plate))
         print_table(f"left out: {line['left_out']}", dict.fromkeys(columns.values(), ".3f"), [
             (name, *(e[k] for k in columns)) for name, e in line.items()
@@ -1749,8 +1749,8 @@ def compare_encoders(args):
         args.train_steps, args.seeds, args.molecules = 300, args.seeds[:1], 8
     out, lines = Path(args.out or "runs/encoders"), []
     results = Results(out / "encoders.jsonl")
-    size = {k: getattr(args, k) for k in ("molecules", "series", "steps", "guidance", "form",
-                                          "interval")}
+    size = {k: getattr(args, k) for k in ("molecules", "series", "steps", "sampler", "guidance",
+                                          "form", "interval")}
     for encoder, seed in itertools.product(args.names, args.seeds):
         lines.append(results.get({"encoder": encoder, "seed": seed, "train_steps": args.train_steps,
                                   "table": args.molecule_table} | size,
@@ -1961,7 +1961,8 @@ def draw_controlled(opened, rows, args, control, seeds=None):
     columns = conditions_of(opened.model, opened.manifest, rows)
     with autocast():
         return opened.model.generate(columns, seeds or range(len(rows)), args.guidance, args.form,
-                                     args.steps, control=control, interval=args.interval)
+                                     args.steps, sampler=args.sampler, control=control,
+                                     interval=args.interval)
 
 
 def control(args):
@@ -1977,6 +1978,7 @@ def control(args):
         cells_of(opened.manifest, [told["by"], *(args.by or [])])  # refused before any work
     out = folder_of(args)
     report = {"checkpoint": args.checkpoint, "column": told["column"], "steps": args.steps,
+              "sampler": args.sampler,
               "guidance": args.guidance, "learning": draw_learning(out, args.checkpoint),
               "identity": identity(opened, (10, 25, 50) if args.quick else (10, 25, 50, 100, 200))}
     if told["column"] == "negcon":
@@ -2277,7 +2279,7 @@ def compare_latent_spaces(args):
         if args.ldm_steps:
             line = line | results.get(
                 {"ldm_on": change, "autoencoder": finger(path)} | {k: getattr(args, k) for k in (
-                    "ldm_steps", "images", "guidance", "form", "interval", "steps")},
+                    "ldm_steps", "images", "guidance", "form", "interval", "steps", "sampler")},
                 lambda: generation_on(args, path, out / f"ldm-{name}-{args.train_steps}"))
         lines.append(line)
         pictures.setdefault("original", x[0].numpy())
@@ -2949,7 +2951,8 @@ def benchmark(opened, args, out):
     draw_sets(out / "mol2image.png", pictures, model)
     write_report(out / "mol2image.json", {
         "checkpoint": args.checkpoint, "guidance": model.weights(args.guidance),
-        "steps": args.steps, "train_steps": args.train_steps, "table": table}, "mol2image.png")
+        "steps": args.steps, "sampler": args.sampler, "train_steps": args.train_steps,
+        "table": table}, "mol2image.png")
 
 
 def print_benchmark(table, channels):
@@ -2979,15 +2982,17 @@ def print_benchmark(table, channels):
 
 # --- command line: options {name: (default, help, further words of add_argument)} -----------------
 
-def common(steps=15, out=None):
-    """What every sub-command takes."""
+def common(steps=15, sampler="ddim", out=None):
+    """What every sub-command takes. Studies keep to the sampler of README's tables; single answers
+    are drawn as sample.py draws."""
     return dict(
         checkpoint=("runs/ldm/model.pt", "from train_ldm.py"),
         data=(None, "another manifest than the model's own"),
         guidance=([], "GROUP=WEIGHT for each group", dict(nargs="+")),
         form=("nested", "of guidance", dict(choices=FORMS)),
         interval=(INTERVAL, "noise levels between which guidance acts", dict(nargs=2, type=float)),
-        steps=(steps, "DDIM steps"),
+        steps=(steps, "of the sampler"),
+        sampler=(sampler, "dpm is DPM-Solver++ 2M", dict(choices=SAMPLERS)),
         out=(out, "folder for JSON and figures (None: the checkpoint's)"),
         quick=(False, "fewer images, shorter training"))
 
@@ -3003,7 +3008,7 @@ def real_plates(by):
 
 COMMANDS = {
     "quality": (quality, "are held-out conditions drawn as they look?", dict(
-        **common(STEPS), **real_plates("+"),
+        **common(STEPS, "dpm"), **real_plates("+"),
         images=(192, "generated for each held-out set"),
         sets=(None, "values of the column split (val, test_pair, test_substituent, test_scaffold; "
               "with --mol2image easy and hard)", dict(nargs="+")),
@@ -3044,7 +3049,7 @@ COMMANDS = {
         molecules=(24, "of each kind"),
         series=(6, "images for each molecule and dose"))),
     "control": (control, "does a ControlNet draw these very cells?", dict(
-        **common(STEPS),
+        **common(STEPS, "dpm"),
         by=(None, "negcon: tables by these columns as well as by plate, such as compound",
             dict(nargs="+")),
         images=(128, "held-out images, or for each plate"),

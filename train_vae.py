@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 import conditioning
 import data
+from data import CHANNELS
 from vae import VAE, VAEConfig, kl_divergence, vae_loss
 
 
@@ -53,7 +54,7 @@ class Config:
     preset: str = ""                      # 64x64x8 or 128x128x1: settings for 512-pixel crops
     # data: what counts as an image. train_ldm.py reads these from the autoencoder's checkpoint
     data: str = "runs/data/manifest.csv"  # the manifest; the default one is drawn if it is missing
-    channels: str = ",".join(data.CHANNELS)  # stains: the manifest's columns, or the order in a file
+    channels: str = ",".join(CHANNELS)    # stains: columns of the manifest, or the order in a file
     intensity: str = "percentile"         # to [-1, 1]: percentile, dtype, or a range as 0:4095
     binning: int = 1                      # average this many pixels each way
     crop: int = 0                         # side of a random crop, 0 for the whole image
