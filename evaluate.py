@@ -1309,7 +1309,8 @@ def train_arm(args, arm, confounding, seed):
     are kept for --study training."""
     return trained(train_ldm.Config(
         data=str(screen_of(confounding)), vae=str(Path(args.vae).resolve()), seed=seed,
-        steps=args.train_steps, **ARMS[arm], keep=True, eval_every=max(1, args.train_steps // 6),
+        steps=args.train_steps, **ARMS[arm], eval_every=max(1, args.train_steps // 6),
+        keep=args.train_steps,  # all of them
         out=f"{args.out}/{arm}-{confounding:g}-{seed}-{args.train_steps}"))
 
 

@@ -258,6 +258,8 @@ def test_arms_differ_in_what_they_are_told(screen, vae_path, cli, tmp_path, monk
     # told nothing of the batch, the same noise gives the same image in every batch
     assert_close(np.array(lines[0]["omega"]["experiment"]), np.zeros(55), atol=.03, rtol=0)
     assert_close(np.array(lines[1]["omega"]["biology"]), np.zeros(55), atol=.03, rtol=0)
+    assert [f.name for f in train_vae.step_files(tmp_path / "d" / "experiment-0.9-0-2")] == [
+        "step-1.pt", "step-2.pt"]  # all are kept, for --study training
     fields = [[f["name"] for f in train_ldm.load_checkpoint(
         tmp_path / "d" / f"{arm}-0.9-0-2" / "model.pt", "ldm", "")["fields"]]
         for arm in ("perturbations", "experiment")]
