@@ -524,6 +524,13 @@ def photographs(rows, screen, intensity):
     return torch.from_numpy(data.scale_intensity(images, intensity))
 
 
+def probe_source():
+    """The code that a probe depends on: the simulator's, and that of the training."""
+    code = inspect.getsource(data)
+    return code[:code.index("# --- 3. The manifest")] + "".join(
+        inspect.getsource(f) for f in (Probe, train_probe, fit))
+
+
 def screen_probe(opened, steps=1500):
     """The probe of a simulated screen: trained on fresh cells under the same microscopes without
     confounding, on controls and on doses above half effect. Kept in runs/probe.
@@ -539,9 +546,8 @@ def screen_probe(opened, steps=1500):
     screen = replace(screen, confounding=0., draw=1000)
     answers = {"true_mechanism": ["none", *data.MECHANISMS],
                "batch": [f"B{b + 1}" for b in range(screen.batches)]}
-    code = Path(data.__file__).read_bytes().split(b"# 3. The manifest")[0]  # the simulator's source
-    code += "".join(inspect.getsource(f) for f in (Probe, train_probe, fit)).encode()
-    key = hashlib.sha1(f"{screen}{model.intensity}{steps}".encode() + code).hexdigest()[:12]
+    named = f"{screen}{model.intensity}{steps}{probe_source()}"
+    key = hashlib.sha1(named.encode()).hexdigest()[:12]
     path = Path("runs/probe") / f"probe-{key}.pt"
     if not path.exists():
         print("drawing an unconfounded screen to train the probe on")

@@ -153,6 +153,12 @@ def test_a_probe_learns_to_tell_bright_from_dark():
     assert (said == truth[150:]).float().mean() > .9
 
 
+def test_a_probe_is_named_by_the_simulator_and_not_by_the_rest_of_data_py():
+    code = evaluate.probe_source()
+    assert "def draw_stains" in code and "def expose" in code and "def train_probe" in code
+    assert "def read_manifest" not in code and "def picture" not in code
+
+
 def test_interval_brackets_and_is_drawn_by_well():
     values, wells = np.arange(100.), np.repeat(np.arange(10), 10)
     one = np.zeros(100)
