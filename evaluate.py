@@ -1599,10 +1599,10 @@ def study_pairs(opened, args, results):
 
     columns = summarised(opened.model.channels) | {"named right": "named right"}
     for treatment, plate in pairs:
-        line = results.get({"pair": f"{treatment} x {plate}", "vae": finger(vae), "images": n,
-                            "guidance": args.guidance, "form": args.form, "also": args.also,
-                            "interval": args.interval, "sampler": args.sampler},
-                           lambda: measured(treatment, plate))
+        line = results.get({"pair": f"{treatment} x {plate}", "vae": finger(vae), "images": n} | {
+            k: getattr(args, k) for k in ("guidance", "form", "also", "interval", "steps",
+                                          "sampler", "nucleus_radius")},
+            lambda: measured(treatment, plate))
         print_table(f"left out: {line['left_out']}", dict.fromkeys(columns.values(), ".3f"), [
             (name, *(e[k] for k in columns)) for name, e in line.items()
             if name not in ("key", "left_out")])
@@ -1632,7 +1632,7 @@ def conditions(args):
         return prediction.flatten(1), loss, t * 4 // model.schedule.T
     plain, loss, quarter = predict(())
     sizes = group_sizes(model, latents)
-    changes = feature_changes(opened, rows[:32 if args.quick else 96], sets, args.steps)
+    changes = feature_changes(opened, rows[:32 if args.quick else 96], sets, args)
     table = {}
     for name, shuffled in sets.items():
         prediction, worse, _ = predict(shuffled)
@@ -1660,11 +1660,11 @@ def group_sizes(model, latents):
     return {f"all of {g}": p.square().mean().sqrt().item() for g, p in parts.items()}
 
 
-def feature_changes(opened, rows, sets, steps):
+def feature_changes(opened, rows, sets, args):
     """How far the features of a generated image move when one field alone is another row's, on the
     same noise, weights 1: root mean square in deviations of the training images."""
     model, measure = opened.model, morphology(opened, count=400)
-    request = Request({g: 1. for g in model.groups}, steps=steps)
+    request = Request({g: 1. for g in model.groups}, steps=args.steps, sampler=args.sampler)
     own, other = (conditions_of(model, opened.manifest, order) for order in (
         rows, np.random.default_rng(1).permutation(rows)))
 
@@ -3031,8 +3031,9 @@ COMMANDS = {
         **common(out="runs/disentangle"), **real_plates(2),
         study=("model", "one checkpoint as it is; at several guidance weights; under the forms of "
                "guidance; with each sampler in few steps and in many; along its training; the "
-               "three arms (trains them); the shortcut of a classifier (trains it); real images "
-               "edited; real plates with one pair left out in turn (trains them)", dict(choices=(
+               "arms, told one group or both (trains them); the shortcut of a classifier (trains "
+               "it); real images edited; real plates with one pair left out in turn (trains them)",
+               dict(choices=(
                    "model", "weights", "forms", "samplers", "training", "arms", "shortcut",
                    "transfer", "pairs"))),
         images=(756, "of the whole factorial"),
