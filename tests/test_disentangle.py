@@ -386,6 +386,8 @@ def test_edit_command(ldm_path, screen, cli, refused, tmp_path):
     assert status == 0, error
     assert out.count("told as unknown") == 1  # a plate lies in one batch; said once, not per image
     assert len(json.loads((tmp_path / "samples.json").read_text())["requests"]) == 2
+    for words in (["--eta", .5], ["--sampler", "dpm"]):
+        refused(sample, "--checkpoint", ldm_path, "--edit", f"{screen}:9", *words, says=["DDIM"])
     refused(sample, "--checkpoint", ldm_path, "--edit", f"{screen}:1", says=["MANIFEST:ROW"])
     refused(sample, "--checkpoint", ldm_path, "--edit", f"{screen}:9", "batch=B9", says=["B9"])
 
