@@ -186,7 +186,8 @@ def test_a_plate_that_training_never_saw_is_asked_for_as_unknown():
     asked, plate = [], SimpleNamespace(name="plate", kind="category", vocabulary=["P1"])
     opened = SimpleNamespace(model=SimpleNamespace(
         fields=[plate], generate=lambda columns, *_, **__: asked.append(columns)))
-    args = SimpleNamespace(also=None, guidance={}, form="nested", steps=1, interval=(0., 1.))
+    args = SimpleNamespace(also=None, guidance={}, form="nested", steps=1, sampler="dpm",
+                           interval=(0., 1.))
     for value in ("P1", "P2"):
         evaluate.drawn_and_real(opened, args, {"plate": value}, np.array([], int), 2, 2)
     assert asked == [{"plate": ["P1", "P1"]}, {"plate": ["", ""]}]
