@@ -2498,7 +2498,7 @@ def patch_histograms(stream):
     for levels in patches_of(stream):
         sums = sums + torch.stack([torch.stack([p.double().pow(k).sum((0, 2, 3)) for k in range(3)])
                                    for p in levels])                     # (levels, 3, C)
-    n, mean, square = sums[:, 0], sums[:, 1] / sums[:, 0], sums[:, 2] / sums[:, 0]
+    mean, square = sums[:, 1] / sums[:, 0], sums[:, 2] / sums[:, 0]
     std = (square - mean ** 2).clamp(min=0).sqrt().clamp(min=1e-8)
     for levels in patches_of(stream):
         found = found + torch.stack([
