@@ -312,7 +312,7 @@ class DescriptorEncoder(Standardised):
 
 
 class Table(Standardised):
-    """Vectors of any other encoder, from an .npz keyed by SMILES or InChIKey (--molecule_table).
+    """Vectors of any other encoder, from an .npz (--molecule_table) keyed by SMILES or InChIKey.
     Those of the training molecules travel in the checkpoint; others are looked up in the file.
     A text that is no SMILES is looked up as it stands: a gene, say."""
 
@@ -342,7 +342,7 @@ def molecule_key(smiles):
 
 
 def read_table(path, smiles, width=None):
-    """{InChIKey: vector (width,)} of these molecules; all that are missing are named."""
+    """{molecule_key: vector (width,)} of these molecules; all that are missing are named."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             found = {}
@@ -352,7 +352,7 @@ def read_table(path, smiles, width=None):
                 name = next((way for way in ways if way in archive), None)
                 found[s] = None if name is None else archive[name].astype("float64")
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as fault:
-        raise FieldError(f"{path} is no table of vectors (.npz keyed by SMILES or InChIKey): "
+        raise FieldError(f"{path} is no table of vectors (.npz keyed by SMILES, InChIKey or name): "
                          f"{fault}") from None
     missing = [s for s, vector in found.items() if vector is None]
     if missing:

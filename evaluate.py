@@ -524,6 +524,13 @@ def photographs(rows, screen, intensity):
     return torch.from_numpy(data.scale_intensity(images, intensity))
 
 
+def probe_source():
+    """The code that a probe depends on: the simulator's, and that of the training."""
+    code = inspect.getsource(data)
+    return code[:code.index("# --- 3. The manifest")] + "".join(
+        inspect.getsource(f) for f in (Probe, train_probe, fit))
+
+
 def screen_probe(opened, steps=1500):
     """The probe of a simulated screen: trained on fresh cells under the same microscopes without
     confounding, on controls and on doses above half effect. Kept in runs/probe.
@@ -539,9 +546,8 @@ def screen_probe(opened, steps=1500):
     screen = replace(screen, confounding=0., draw=1000)
     answers = {"true_mechanism": ["none", *data.MECHANISMS],
                "batch": [f"B{b + 1}" for b in range(screen.batches)]}
-    code = Path(data.__file__).read_bytes().split(b"# 3. The manifest")[0]  # the simulator's source
-    code += "".join(inspect.getsource(f) for f in (Probe, train_probe, fit)).encode()
-    key = hashlib.sha1(f"{screen}{model.intensity}{steps}".encode() + code).hexdigest()[:12]
+    named = f"{screen}{model.intensity}{steps}{probe_source()}"
+    key = hashlib.sha1(named.encode()).hexdigest()[:12]
     path = Path("runs/probe") / f"probe-{key}.pt"
     if not path.exists():
         print("drawing an unconfounded screen to train the probe on")
@@ -1309,7 +1315,8 @@ def train_arm(args, arm, confounding, seed):
     are kept for --study training."""
     return trained(train_ldm.Config(
         data=str(screen_of(confounding)), vae=str(Path(args.vae).resolve()), seed=seed,
-        steps=args.train_steps, **ARMS[arm], keep=True, eval_every=max(1, args.train_steps // 6),
+        steps=args.train_steps, **ARMS[arm], eval_every=max(1, args.train_steps // 6),
+        keep=args.train_steps,  # all of them
         out=f"{args.out}/{arm}-{confounding:g}-{seed}-{args.train_steps}"))
 
 
@@ -1592,10 +1599,10 @@ def study_pairs(opened, args, results):
 
     columns = summarised(opened.model.channels) | {"named right": "named right"}
     for treatment, plate in pairs:
-        line = results.get({"pair": f"{treatment} x {plate}", "vae": finger(vae), "images": n,
-                            "guidance": args.guidance, "form": args.form, "also": args.also,
-                            "interval": args.interval, "sampler": args.sampler},
-                           lambda: measured(treatment, plate))
+        line = results.get({"pair": f"{treatment} x {plate}", "vae": finger(vae), "images": n} | {
+            k: getattr(args, k) for k in ("guidance", "form", "also", "interval", "steps",
+                                          "sampler", "nucleus_radius")},
+            lambda: measured(treatment, plate))
         print_table(f"left out: {line['left_out']}", dict.fromkeys(columns.values(), ".3f"), [
             (name, *(e[k] for k in columns)) for name, e in line.items()
             if name not in ("key", "left_out")])
@@ -1625,7 +1632,7 @@ def conditions(args):
         return prediction.flatten(1), loss, t * 4 // model.schedule.T
     plain, loss, quarter = predict(())
     sizes = group_sizes(model, latents)
-    changes = feature_changes(opened, rows[:32 if args.quick else 96], sets, args.steps)
+    changes = feature_changes(opened, rows[:32 if args.quick else 96], sets, args)
     table = {}
     for name, shuffled in sets.items():
         prediction, worse, _ = predict(shuffled)
@@ -1653,11 +1660,11 @@ def group_sizes(model, latents):
     return {f"all of {g}": p.square().mean().sqrt().item() for g, p in parts.items()}
 
 
-def feature_changes(opened, rows, sets, steps):
+def feature_changes(opened, rows, sets, args):
     """How far the features of a generated image move when one field alone is another row's, on the
     same noise, weights 1: root mean square in deviations of the training images."""
     model, measure = opened.model, morphology(opened, count=400)
-    request = Request({g: 1. for g in model.groups}, steps=steps)
+    request = Request({g: 1. for g in model.groups}, steps=args.steps, sampler=args.sampler)
     own, other = (conditions_of(model, opened.manifest, order) for order in (
         rows, np.random.default_rng(1).permutation(rows)))
 
@@ -2491,7 +2498,7 @@ def patch_histograms(stream):
     for levels in patches_of(stream):
         sums = sums + torch.stack([torch.stack([p.double().pow(k).sum((0, 2, 3)) for k in range(3)])
                                    for p in levels])                     # (levels, 3, C)
-    n, mean, square = sums[:, 0], sums[:, 1] / sums[:, 0], sums[:, 2] / sums[:, 0]
+    mean, square = sums[:, 1] / sums[:, 0], sums[:, 2] / sums[:, 0]
     std = (square - mean ** 2).clamp(min=0).sqrt().clamp(min=1e-8)
     for levels in patches_of(stream):
         found = found + torch.stack([
@@ -3024,8 +3031,9 @@ COMMANDS = {
         **common(out="runs/disentangle"), **real_plates(2),
         study=("model", "one checkpoint as it is; at several guidance weights; under the forms of "
                "guidance; with each sampler in few steps and in many; along its training; the "
-               "three arms (trains them); the shortcut of a classifier (trains it); real images "
-               "edited; real plates with one pair left out in turn (trains them)", dict(choices=(
+               "arms, told one group or both (trains them); the shortcut of a classifier (trains "
+               "it); real images edited; real plates with one pair left out in turn (trains them)",
+               dict(choices=(
                    "model", "weights", "forms", "samplers", "training", "arms", "shortcut",
                    "transfer", "pairs"))),
         images=(756, "of the whole factorial"),

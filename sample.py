@@ -33,6 +33,7 @@ from train_vae import UserError, build_vae, device, load_checkpoint, run, views
 from unet import ControlNet, UNet, UNetConfig
 
 STEPS = 15       # of DPM-Solver++, which more steps do not improve (README, Samplers)
+EDIT_STEPS = 50  # of DDIM, there and back
 GUIDANCE = 2.5   # weight of every group unless asked otherwise
 INTERVAL = (.2, .8)  # noise levels t / T between which it acts
 
@@ -272,7 +273,7 @@ class Model:
             tiles.cut(z, part).to(device())))
 
     @torch.no_grad()
-    def edit(self, images, source, target, guidance=None, form="nested", steps=50, rounds=3,
+    def edit(self, images, source, target, guidance=None, form="nested", steps=EDIT_STEPS, rounds=3,
              interval=INTERVAL, rescale=0., strength=None, seeds=None):
         """Real images (n, C, H, W) in [-1, 1] as they would look under other conditions: the same
         cells. Inverted under their own conditions `source`, all weights 1, then generated from
@@ -740,7 +741,8 @@ def arguments():
                         "above 1 count as 1 (default: %(default)s)")
     parser.add_argument("--rescale", type=float, default=0.,
                         help="share of guidance's extra spread taken back (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=STEPS, help="default: %(default)s")
+    parser.add_argument("--steps", type=int,
+                        help=f"of the sampler (default: {STEPS}; with --edit {EDIT_STEPS})")
     parser.add_argument("--sampler", choices=diffusion.SAMPLERS,
                         help="dpm is DPM-Solver++ 2M "
                         "(default: dpm, or ddim where --eta is given)")
@@ -760,6 +762,10 @@ def arguments():
     parser.add_argument("--out", default="runs/samples",
                         help="samples.png, .tif and .json go here (default: %(default)s)")
     args = parser.parse_intermixed_args()
+    if args.edit and (args.eta or args.sampler not in (None, "ddim")):
+        parser.error("--edit inverts DDIM: it takes no --eta and no other --sampler")
+    if args.steps is None:
+        args.steps = EDIT_STEPS if args.edit else STEPS
     args.sampler = sampler_of(args.sampler, args.eta)
     return args
 

@@ -46,7 +46,7 @@ class Config:
     molecule_encoder: str = "fingerprint"  # or descriptors, graph, smiles, table, identity
     fingerprint_bits: int = 2048          # length of the fingerprint
     fingerprint_radius: int = 2           # bonds around each atom that a fingerprint sees
-    molecule_table: str = ""              # .npz of vectors by SMILES or InChIKey, for table
+    molecule_table: str = ""              # .npz of vectors by SMILES, InChIKey or name, for table
     size: str = "small"                   # U-Net: tiny, small, base, large (unet.py)
     schedule: str = "cosine"              # noise: cosine, linear, scaled_linear
     target: str = "velocity"              # the U-Net predicts velocity, noise or image

@@ -258,6 +258,8 @@ def test_arms_differ_in_what_they_are_told(screen, vae_path, cli, tmp_path, monk
     # told nothing of the batch, the same noise gives the same image in every batch
     assert_close(np.array(lines[0]["omega"]["experiment"]), np.zeros(55), atol=.03, rtol=0)
     assert_close(np.array(lines[1]["omega"]["biology"]), np.zeros(55), atol=.03, rtol=0)
+    assert [f.name for f in train_vae.step_files(tmp_path / "d" / "experiment-0.9-0-2")] == [
+        "step-1.pt", "step-2.pt"]  # all are kept, for --study training
     fields = [[f["name"] for f in train_ldm.load_checkpoint(
         tmp_path / "d" / f"{arm}-0.9-0-2" / "model.pt", "ldm", "")["fields"]]
         for arm in ("perturbations", "experiment")]
@@ -384,6 +386,8 @@ def test_edit_command(ldm_path, screen, cli, refused, tmp_path):
     assert status == 0, error
     assert out.count("told as unknown") == 1  # a plate lies in one batch; said once, not per image
     assert len(json.loads((tmp_path / "samples.json").read_text())["requests"]) == 2
+    for words in (["--eta", .5], ["--sampler", "dpm"]):
+        refused(sample, "--checkpoint", ldm_path, "--edit", f"{screen}:9", *words, says=["DDIM"])
     refused(sample, "--checkpoint", ldm_path, "--edit", f"{screen}:1", says=["MANIFEST:ROW"])
     refused(sample, "--checkpoint", ldm_path, "--edit", f"{screen}:9", "batch=B9", says=["B9"])
 

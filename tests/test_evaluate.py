@@ -153,6 +153,12 @@ def test_a_probe_learns_to_tell_bright_from_dark():
     assert (said == truth[150:]).float().mean() > .9
 
 
+def test_a_probe_is_named_by_the_simulator_and_not_by_the_rest_of_data_py():
+    code = evaluate.probe_source()
+    assert "def draw_stains" in code and "def expose" in code and "def train_probe" in code
+    assert "def read_manifest" not in code and "def picture" not in code
+
+
 def test_interval_brackets_and_is_drawn_by_well():
     values, wells = np.arange(100.), np.repeat(np.arange(10), 10)
     one = np.zeros(100)
@@ -180,7 +186,8 @@ def test_a_plate_that_training_never_saw_is_asked_for_as_unknown():
     asked, plate = [], SimpleNamespace(name="plate", kind="category", vocabulary=["P1"])
     opened = SimpleNamespace(model=SimpleNamespace(
         fields=[plate], generate=lambda columns, *_, **__: asked.append(columns)))
-    args = SimpleNamespace(also=None, guidance={}, form="nested", steps=1, interval=(0., 1.))
+    args = SimpleNamespace(also=None, guidance={}, form="nested", steps=1, sampler="dpm",
+                           interval=(0., 1.))
     for value in ("P1", "P2"):
         evaluate.drawn_and_real(opened, args, {"plate": value}, np.array([], int), 2, 2)
     assert asked == [{"plate": ["P1", "P1"]}, {"plate": ["", ""]}]
