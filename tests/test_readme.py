@@ -90,6 +90,11 @@ def workplace(screen, tmp_path, monkeypatch):
         monkeypatch.setattr(evaluate, name, getattr(evaluate, name)[:1])
     monkeypatch.setattr(evaluate, "TRIED", {a: t[:1] for a, t in evaluate.TRIED.items()})
     tifffile.imwrite("field.tif", np.zeros((48, 40), np.uint8))
+    names, rng = [*data.CHANNELS, "brightfield"], np.random.default_rng(0)
+    for name in names:  # two fields stand for the halves of a real one
+        np.save(f"{name}.npy", rng.integers(0, 255, (8, 128, 160), np.uint8))
+    data.write_manifest("field.csv", [{n: f"{n}.npy" for n in names} | {
+        "index": i, "split": "train" if i < 4 else "val"} for i in range(8)])
     if conftest.SHARED.is_dir():
         (tmp_path / "plates").symlink_to(conftest.SHARED / "lincs")
     return tmp_path
