@@ -205,6 +205,11 @@ def each_molecule(function, smiles):
     progress bar."""
     if len(smiles) < 2000:
         return [read_once(function, s) for s in smiles]
+    return read_together(function, tuple(smiles))
+
+
+@functools.lru_cache(1)  # an encoder is fitted to the molecules that it featurises next
+def read_together(function, smiles):
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         return list(tqdm(pool.map(function, map(parse_smiles, smiles), chunksize=64),
                          desc="reading molecules", total=len(smiles)))

@@ -51,6 +51,11 @@ COLOURS = {"DNA": (.2, .4, 1), "ER": (0, .7, .3), "RNA": (.5, .5, .1), "AGP": (1
 CHANNELS = tuple(COLOURS)
 
 
+def comments(settings):
+    """{setting: the comment beside it} of a dataclass of settings: the help of its options."""
+    return dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(settings), re.M))
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that takes no abbreviations and complains in one line."""
 
@@ -1296,7 +1301,7 @@ def main():
     commands = parser.add_subparsers(dest="command")
     draw = commands.add_parser("simulate", help="draw a data set with its manifest", **defaults)
     draw.add_argument("--out", default="runs/data", help="folder for images and manifest.csv")
-    notes = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Screen), re.M))
+    notes = comments(Screen)
     for name, value in asdict(Screen()).items():
         draw.add_argument(f"--{name}", type=type(value), default=value, help=notes[name])
     sheet = commands.add_parser("show", help="check a manifest, summarise it, draw a contact sheet",

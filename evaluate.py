@@ -7,6 +7,11 @@ its ceiling, and is written as JSON and as a figure.
     python evaluate.py conditions                # is every field used?
     python evaluate.py control --checkpoint runs/brightfield/model.pt   # these very cells?
     python evaluate.py vae                       # which latent space?
+
+First the rulers (1 features, 2 distances, 3 a model and what it is asked for, 4 the probe, 5
+keeping and showing answers), then a section for each sub-command (6 quality, 7 disentangle, 8
+conditions, 9 control, 10 vae, 11 quality --mol2image); the options at the end. To add a question:
+a function of args, and its entry in COMMANDS.
 """
 import argparse
 import contextlib
@@ -39,7 +44,7 @@ from conditioning import (MOLECULE_ENCODERS, blank_unseen, check_values, parse_n
                           parse_smiles)
 from diffusion import FORMS, SAMPLERS
 from sample import INTERVAL, STEPS, Model
-from train_ldm import cached_views
+from train_ldm import cached_views, first_of, metadata
 from train_vae import (UserError, at_once, autocast, device, learning_rate, load_checkpoint,
                        open_data, reconstruct, run, save_checkpoint, step_rng, views, write_log)
 from unet import UNet, UNetConfig
@@ -430,11 +435,6 @@ def columns_of(rows, fields):
     return {f.name: [str(row.get(f.name, "")) for row in rows] for f in fields}
 
 
-def conditions_of(model, manifest, rows):
-    """What a model is told of rows of a manifest, as a request {field: [strings]}."""
-    return blank_unseen(model.fields, {f.name: manifest.rows(rows, f.name) for f in model.fields})
-
-
 def generate(model, columns, seeds, request):
     """Images of a request, in bf16 where that pays. What is asked for twice (of a model that is
     told no batch, the same in every batch) is drawn once."""
@@ -723,7 +723,7 @@ def quality_of(opened, rows_a, rows_b, cells, measure, probe, request):
     model, manifest, wells = opened.model, opened.manifest, wells_of(opened.manifest)
     real_a, b = real_images(opened, rows_a), measure(real_images(opened, rows_b))
     sets = {"real": real_a, "autoencoder": reconstruct(model.vae, real_a)[0],
-            "generated": generate(model, conditions_of(model, manifest, rows_a),
+            "generated": generate(model, metadata(model.fields, manifest, rows_a),
                                   range(len(rows_a)), request)}
     cells_a, cells_b = cells[rows_a], cells[rows_b]
     strata = np.array([f"a {c}" for c in cells_a] + [f"b {c}" for c in cells_b])
@@ -1665,7 +1665,7 @@ def feature_changes(opened, rows, sets, args):
     same noise, weights 1: root mean square in deviations of the training images."""
     model, measure = opened.model, morphology(opened, count=400)
     request = Request({g: 1. for g in model.groups}, steps=args.steps, sampler=args.sampler)
-    own, other = (conditions_of(model, opened.manifest, order) for order in (
+    own, other = (metadata(model.fields, opened.manifest, order) for order in (
         rows, np.random.default_rng(1).permutation(rows)))
 
     def drawn(shuffled):
@@ -1930,10 +1930,10 @@ def control_rows(opened, count, strong):
     m, held = opened.manifest, np.random.default_rng(0).permutation(opened.held)
     if strong:
         effect = m.columns.get("true_effect")
-        dose = next((f.name for f in opened.model.fields if f.kind == "log"), None)
-        held = np.array([i for i in held if (float(effect[i] or 0) >= .5 if effect else
-                                             dose is None or float(m.columns[dose][i] or 0) > 0)],
-                        int)
+        dose = first_of("log", opened.model.fields)
+        strong_enough = ((lambda i: float(effect[i] or 0) >= .5) if effect else
+                         (lambda i: dose is None or float(m.columns[dose.name][i] or 0) > 0))
+        held = np.array([i for i in held if strong_enough(i)], int)
     cut = bool(opened.settings.crop)
     if len(held) < (1 if cut else 8):
         raise UserError(f"only {len(held)} held-out rows to draw: hold out more with --split")
@@ -1965,7 +1965,7 @@ def paired(opened, args, strong):
 
 def draw_controlled(opened, rows, args, control, seeds=None):
     """Images for the conditions of manifest rows, with control images or without (None)."""
-    columns = conditions_of(opened.model, opened.manifest, rows)
+    columns = metadata(opened.model.fields, opened.manifest, rows)
     with autocast():
         return opened.model.generate(columns, seeds or range(len(rows)), args.guidance, args.form,
                                      args.steps, sampler=args.sampler, control=control,
@@ -2087,7 +2087,7 @@ def identity(opened, steps, count=8):
     {steps: PSNR in dB against the autoencoder's own reconstruction}, by rounds of the fixed point
     (1 is the inversion of Song et al. 2021, 3 the default)."""
     model, rows = opened.model, opened.held[:count]
-    images, own = real_images(opened, rows), conditions_of(model, opened.manifest, rows)
+    images, own = real_images(opened, rows), metadata(model.fields, opened.manifest, rows)
     rebuilt = model.vae.to_image(model.vae.to_latent(images.to(device()))).cpu()
     table = {n: [psnr(model.edit(images, own, own, steps=n, rounds=rounds) / 2, rebuilt / 2).item()
                  for rounds in (1, 3)] for n in steps}
@@ -2105,7 +2105,7 @@ def overlap(one, other, radius):
 def edit_cells(opened, before, rows, args):
     """Images of untreated cells (N, C, H, W) edited, by inversion, to the conditions of rows."""
     model = opened.model
-    target = conditions_of(model, opened.manifest, rows)
+    target = metadata(model.fields, opened.manifest, rows)
     source = target | {name: [value] * len(rows)
                        for name, value in (model.content["control"] or {}).items()}
     weights = {k: v for k, v in args.guidance.items() if k != "control"}
@@ -2825,7 +2825,7 @@ def generated_images(opened, model, checkpoint, rows, args, folder):
     """read(places): images of a model under the conditions of these rows, one seed each. They lie
     in a file, float16, so that memory does not grow with their number and a second run finds them.
     """
-    columns, request = conditions_of(model, opened.manifest, rows), request_of(args, model)
+    columns, request = metadata(model.fields, opened.manifest, rows), request_of(args, model)
     key = f"{finger(checkpoint)}{opened.manifest.path.resolve()}{list(rows)}{request}"
     path = Path(folder) / f"generated-{hashlib.sha1(key.encode()).hexdigest()[:12]}.npy"
     if not path.exists():

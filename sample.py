@@ -409,6 +409,7 @@ def check_control(model, control, any_size=False):
 
 
 def sampler_of(named, eta):
+    """The sampler that is named; else DPM-Solver++, or DDIM where its eta is given."""
     return named or ("ddim" if eta else "dpm")
 
 

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import pickle
-import re
 import resource
 import shlex
 import signal
@@ -122,7 +121,7 @@ def run(main):
 
 def add_settings(parser, config):
     """One option per setting of a Config; the comment beside each is its help."""
-    notes = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(config), re.M))
+    notes = data.comments(config)
     for setting in dataclasses.fields(config):
         text = f"{notes[setting.name]} (default: {setting.default})".replace("%", "%%")
         if setting.type is bool:

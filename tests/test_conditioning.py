@@ -356,3 +356,20 @@ def test_the_demo_shows_that_a_dropped_field_leaves_no_trace(capsys):
     for smiles, dose, _, _, _, _, tokens, moved in rows:
         assert (float(moved) == 0) == (dose == "dropped")
         assert int(tokens) == (1 if smiles == "dropped" else 1 + Fingerprint.tokens)
+
+
+def test_many_molecules_are_read_once_for_fitting_and_featurising(monkeypatch):
+    pools = []
+
+    class Pool(conditioning.ProcessPoolExecutor):
+        def __init__(self, *given):
+            pools.append(given)
+            super().__init__(*given)
+    monkeypatch.setattr(conditioning, "ProcessPoolExecutor", Pool)
+    many, other = ["CCO", "CCN"] * 1000, ["CCO", "CCC"] * 1000
+    encoder = MOLECULE_ENCODERS["descriptors"]
+    settings = encoder.fit(many, {})
+    features = encoder(settings, 8, 8).featurise(many)
+    assert len(pools) == 1 and len(features) == 2000 and (features[0] != features[1]).any()
+    encoder.fit(other, {})
+    assert len(pools) == 2
