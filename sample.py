@@ -52,13 +52,15 @@ class Denoiser(nn.Module):
 
     def forward(self, z, t, codes, keep, molecules, control=None):
         """control: (images (B, C, H, W), codes and known of their own metadata, shown (B,))."""
-        condition, residuals = self.conditioner(codes, keep, molecules), None
+        vector, tokens, mask = self.conditioner(codes, keep, molecules)
+        residuals = None
         if control is not None:
             images, *metadata, shown = control
-            vector, _, _ = self.conditioner(*metadata, molecules)
-            residuals = self.controlnet(z, t, *condition, images, vector)
+            told, _, _ = self.conditioner(*metadata, molecules)
+            vector = vector + self.controlnet.style(images) * shown[:, None]
+            residuals = self.controlnet(z, t, vector, tokens, mask, images, told)
             residuals = [r * shown[:, None, None, None] for r in residuals]
-        return self.unet(z, t, *condition, residuals)
+        return self.unet(z, t, vector, tokens, mask, residuals)
 
 
 class Model:
@@ -166,8 +168,11 @@ class Model:
         rows = torch.tensor(controlled).repeat_interleave(n).to(device())  # branches that see it
         if any(controlled):
             metadata = self.encode(control[1], n)[0].repeat(sum(controlled), 1)      # (K' B, E)
-            hint = self.denoiser.controlnet.hint(control[0].to(device()))
+            image = control[0].to(device())
+            hint = self.denoiser.controlnet.hint(image)
             hint = hint.repeat(sum(controlled), 1, 1, 1)                # (K' B, width, h, w)
+            style = self.denoiser.controlnet.style(image)
+            condition[0][rows] += style.repeat(sum(controlled), 1)
             seen = [c[rows] for c in condition]
 
         def residuals(z, t):

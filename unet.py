@@ -230,6 +230,14 @@ class HintStem(nn.Module):
         return self.out(self.layers(image))
 
 
+def levels(image):
+    """Brightness, contrast and sharpness of each channel of images (B, C, H, W) in [-1, 1], as
+    logarithms (B, 3 C): what the gain, background and focus of a plate change."""
+    x = (image + 1) / 2
+    sharpness = x.diff(dim=3).abs().mean((2, 3))
+    return torch.cat([x.mean((2, 3)), x.std((2, 3)), sharpness], 1).add(.01).log()
+
+
 class ControlNet(nn.Module):
     """A trainable copy of a U-Net's way down that looks at another image of the field of view.
 
@@ -241,6 +249,10 @@ class ControlNet(nn.Module):
     unet: the trained U-Net to copy. channels: of the control image. shrink: its side over that
     of the latent. The control's own metadata (which plate, which well) arrive as a second vector,
     through a zero layer of its own, as DiffusionSat's ControlNet is told of each of its images.
+
+    Residuals say what is where. How bright, contrasty and sharp the control is as a whole, its
+    `style`, group norms take out of them: it is added to the condition vector of the U-Net, as if
+    it were one more field.
     """
 
     def __init__(self, unet, channels, shrink):
@@ -251,10 +263,16 @@ class ControlNet(nn.Module):
         del self.copy.up, self.copy.out
         self.hint = HintStem(channels, c.width, shrink * c.fold)
         self.metadata = zero(nn.Linear(c.embedding, c.embedding))
+        self.levels = nn.Sequential(nn.Linear(3 * channels, c.embedding), nn.SiLU(),
+                                    zero(nn.Linear(c.embedding, c.embedding)))
         widths = [c.width * m for m in c.multipliers]
         skips = [widths[0]] + [w for i, w in enumerate(widths)
                                for _ in range(c.blocks + (i + 1 < len(widths)))]
         self.zeros = nn.ModuleList(zero(nn.Conv2d(w, w, 1)) for w in [*skips, widths[-1]])
+
+    def style(self, control):
+        """(B, E), to be added to the condition vector; exactly 0 at step 0."""
+        return self.levels(levels(control))
 
     def forward(self, z, t, vector, tokens, mask, control, control_vector):
         """As UNet.forward, with control (B, C, H, W) in [-1, 1] and control_vector (B, E).

@@ -17,12 +17,13 @@ import train_ldm
 import train_vae
 from conftest import randomise
 from test_unet import CONFIG, inputs
-from unet import ControlNet, UNet
+from unet import ControlNet, UNet, levels
 
 
 # --- the network ----------------------------------------------------------------------------------
 
-def controlled(unet, net, control, told, **given):
+def controlled(unet, net, control, told, vector, **given):
+    given["vector"] = vector + net.style(control)
     return unet(**given, residuals=net(**given, control=control, control_vector=told))
 
 
@@ -38,7 +39,8 @@ def test_at_step_0_the_output_is_that_of_the_base_to_the_bit(pair):
 
 
 def test_which_parameters_learn_in_the_first_and_in_the_second_step(pair):
-    """First only the zero convolutions (and not the hint's, behind them); then everything."""
+    """First only the zero convolutions (and not the hint's, behind them) and the last layer of the
+    style, which the U-Net hears directly; then everything."""
     unet, net, control, told = pair
     unet.requires_grad_(False)
     learning = []
@@ -49,8 +51,10 @@ def test_which_parameters_learn_in_the_first_and_in_the_second_step(pair):
         learning.append({name for name, p in net.named_parameters()
                          if p.grad is not None and p.grad.abs().sum() > 0})
         optimiser.step()
-    assert learning[0] == {n for n, _ in net.named_parameters() if n.startswith("zeros.")}
-    assert {"hint.out.weight", "metadata.weight", "copy.stem.1.weight"} <= learning[1]
+    assert learning[0] == {n for n, _ in net.named_parameters()
+                           if n.startswith(("zeros.", "levels.2."))}
+    assert {"hint.out.weight", "metadata.weight", "copy.stem.1.weight",
+            "levels.0.weight"} <= learning[1]
     assert "hint.layers.0.weight" not in learning[1]  # behind the hint's own zero convolution
     assert learning[2] == {name for name, _ in net.named_parameters()}
 
@@ -63,6 +67,21 @@ def test_control_and_its_metadata_change_the_output(pair, name):
     changed[name] = changed[name].flip(0)  # of the other image
     before = controlled(unet, net, control, told, **inputs())
     assert (controlled(unet, net, **changed, **inputs()) - before).abs().max() > 1e-3
+
+
+def test_the_style_of_a_control_is_heard_without_its_residuals(pair):
+    """Brightness, contrast and sharpness of the control reach the U-Net, its places do not."""
+    unet, net, control, told = pair
+    assert_close(levels(control), levels(control.flip(2)))
+    assert_close(levels(control * .5 - .5)[:, :3] - levels(control)[:, :3],
+                 torch.full((2, 3), np.log(.5)), atol=.02, rtol=0)  # half as bright
+    smooth = torch.nn.functional.avg_pool2d(control, 3, 1, 1, count_include_pad=False)
+    assert (levels(smooth) - levels(control))[:, 6:].max() < -.5
+    before = controlled(unet, net, control, told, **inputs())
+    randomise(net.levels, seed=1)
+    heard = controlled(unet, net, control, told, **inputs())
+    assert (heard - before).abs().max() > 1e-3
+    assert_close(controlled(unet, net, control.flip(3), told, **inputs()), heard)
 
 
 def test_every_residual_is_used(pair):
