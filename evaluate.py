@@ -1386,6 +1386,7 @@ def study_arms(args, results):
 # --- the shortcut: does a classifier profit from images drawn without confounding? ----------------
 
 CLASSIFIER = dict(images=1512, test_images=1200, steps=600)
+EDITED = dict(experiment=1.5)  # guidance of the images that are edited to other batches
 
 
 def standardise_on_controls(images, batch, control):
@@ -1449,6 +1450,23 @@ def made_balanced(opened, request, count, seed):
                     rows)
 
 
+def moved_elsewhere(opened, real, guidance, seed):
+    """The same cells under the same treatment, each edited (sample.py --edit) to a batch drawn at
+    random and a plate of it: mechanism and batch become independent, the mechanism's effect stays
+    the real one. Images that stay in their batch take the same way, which leaves its marks."""
+    rng, fields, plates = np.random.default_rng(seed), opened.model.fields, defaultdict(set)
+    for row in real.rows:
+        plates[row["batch"]].add(row["plate"])
+    batches, goals = rng.choice(sorted(plates), len(real.rows)), []
+    for row, batch in zip(real.rows, batches):
+        plate = rng.choice(sorted(plates[batch])) if batch != row["batch"] else row["plate"]
+        goals.append(row | {"batch": str(batch), "plate": str(plate)})
+    edited = [opened.model.edit(
+        real.images[i:i + 64], *(columns_of(rows[i:i + 64], fields) for rows in (real.rows, goals)),
+        guidance, steps=10, rounds=1, interval=(0., 1.)) for i in range(0, len(goals), 64)]
+    return Labelled(torch.cat(edited), goals)
+
+
 def classify(training, images, test, test_images, seed, weights=None):
     """A mechanism classifier trained on images of `training`: the mean over classes of the share
     of test images that it names right. A class counts once, however common it is."""
@@ -1463,8 +1481,9 @@ def classify(training, images, test, test_images, seed, weights=None):
 
 def study_shortcut(args, results):
     """A mechanism classifier trained on a confounded screen, on generated images in which
-    mechanism and batch are independent, on both, with plain remedies, and on an unconfounded
-    screen; all with the same number of images and steps, tested on unconfounded images."""
+    mechanism and batch are independent, on both, on its own images edited to other batches, with
+    plain remedies, and on an unconfounded screen; all with the same number of images and steps,
+    tested on unconfounded images."""
     confounding, n = .9, CLASSIFIER["images"]
     checkpoint = train_arm(args, "balanced", confounding, 0)
     opened = open_trained(args, checkpoint)
@@ -1477,6 +1496,7 @@ def study_shortcut(args, results):
         half = np.random.default_rng(seed).permutation(len(free.rows))[:n // 2]
         sets = {"confounded": short, "generated": free,
                 "both together": short.take(range(len(short.rows))[:n - n // 2]) + free.take(half),
+                "edited": moved_elsewhere(opened, short, EDITED, seed),
                 "unconfounded": photographed(opened, 0., 5000 + seed, n, seed)}
         scores = {name: classify(x, x.images, test, test.images, seed) for name, x in sets.items()}
         scores["standardised on controls"] = classify(short, short.standardised(), test,
@@ -1488,7 +1508,7 @@ def study_shortcut(args, results):
                 "closed": {k: (v - scores["confounded"]) / gap for k, v in scores.items()}}
 
     lines = [results.get({"shortcut": seed, "checkpoint": finger(checkpoint), "classifier":
-                          CLASSIFIER} | vars(request), lambda: measured(seed))
+                          CLASSIFIER, "edited": EDITED} | vars(request), lambda: measured(seed))
              for seed in args.seeds]
     closed = {name: [line["closed"][name] for line in lines] for name in lines[0]["scores"]}
     print_table("mechanism classifier trained on", {"accuracy": ".3f", "gap closed": ".2f"}, [

@@ -288,15 +288,16 @@ def test_the_shortcut_is_closed_by_images_without_it(screen, vae_path, cli, tmp_
                              "--seeds", 0, "--train_steps", 2, "--steps", 1, "--out",
                              tmp_path / "d")
     assert status == 0, error
-    confounded, generated, both, unconfounded, standardised, reweighted = trained
+    confounded, generated, both, edited, unconfounded, standardised, reweighted = trained
     assert {len(images) for images, _, _ in trained} == {108}
     counts = torch.bincount(generated[1], minlength=9)
     assert counts.min() == counts.max()          # generated: every mechanism alike
     assert torch.equal(both[0][:54], confounded[0][:54])
+    assert torch.equal(edited[1], confounded[1]) and not torch.equal(edited[0], confounded[0])
     assert not torch.equal(standardised[0], confounded[0])
-    assert reweighted[2] is not None and all(w is None for _, _, w in trained[:5])
+    assert reweighted[2] is not None and all(w is None for _, _, w in trained[:6])
     line = json.loads((tmp_path / "d" / "results.jsonl").read_text())
-    assert set(line["scores"]) == set(line["closed"]) and len(line["scores"]) == 6
+    assert set(line["scores"]) == set(line["closed"]) and len(line["scores"]) == 7
 
 
 def test_pairs_are_left_out_in_turn(screen, vae_path, cli, tmp_path, monkeypatch):
