@@ -2034,7 +2034,8 @@ def regress(opened, shown, seconds):
 
 def control_paired(opened, args, out):
     """Every way of drawing held-out images from their control images, and some that do not look."""
-    model, channels = opened.model, opened.model.channels
+    model, channels, told = (opened.model, opened.model.channels,
+                             opened.model.controlnet["column"])
     same = model.controlnet["channels"] == len(channels)  # the cells before treatment
     p = paired(opened, args, same)
     n, seconds = len(p.rows), report_seconds(args.checkpoint) * (.1 if args.quick else 1.)
@@ -2054,11 +2055,11 @@ def control_paired(opened, args, out):
     kinds = ["real", "ControlNet", "without control", "regression"]
     data.picture(out / "control.png", [list(x[:6].numpy()) for x in (
         p.shown if same else p.shown[:, 0], *(sets[kind] for kind in kinds))],
-        channels, ["control", *kinds], pixel_um=model.pixel_um)
+        channels, [told, *kinds], pixel_um=model.pixel_um)
     kinds = ["ControlNet", "real", "regression"]
     data.picture(out / "control_channels.png", [
         [p.shown[0, 0].numpy(), *sets[kind][0].numpy()] for kind in kinds],
-        channels, kinds, ["control", *channels], model.pixel_um)
+        channels, kinds, [told, *channels], model.pixel_um)
     return table
 
 

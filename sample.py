@@ -14,6 +14,8 @@ import hashlib
 import itertools
 import json
 import math
+import shlex
+import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -621,7 +623,7 @@ def write_images(out, images, model, args, requests, picture, **more):
     write_hyperstack(out / "samples.tif", images, model)
     checkpoint = Path(args.checkpoint).read_bytes()
     (out / "samples.json").write_text(json.dumps({
-        "requests": requests, "used": [as_used(model, r) for r in requests], "form": args.form,
+        "command": shlex.join(sys.argv), "requests": requests, "used": [as_used(model, r) for r in requests], "form": args.form,
         "steps": args.steps, "interval": list(args.interval), "rescale": args.rescale,
         "checkpoint": args.checkpoint,
         "sha1": hashlib.sha1(checkpoint).hexdigest(), **more,
@@ -643,9 +645,10 @@ def edit_row(model, args, fixed, swept, weights):
                         strength=args.strength, seeds=[args.seed] * len(targets))
     rebuilt = model.vae.to_image(model.vae.to_latent(image.to(device()))).cpu()
     labels = ["real", "through the autoencoder"] + ["\n".join(
-        f"{k}={v}" for k, v in (fixed | place).items()) or "the same" for place in values]
+        f"{k}={v}" for k, v in place.items()) or "edited" for place in values]
     write_images(args.out, images, model, args, targets, (
-        [[*image.numpy(), *rebuilt.numpy(), *images.numpy()]], [""], labels, model.pixel_um),
+        [[*image.numpy(), *rebuilt.numpy(), *images.numpy()]], [""], labels, model.pixel_um,
+        " ".join(f"{k}={v}" for k, v in fixed.items())),
         edit=args.edit, own=own, guidance=weights, seed=args.seed, strength=args.strength)
 
 

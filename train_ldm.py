@@ -830,6 +830,8 @@ def farewell(out):
     control = content.get("controlnet")
     manifest = Path(content["settings"]["data"])
     asked = f"--control {manifest}:2 " if control else ""
+    # after a control image a whole field of view is drawn, in tiles where training saw crops
+    count = 1 if control and content["vae"]["settings"]["crop"] else 8
     # biology first; a number has too many values to cross
     fields = sorted(content["fields"], key=lambda f: (f["group"], f["kind"] == "number"))
     by = "" if control or (manifest.parent / "simulation.json").exists() else " --by " + " ".join(
@@ -837,7 +839,7 @@ def farewell(out):
     example = " ".join(f"'{f['name']}={content['examples'][f['group']][0][f['name']]}'"
                        for f in content["fields"][:3])
     print(f"{out} has model.pt, samples.png (real above generated) and curves.png. Now try\n"
-          f"  python sample.py --checkpoint {out}/model.pt {asked}{example} -n 8\n"
+          f"  python sample.py --checkpoint {out}/model.pt {asked}{example} -n {count}\n"
           f"  python evaluate.py {'control' if control else 'quality'} --checkpoint {out}/model.pt"
           + by)
     return out / "model.pt"
