@@ -1207,7 +1207,7 @@ def draw_shares(path, truth, line):
 def disentangle(args):
     """The tables of `evaluate.py disentangle`."""
     if args.quick:
-        args.images, args.train_steps, args.seeds = 216, 600, args.seeds[:1]
+        args.images, args.train_steps, args.seeds = 216, 400, args.seeds[:1]
         args.confounding = args.confounding or [.9]
         CLASSIFIER.update(images=540, steps=200)
     out, lines = Path(args.out), None

@@ -41,6 +41,8 @@ SHORT = [
     ("evaluate.py", "arms", [*FEW, "--train_steps", "2", "--seeds", "0", "--arms", "balanced"]),
     ("evaluate.py", "disentangle", [*FEW, "--train_steps", "2", "--seeds", "0"]),
     ("evaluate.py", "control", ["--images", "8", "--steps", "1", "--samples", "1", "--quick"]),
+    ("evaluate.py", "vae", "plates/index.csv", ["--train_steps", "1", "--images", "2", "--configs",
+                                                "preset=64x64x8 width=8 blocks=1 batch=1"]),
     ("evaluate.py", "vae", ["--train_steps", "2", "--ldm_steps", "2", "--images", "32", "--steps",
                             "1"]),
 ]
