@@ -89,4 +89,5 @@ def test_the_demo_accounts_for_every_parameter(capsys):
     loss = float(re.search(r"says 0 everywhere.* ([\d.]+)$", layers, re.M)[1])
     assert abs(loss - 1) < .03
     assert "5 residuals are 0" in control
-    assert re.findall(r"^  (\w+)", control, re.M) == ["copy", "hint", "metadata", "zeros"]
+    assert re.findall(r"^  (\w+)", control, re.M) == ["copy", "hint", "metadata",
+                                                          "levels", "zeros"]
