@@ -323,8 +323,8 @@ def show_guidance():
         z = sample(denoise, schedule, range(1000), (2,), steps=50)
         print(f"  {form:12s} weights {weight}: biology {z[:, 0].mean():+.2f}, experiment "
               f"{z[:, 1].mean():+.2f}, spread {z.std(0).mean():.2f} (of the wells: {spread})")
-    print("At weights of 1 independent guidance is half way home. Weights above 1 exaggerate what is "
-          "already there\nand take spread away: sample.py guides between two noise levels only.")
+    print("At weights of 1 independent guidance is half way home. Weights above 1 exaggerate what\n"
+          "is there and take spread away: sample.py guides between two noise levels only.")
 
 
 if __name__ == "__main__":

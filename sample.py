@@ -69,12 +69,14 @@ class Model:
     """All that sampling needs, built from one checkpoint (a dict, see train_ldm.checkpoint)."""
 
     def __init__(self, content, weights="ema"):
+        self.controlnet = content.get("controlnet")  # column, channels, intensity ... or None
+        if self.controlnet and not any(".levels." in name for name in content.get(weights, ())):
+            raise UserError("the checkpoint's ControlNet is of an older kind: train it again")
         missing = {"fields", "unet", "vae", "schedule", "latent_shape", "molecule_settings",
                    weights} - set(content)
         if missing:
             raise UserError(f"the checkpoint lacks {', '.join(sorted(missing))}: train it again")
         self.fields = [Field(**f) for f in content["fields"]]
-        self.controlnet = content.get("controlnet")  # column, channels, intensity ... or None
         self.denoiser = Denoiser(
             UNetConfig(**content["unet"]), self.fields, content["molecule_encoder"],
             content["molecule_settings"],
@@ -623,7 +625,8 @@ def write_images(out, images, model, args, requests, picture, **more):
     write_hyperstack(out / "samples.tif", images, model)
     checkpoint = Path(args.checkpoint).read_bytes()
     (out / "samples.json").write_text(json.dumps({
-        "command": shlex.join(sys.argv), "requests": requests, "used": [as_used(model, r) for r in requests], "form": args.form,
+        "command": shlex.join(["python", *sys.argv]), "requests": requests,
+        "used": [as_used(model, r) for r in requests], "form": args.form,
         "steps": args.steps, "interval": list(args.interval), "rescale": args.rescale,
         "checkpoint": args.checkpoint,
         "sha1": hashlib.sha1(checkpoint).hexdigest(), **more,

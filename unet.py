@@ -243,8 +243,9 @@ class ControlNet(nn.Module):
 
     It returns the residuals that `UNet.decode` adds to the skips and to the middle, each through
     a zero convolution: at step 0 they are exactly 0 and the U-Net draws what it always drew. In
-    the first step only these convolutions learn (their input is not 0, their output is); in the
-    second the copy and the last layer of the hint's stem; from the third on all of it.
+    the first step only these convolutions learn (their input is not 0, their output is) and the
+    last layer of the style; in the second the copy and the last layer of the hint's stem; from
+    the third on all of it.
 
     unet: the trained U-Net to copy. channels: of the control image. shrink: its side over that
     of the latent. The control's own metadata (which plate, which well) arrive as a second vector,

@@ -74,7 +74,7 @@ def test_the_style_of_a_control_is_heard_without_its_residuals(pair):
     unet, net, control, told = pair
     assert_close(levels(control), levels(control.flip(2)))
     assert_close(levels(control * .5 - .5)[:, :3] - levels(control)[:, :3],
-                 torch.full((2, 3), np.log(.5)), atol=.02, rtol=0)  # half as bright
+                 torch.full((2, 3), np.log(.5)), atol=.03, rtol=0)  # half as bright
     smooth = torch.nn.functional.avg_pool2d(control, 3, 1, 1, count_include_pad=False)
     assert (levels(smooth) - levels(control))[:, 6:].max() < -.5
     before = controlled(unet, net, control, told, **inputs())
@@ -252,6 +252,27 @@ def test_the_control_group_has_a_weight_of_its_own(model):
     ignored = model.guided(columns, 2, weights | {"control": 0., "biology": 0.}, control=control)
     plain = model.guided(columns, 2, dict(experiment=1.5, biology=0.))
     assert_close(ignored(z, t), plain(z, t), atol=1e-4, rtol=1e-4)
+
+
+def test_sampling_hears_the_control_as_training_does(model):
+    """Residuals and style: Model.plain is Denoiser.forward, and the style alone is heard in both."""
+    (images, told), columns = control_for(model), {"dose": ["1", "3"], "batch": ["B1", "B2"]}
+    z, t = torch.randn(2, *model.latent_shape), torch.tensor([500, 500])
+
+    def both():
+        encode = model.denoiser.conditioner.encode
+        codes, known, molecules = encode(columns, 2)
+        with torch.no_grad():
+            trained = model.denoiser(z, t, codes, known, molecules, (
+                images, *encode(told, 2)[:2], torch.ones(2)))
+        return model.plain(columns, 2, (images, told))(z, t), trained
+    sampled, trained = both()
+    assert_close(sampled, trained, atol=1e-4, rtol=1e-4)
+    for layer in model.denoiser.controlnet.zeros:
+        torch.nn.init.zeros_(layer.weight), torch.nn.init.zeros_(layer.bias)
+    sampled, trained = both()
+    assert_close(sampled, trained, atol=1e-4, rtol=1e-4)
+    assert (sampled - model.plain(columns, 2)(z, t)).abs().max() > 1e-3
 
 
 def test_images_follow_their_own_control_in_any_batch(model):

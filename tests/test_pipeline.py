@@ -299,8 +299,9 @@ def test_command_line_writes_picture_hyperstack_and_record(ldm_path, tmp_path, c
     assert record["requests"] == [{"smiles": SMILES, "dose": "3", "batch": "B2"}] * 3
     assert record["guidance"] == {"biology": 2.0, "experiment": 1.5} and len(record["sha1"]) == 40
     before = (tmp_path / "samples.tif").read_bytes()
-    script, *words = shlex.split(record["command"])
-    assert script == "sample.py" and cli(sample, *words)[0] == 0
+    (tmp_path / "samples.tif").unlink()
+    python, script, *words = shlex.split(record["command"])
+    assert (python, script) == ("python", "sample.py") and cli(sample, *words)[0] == 0
     assert (tmp_path / "samples.tif").read_bytes() == before  # the record's command repeats it
     with tifffile.TiffFile(tmp_path / "samples.tif") as tif:
         assert tif.is_imagej and tif.series[0].axes == "TCYX"
