@@ -275,6 +275,13 @@ def test_sampling_hears_the_control_as_training_does(model):
     assert (sampled - model.plain(columns, 2)(z, t)).abs().max() > 1e-3
 
 
+def test_a_controlnet_without_style_is_refused(control_path):
+    content = train_ldm.load_checkpoint(control_path, "ldm", "")
+    content["ema"] = {k: v for k, v in content["ema"].items() if ".levels." not in k}
+    with pytest.raises(train_vae.UserError, match="older kind: train it again"):
+        sample.Model(content)
+
+
 def test_images_follow_their_own_control_in_any_batch(model):
     control = control_for(model, 3)
     options = dict(steps=2, progress=False)
