@@ -1386,7 +1386,8 @@ def study_arms(args, results):
 # --- the shortcut: does a classifier profit from images drawn without confounding? ----------------
 
 CLASSIFIER = dict(images=1512, test_images=1200, steps=600)
-EDITED = dict(experiment=1.5)  # guidance of the images that are edited to other batches
+# how images are edited to other batches
+EDITED = dict(guidance=dict(experiment=1.5), steps=10, rounds=1, interval=(0., 1.))
 
 
 def standardise_on_controls(images, batch, control):
@@ -1450,7 +1451,7 @@ def made_balanced(opened, request, count, seed):
                     rows)
 
 
-def moved_elsewhere(opened, real, guidance, seed):
+def moved_elsewhere(opened, real, seed):
     """The same cells under the same treatment, each edited (sample.py --edit) to a batch drawn at
     random and a plate of it: mechanism and batch become independent, the mechanism's effect stays
     the real one. Images that stay in their batch take the same way, which leaves its marks."""
@@ -1463,7 +1464,7 @@ def moved_elsewhere(opened, real, guidance, seed):
         goals.append(row | {"batch": str(batch), "plate": str(plate)})
     edited = [opened.model.edit(
         real.images[i:i + 64], *(columns_of(rows[i:i + 64], fields) for rows in (real.rows, goals)),
-        guidance, steps=10, rounds=1, interval=(0., 1.)) for i in range(0, len(goals), 64)]
+        **EDITED) for i in range(0, len(goals), 64)]
     return Labelled(torch.cat(edited), goals)
 
 
@@ -1496,7 +1497,7 @@ def study_shortcut(args, results):
         half = np.random.default_rng(seed).permutation(len(free.rows))[:n // 2]
         sets = {"confounded": short, "generated": free,
                 "both together": short.take(range(len(short.rows))[:n - n // 2]) + free.take(half),
-                "edited": moved_elsewhere(opened, short, EDITED, seed),
+                "edited": moved_elsewhere(opened, short, seed),
                 "unconfounded": photographed(opened, 0., 5000 + seed, n, seed)}
         scores = {name: classify(x, x.images, test, test.images, seed) for name, x in sets.items()}
         scores["standardised on controls"] = classify(short, short.standardised(), test,

@@ -255,7 +255,7 @@ def test_the_control_group_has_a_weight_of_its_own(model):
 
 
 def test_sampling_hears_the_control_as_training_does(model):
-    """Residuals and style: Model.plain is Denoiser.forward, and the style alone is heard in both."""
+    """Residuals and style: Model.plain is Denoiser.forward; both hear the style alone."""
     (images, told), columns = control_for(model), {"dose": ["1", "3"], "batch": ["B1", "B2"]}
     z, t = torch.randn(2, *model.latent_shape), torch.tensor([500, 500])
 

@@ -284,6 +284,9 @@ def test_the_shortcut_is_closed_by_images_without_it(screen, vae_path, cli, tmp_
     monkeypatch.setattr(evaluate, "train_probe", record)
     monkeypatch.setattr(evaluate, "answer", lambda probe, images: {
         "mechanism": torch.arange(len(images)) % 9})
+    moves, edit = [], sample.Model.edit
+    monkeypatch.setattr(sample.Model, "edit", lambda self, images, source, target, *a, **k: (
+        moves.append((source, target)) or edit(self, images, source, target, *a, **k)))
     status, out, error = cli(evaluate, "disentangle", "--study", "shortcut", "--vae", vae_path,
                              "--seeds", 0, "--train_steps", 2, "--steps", 1, "--out",
                              tmp_path / "d")
@@ -294,6 +297,10 @@ def test_the_shortcut_is_closed_by_images_without_it(screen, vae_path, cli, tmp_
     assert counts.min() == counts.max()          # generated: every mechanism alike
     assert torch.equal(both[0][:54], confounded[0][:54])
     assert torch.equal(edited[1], confounded[1]) and not torch.equal(edited[0], confounded[0])
+    for source, target in moves:
+        moved = [a != b for a, b in zip(source["batch"], target["batch"])]
+        assert any(moved) and source["smiles"] == target["smiles"]
+        assert moved == [a != b for a, b in zip(source["plate"], target["plate"])]
     assert not torch.equal(standardised[0], confounded[0])
     assert reweighted[2] is not None and all(w is None for _, _, w in trained[:6])
     line = json.loads((tmp_path / "d" / "results.jsonl").read_text())
