@@ -1454,7 +1454,8 @@ def made_balanced(opened, request, count, seed):
 def moved_elsewhere(opened, real, seed):
     """The same cells under the same treatment, each edited (sample.py --edit) to a batch drawn at
     random and a plate of it: mechanism and batch become independent, the mechanism's effect stays
-    the real one. Images that stay in their batch take the same way, which leaves its marks."""
+    as near the real one as the edit keeps it. Images that stay in their batch take the same way,
+    which leaves its marks."""
     rng, fields, plates = np.random.default_rng(seed), opened.model.fields, defaultdict(set)
     for row in real.rows:
         plates[row["batch"]].add(row["plate"])
@@ -2035,8 +2036,8 @@ def regress(opened, shown, seconds):
 
 def control_paired(opened, args, out):
     """Every way of drawing held-out images from their control images, and some that do not look."""
-    model, channels, told = (opened.model, opened.model.channels,
-                             opened.model.controlnet["column"])
+    model, channels, column = (opened.model, opened.model.channels,
+                               opened.model.controlnet["column"])
     same = model.controlnet["channels"] == len(channels)  # the cells before treatment
     p = paired(opened, args, same)
     n, seconds = len(p.rows), report_seconds(args.checkpoint) * (.1 if args.quick else 1.)
@@ -2056,11 +2057,11 @@ def control_paired(opened, args, out):
     kinds = ["real", "ControlNet", "without control", "regression"]
     data.picture(out / "control.png", [list(x[:6].numpy()) for x in (
         p.shown if same else p.shown[:, 0], *(sets[kind] for kind in kinds))],
-        channels, [told, *kinds], pixel_um=model.pixel_um)
+        channels, [column, *kinds], pixel_um=model.pixel_um)
     kinds = ["ControlNet", "real", "regression"]
     data.picture(out / "control_channels.png", [
         [p.shown[0, 0].numpy(), *sets[kind][0].numpy()] for kind in kinds],
-        channels, kinds, [told, *channels], model.pixel_um)
+        channels, kinds, [column, *channels], model.pixel_um)
     return table
 
 

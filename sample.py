@@ -651,7 +651,7 @@ def edit_row(model, args, fixed, swept, weights):
         f"{k}={v}" for k, v in place.items()) or "edited" for place in values]
     write_images(args.out, images, model, args, targets, (
         [[*image.numpy(), *rebuilt.numpy(), *images.numpy()]], [""], labels, model.pixel_um,
-        " ".join(f"{k}={v}" for k, v in fixed.items())),
+        "  ".join(f"{k}={v}" for k, v in fixed.items())),
         edit=args.edit, own=own, guidance=weights, seed=args.seed, strength=args.strength)
 
 

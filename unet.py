@@ -230,7 +230,7 @@ class HintStem(nn.Module):
         return self.out(self.layers(image))
 
 
-def levels(image):
+def levels_of(image):
     """Brightness, contrast and sharpness of each channel of images (B, C, H, W) in [-1, 1], as
     logarithms (B, 3 C): what the gain, background and focus of a plate change."""
     x = (image + 1) / 2
@@ -253,7 +253,7 @@ class ControlNet(nn.Module):
 
     Residuals say what is where. How bright, contrasty and sharp the control is as a whole, its
     `style`, group norms take out of them: it is added to the condition vector of the U-Net, as if
-    it were one more field.
+    it were one more field. (Of a large image in tiles, each window has the style of its piece.)
     """
 
     def __init__(self, unet, channels, shrink):
@@ -273,7 +273,7 @@ class ControlNet(nn.Module):
 
     def style(self, control):
         """(B, E), to be added to the condition vector; exactly 0 at step 0."""
-        return self.levels(levels(control))
+        return self.levels(levels_of(control))
 
     def forward(self, z, t, vector, tokens, mask, control, control_vector):
         """As UNet.forward, with control (B, C, H, W) in [-1, 1] and control_vector (B, E).

@@ -17,7 +17,7 @@ import train_ldm
 import train_vae
 from conftest import randomise
 from test_unet import CONFIG, inputs
-from unet import ControlNet, UNet, levels
+from unet import ControlNet, UNet, levels_of
 
 
 # --- the network ----------------------------------------------------------------------------------
@@ -72,11 +72,11 @@ def test_control_and_its_metadata_change_the_output(pair, name):
 def test_the_style_of_a_control_is_heard_without_its_residuals(pair):
     """Brightness, contrast and sharpness of the control reach the U-Net, its places do not."""
     unet, net, control, told = pair
-    assert_close(levels(control), levels(control.flip(2)))
-    assert_close(levels(control * .5 - .5)[:, :3] - levels(control)[:, :3],
+    assert_close(levels_of(control), levels_of(control.flip(2)))
+    assert_close(levels_of(control * .5 - .5)[:, :3] - levels_of(control)[:, :3],
                  torch.full((2, 3), np.log(.5)), atol=.03, rtol=0)  # half as bright
     smooth = torch.nn.functional.avg_pool2d(control, 3, 1, 1, count_include_pad=False)
-    assert (levels(smooth) - levels(control))[:, 6:].max() < -.5
+    assert (levels_of(smooth) - levels_of(control))[:, 6:].max() < -.5
     before = controlled(unet, net, control, told, **inputs())
     randomise(net.levels, seed=1)
     heard = controlled(unet, net, control, told, **inputs())
