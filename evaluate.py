@@ -779,7 +779,7 @@ def quality(args):
 
 
 def print_quality(table):
-    """Kernel distance x 1000 with its interval, variance ratio, probe scores."""
+    """Kernel distance with its interval, variance ratio, probe scores."""
     rows = []
     for name, entry in table.items():
         for kind, label in (("real", "other real wells (floor)"),
@@ -787,10 +787,9 @@ def print_quality(table):
                             ("generated", f"generated ({entry['images']})")):
             e = entry[kind]
             rows.append((f"{name}, {label}",
-                         (1000 * e["distance"], 1000 * np.array(e["interval"])),
-                         1000 * e["ceiling"] if "ceiling" in e else None, e["variance_ratio"],
+                         (e["distance"], e["interval"]), e.get("ceiling"), e["variance_ratio"],
                          e.get("true_mechanism"), e.get("batch")))
-    print_table("held-out set", {"kernel distance x 1000 (5-95 %)": ".1f", "ceiling": ".1f",
+    print_table("held-out set", {"kernel distance (5-95 %)": ".2f", "ceiling": ".2f",
                                  "variance": ".2f", "mechanism": ".2f", "batch": ".2f"}, rows)
 
 
@@ -1165,7 +1164,7 @@ TABLE = ("leak_e_to_b", "leak_b_to_e", "effect_biology", "effect_experiment", "p
 
 
 def print_lines(lines):
-    """A table: one line per measurement, leaks and probes as they are, distances x 1000."""
+    """A table: one line per measurement, leaks, effects, probes and kernel distances."""
     e = lines[0]
     truth = {"leak_e_to_b": 0., "leak_b_to_e": 0., "effect_biology": 1., "effect_experiment": 1.,
              "probe_mechanism": e.get("probe_mechanism_real"),
@@ -1173,10 +1172,9 @@ def print_lines(lines):
     every = [(line["label"], line) for line in lines] + [
         ("the truth itself (floor)", truth),
         ("wrong places (ceiling)", {"distance_heldout": e["ceiling"]})]
-    print_table("", {name.replace("probe_", "").replace("distance_", "1000 d. "):
-                     ".0f" if "distance" in name else ".3f" for name in TABLE},
-                [(label, *(1000 * found[name] if "distance" in name and name in found
-                           else found.get(name) for name in TABLE)) for label, found in every])
+    print_table("", {name.replace("probe_", "").replace("_", " "): ".2f" if "distance" in name else ".3f"
+                     for name in TABLE},
+                [(label, *map(found.get, TABLE)) for label, found in every])
 
 
 def draw_lines(path, lines):
@@ -2070,8 +2068,8 @@ def print_paired(table, channels):
     means = {"l1": ("L1", ".4f"), "psnr": ("PSNR", ".1f"), "ssim": ("SSIM", ".3f"),
              "spectrum_error": ("spectrum", ".2f"), "nuclei_error": ("nuclei error", ".3f"),
              "nuclei_bias": ("(bias)", "+.3f")}
-    print_table("", dict(means.values()) | {"1000 distance": ".0f"}, [
-        (name, *(np.mean(e[k]) for k in means), 1000 * e["distance"]) for name, e in table.items()])
+    print_table("", dict(means.values()) | {"distance": ".2f"}, [
+        (name, *(np.mean(e[k]) for k in means), e["distance"]) for name, e in table.items()])
     print_table("Pearson", dict.fromkeys(channels, ".2f"), [
         (name, *e["pearson"]) for name, e in table.items()])
 
@@ -2154,9 +2152,9 @@ def counterfactual(opened, args, out):
         "distance": kernel_distance(p.measure(x), p.others)}
         | probe_scores(probe, x, records(m, p.rows)) for name, x in sets.items()}
     print_table("the same cells, treated", {"L1 to the truth": ".4f", "nuclei overlap": ".2f",
-                                            "mechanism": ".2f", "1000 distance": ".0f"}, [
+                                            "mechanism": ".2f", "distance": ".2f"}, [
         (name, np.mean(e["l1"]), e["nuclei_overlap"], e.get("true_mechanism"),
-         1000 * e["distance"]) for name, e in table.items()])
+         e["distance"]) for name, e in table.items()])
     rows = {"untreated": p.shown, "ControlNet": sets["ControlNet"], "edited": sets["edited"],
             "truth": p.real}
     data.picture(out / "counterfactual.png", [list(x[:8].numpy()) for x in rows.values()],
@@ -2418,12 +2416,11 @@ def print_latent_spaces(lines, channels):
     made = [e for e in lines if "generated" in e]
     if made:
         print_table("generated on held-out wells", {
-            "mechanism": ".2f", "batch": ".2f", "1000 distance": ".0f", "floor": ".0f",
-            "ceiling": ".0f", "variance": ".2f"}, [
+            "mechanism": ".2f", "batch": ".2f", "distance": ".2f", "floor": ".2f",
+            "ceiling": ".2f", "variance": ".2f"}, [
             (e["label"], e["generated"]["true_mechanism"], e["generated"]["batch"],
-             *(1000 * v for v in (e["generated"]["distance"], e["generated_floor"],
-                                  e["generated_ceiling"])), e["generated"]["variance_ratio"])
-            for e in made])
+             e["generated"]["distance"], e["generated_floor"], e["generated_ceiling"],
+             e["generated"]["variance_ratio"]) for e in made])
 
 
 def draw_latent_spaces(out, lines, images, channels):
