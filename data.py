@@ -1213,8 +1213,8 @@ def picture(path, rows, channels, row_labels=(), column_labels=(), pixel_um=None
         axes[-1, 0].text(3, y - 3, f"{length} µm", color="w", fontsize=6, va="bottom")
     if any(np.asarray(im).ndim == 3 for row in rows for im in row if im is not None):
         for k, (name, colour) in enumerate(zip(channels, colours_of(channels))):
-            fig.text(.02 + .09 * k, .005, name, color=colour, fontsize=8, weight="bold",
-                     bbox=dict(facecolor="black", pad=1.5, lw=0))
+            fig.text((.1 + .6 * k) / fig.get_figwidth(), .005, name, color=colour, fontsize=8,
+                     weight="bold", bbox=dict(facecolor="black", pad=1.5, lw=0))   # in inches
     fig.suptitle(title, fontsize=8)
     fig.tight_layout(pad=.3, rect=(0, .03, 1, .96 if title else 1))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -1257,6 +1257,8 @@ def show(manifest_path, channels=CHANNELS, out=None):
     views = [scale_intensity(take_view(pixels[i], crop), intensity) for i in some]
     out = out or Path("runs") / f"{manifest.path.parent.name}_contact_sheet.png"
     picture(out, [views[k:k + 8] for k in range(0, len(views), 8)], channels,
+            [f"rows {part[0] + 2}\nto {part[-1] + 2}" for part in np.split(
+                some, range(8, len(some), 8))],
             title=f"{manifest.path}: {len(some)} of {len(manifest)} images")
     print(f"no faults; contact sheet: {out}")
 
