@@ -18,6 +18,7 @@ import re
 import warnings
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field as dataclass_field
 
 import numpy as np
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 RDLogger.DisableLog("rdApp.*")
 KINDS = ("molecule", "number", "log", "category")
-OUTCOMES = ("true_", "n_nuclei", "IMG_CNT_CELLS")  # measured from the image: telling them leaks it
+OUTCOMES = ("true_", "n_nuclei", "img_cnt_cells")  # measured from the image: telling them leaks it
 
 
 class FieldError(ValueError):
@@ -141,6 +142,8 @@ def guess_kind(name, columns):
         return "molecule"
     if name.lower().startswith(("dose", "conc")):
         return "log"
+    if not any(columns[name]):
+        raise FieldError(f"column {name} is blank in every row")
     if any(not is_number(v) for v in columns[name] if v != ""):
         return "category"
     raise FieldError(f"column {name} holds numbers: write {name}:category or {name}:number")
@@ -155,7 +158,7 @@ def is_number(text):
 
 def check_name(name, columns, earlier):
     """Refuse outcomes, repeats and columns that are not there."""
-    if name.startswith(OUTCOMES):
+    if name.lower().removeprefix("metadata_").startswith(OUTCOMES):
         raise FieldError(f"field {name} is an outcome, measured from the image: as a condition it "
                          "would give the answer away")
     if name not in columns:
@@ -184,6 +187,16 @@ def check_values(field, values, is_molecule=is_smiles):
         raise FieldError("\n".join(faults[:10] + more))
 
 
+@contextmanager
+def of_manifest(path):
+    """Faults of rows that are found inside name the manifest."""
+    try:
+        yield
+    except FieldError as fault:
+        raise FieldError("\n".join(f"{path}, {line}" if line.startswith(("row ", "column "))
+                                   else line for line in str(fault).splitlines())) from None
+
+
 # --- molecule encoders ----------------------------------------------------------------------------
 #
 # An encoder has `fit`, what it learns from the training molecules or is told by an option (a dict
@@ -196,7 +209,8 @@ def parse_smiles(text):
     words = text.split()
     molecule = Chem.MolFromSmiles(words[0]) if words else None
     if molecule is not None and "." in words[0]:
-        molecule = max(Chem.GetMolFrags(molecule, asMols=True), key=Chem.Mol.GetNumHeavyAtoms)
+        molecule = max(Chem.GetMolFrags(molecule, asMols=True), key=lambda part: (
+            part.GetNumHeavyAtoms(), Chem.MolToSmiles(part)))  # whatever the order in the text
     return molecule
 
 
@@ -637,17 +651,17 @@ def draw_keep(fields, n, rng, single=.2, each=.3):
 def hide_molecule_of_controls(fields, codes, keep, molecules, rng, share=.5):
     """At dose 0 the molecule cannot matter: show half of the controls with a random molecule.
 
-    So a dose sweep from 0 stays inside what was learned. A control is a sample that is *shown* a
-    log field at 0: where the dose is hidden or unknown, another molecule would be a lie.
-    keep (n, fields) bool. Returns codes with some molecule places replaced.
+    So a dose sweep from 0 stays inside what was learned. A control is a sample that is *shown*
+    every log field of the molecule's group at 0: where the dose is hidden or unknown, another
+    molecule would be a lie. keep (n, fields) bool. Returns codes with some molecule places
+    replaced.
     """
-    shown_zero = [keep[:, i] & (codes[f.name] == 0) for i, f in enumerate(fields)
-                  if f.kind == "log"]
-    if not shown_zero:
-        return codes
-    control, codes, n = torch.stack(shown_zero).any(0), dict(codes), len(keep)
+    codes, n = dict(codes), len(keep)
     for field in fields:
-        if field.kind == "molecule":
+        doses = [keep[:, i] & (codes[f.name] == 0) for i, f in enumerate(fields)
+                 if f.kind == "log" and f.group == field.group]
+        if field.kind == "molecule" and doses:
+            control = torch.stack(doses).all(0)
             swap = control & (torch.rand(n, generator=rng) < share).to(control.device)
             other = torch.randint(len(molecules[field.name]), (n,), generator=rng)
             codes[field.name] = torch.where(swap, other.to(control.device), codes[field.name])
@@ -655,8 +669,13 @@ def hide_molecule_of_controls(fields, codes, keep, molecules, rng, share=.5):
 
 
 def treatment_group(fields):
-    """The group that says what was done to the cells: that of the first dose or molecule."""
-    return next((f.group for f in fields if f.kind in ("log", "molecule")), None)
+    """The group that says what was done to the cells: that of the first molecule, or dose."""
+    return next((f.group for kind in ("molecule", "log") for f in fields if f.kind == kind), None)
+
+
+def dose_field(fields):
+    """The field that is 0 for a negative control: the first log field of that group, or None."""
+    return next((f for f in fields if f.kind == "log" and f.group == treatment_group(fields)), None)
 
 
 def blank_unseen(fields, columns):

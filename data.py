@@ -165,8 +165,9 @@ def layout(screen):
     """
     if not 0 <= screen.confounding <= 1 or min(
             screen.batches, screen.plates_per_batch, screen.controls_per_plate, screen.replicates,
-            screen.sites, screen.size) < 1:
-        raise DataError("a screen has a confounding between 0 and 1 and at least one of everything")
+            screen.sites, screen.size) < 1 or min(screen.seed, screen.draw) < 0:
+        raise DataError("a screen has a confounding between 0 and 1, at least one of everything, "
+                        "and seeds from 0 on")
     rng = np.random.default_rng([screen.seed, screen.draw, 1])
     pairs = {f"{kind}_pair": heldout_pairs(screen.batches, kind) for kind in ("test", "val")}
     rows = []
@@ -499,6 +500,14 @@ def parse_smiles(text):
     return Chem.MolFromSmiles(words[0]) if words else None
 
 
+def without_counter_ion(molecule):
+    """Of a salt the largest part, the first in canonical order where several are: what acts on the
+    cells."""
+    parts = Chem.GetMolFrags(molecule, asMols=True)
+    return max(parts, key=lambda part: (part.GetNumHeavyAtoms(), Chem.MolToSmiles(part))) \
+        if len(parts) > 1 else molecule
+
+
 def canonical(smiles):
     """Canonical SMILES, or None if it is no molecule."""
     molecule = parse_smiles(smiles)
@@ -538,7 +547,7 @@ class Files:
     rows need no second copy of their paths."""
 
     def __init__(self, folder, columns):
-        self.folder, self.columns = folder, columns
+        self.folder, self.names, self.columns = folder, list(columns), list(columns.values())
 
     def __len__(self):
         return len(self.columns[0])
@@ -548,12 +557,15 @@ class Files:
 
 
 def read_columns(path):
-    """A CSV as {column: list of strings}, a million rows in seconds. Lines without text are left
-    out; a value that repeats is held once."""
+    """A CSV as {column: list of strings}, a million rows in seconds. A value that repeats is held
+    once."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
-            header, lines, seen = next(reader, []), filter(None, reader), {}
+            header, lines, seen = next(reader, []), without_blank_end(path, reader), {}
+            twice = sorted({name for name in header if name and header.count(name) > 1})
+            if twice:
+                raise DataError(f"{path} has more than one column {', '.join(twice)}")
             columns = [[] for _ in header]
             while rows := list(islice(lines, 200)):  # few enough for the cache
                 if set(map(len, rows)) != {len(header)}:
@@ -570,13 +582,26 @@ def read_columns(path):
     return dict(zip(header, columns))
 
 
+def without_blank_end(path, lines):
+    """The lines of a table. Empty ones may stand at its end, not in between, where the numbers of
+    the rows after them would no longer be those of a spreadsheet."""
+    blank = 0
+    for number, line in enumerate(lines, 2):
+        if line and blank:
+            raise DataError(f"{path}, row {blank} is empty: remove the line")
+        if line:
+            yield line
+        else:
+            blank = blank or number
+
+
 def read_manifest(path, channels=CHANNELS, column="image", check=10_000):
     """Read a manifest and check it; every fault is reported, each with its row and column.
 
     channels: the names of the stains, in file order. They are also the columns to look for; where
     they are absent, `column` names one file with all channels (("any",): as many as there are).
-    check: up to this many distinct files are opened (header and length; pixels are decoded at
-    first use), of more only those of the first row.
+    check: up to this many distinct images are opened (header and length; pixels are decoded at
+    first use), of more only that of the first row.
     """
     path = Path(path)
     if not path.is_file():
@@ -588,25 +613,27 @@ def read_manifest(path, channels=CHANNELS, column="image", check=10_000):
         if missing:
             raise DataError(f"{path} has no column {', '.join(missing)} (its channels are said by "
                             f"--channels; its columns are {', '.join(columns)})")
-        names = [columns[c] for c in channels]
+        names = {c: columns[c] for c in channels}
     elif column in columns:
-        names = [columns[column]]
+        names = {column: columns[column]}
     else:
         raise DataError(f"{path} has no column {column}, nor the channels {', '.join(channels)}: "
                         f"its columns are {', '.join(columns)}")
-    index = columns.get("index", [""] * len(names[0]))
-    for i, value in enumerate(index):
-        if value and not value.isdigit():
-            raise DataError(f"{path}, row {i + 2}, column index: {value} is no place in a stack "
-                            "(0, 1, ...)")
+    faults = [f"column {c} is named twice" for c in sorted(set(channels))
+              if channels.count(c) > 1]
+    index = columns.get("index", [""] * len(next(iter(names.values()))))
+    faults += [f"row {i + 2}, column index: {value} is no place in a stack (0, 1, ...)"
+               for i, value in enumerate(index) if value and not value.isdecimal()]
+    if faults:
+        raise DataError("\n".join(f"{path}, {fault}" for fault in faults[:20]))
     index = [int(v) if v else None for v in index]
     manifest = Manifest(path, columns, tuple(channels), Files(path.parent, names), index, {})
-    distinct = set()
-    for name in chain(*names):
+    distinct, many = set(), check * len(names)
+    for name in chain(*names.values()):
         distinct.add(name)
-        if len(distinct) > check:
+        if len(distinct) > many:
             break
-    check_files(manifest, range(len(manifest)) if len(distinct) <= check else [0])
+    check_files(manifest, range(len(manifest)) if len(distinct) <= many else [0])
     return manifest
 
 
@@ -615,7 +642,7 @@ def check_files(manifest, rows):
     faults, headers = [], {}
     for i in tqdm(rows, desc="checking files", delay=3):
         files, shapes = manifest.files[i], set()
-        for channel, file in zip(manifest.channels if len(files) > 1 else ["image"], files):
+        for column, file in zip(manifest.files.names, files):
             try:
                 if file not in headers:
                     headers[file] = None  # a damaged file is named once
@@ -623,7 +650,7 @@ def check_files(manifest, rows):
                 if headers[file]:
                     shapes.add(image_shape(headers[file], file, manifest.index[i], manifest))
             except DataError as fault:
-                faults.append(f"{manifest.path}, row {i + 2}, column {channel}: {fault}")
+                faults.append(f"{manifest.path}, row {i + 2}, column {column}: {fault}")
         for shape in shapes:
             manifest.sizes.setdefault(shape, f"row {i + 2}")
         if len(shapes) > 1:
@@ -634,14 +661,18 @@ def check_files(manifest, rows):
         raise DataError("\n".join(faults[:20] + more))
 
 
+def check_dtype(dtype, file):
+    if dtype.newbyteorder("=") not in (np.uint8, np.uint16):
+        raise DataError(f"{file} holds {dtype}: uint8 and uint16 images can be read")
+
+
 def image_shape(header, file, index, manifest):
     """(H, W) of one row, from a file's (shape, dtype)."""
     shape, dtype = header
-    if dtype not in (np.uint8, np.uint16):
-        raise DataError(f"{file} holds {dtype}: uint8 and uint16 images can be read")
+    check_dtype(dtype, file)
     if index is not None:
-        if index >= shape[0]:
-            raise DataError(f"{file} is a stack of {shape[0]} images, index {index} is beyond it")
+        if not shape or index >= shape[0]:
+            raise DataError(f"{file} has shape {shape}: index {index} is beyond it")
         shape = shape[1:]
     axis = channel_axis(shape, file, manifest)
     return tuple(n for i, n in enumerate(shape) if i != axis)
@@ -649,7 +680,7 @@ def image_shape(header, file, index, manifest):
 
 def channel_axis(shape, file, manifest):
     """Which axis holds the channels (None for a plain image); one channel per file, or all."""
-    if len(shape) not in (2, 3):
+    if len(shape) not in (2, 3) or 0 in shape:
         raise DataError(f"{file} has shape {shape}: an image has two axes, or three with channels")
     wanted = 1 if len(manifest.files[0]) > 1 else len(manifest.channels)
     axis = None if len(shape) == 2 else next(
@@ -852,12 +883,13 @@ class Pixels:
     def read(self, i):
         m = self.manifest
         planes = []
-        for file in m.files[i]:
+        for column, file in zip(m.files.names, m.files[i]):
             try:
                 array = read_file(file, m.index[i])
+                check_dtype(array.dtype, file)
+                axis = channel_axis(array.shape, file, m)
             except DataError as fault:
-                raise DataError(f"{m.path}, row {i + 2}: {fault}") from None
-            axis = channel_axis(array.shape, file, m)
+                raise DataError(f"{m.path}, row {i + 2}, column {column}: {fault}") from None
             planes.append(array[None] if axis is None else np.moveaxis(array, axis, 0))
         if len({p.shape[1:] for p in planes}) > 1:
             raise DataError(f"{m.path}, row {i + 2}: channels of different sizes")
@@ -908,9 +940,12 @@ def fit_intensity(rule, pixels, rows, seed=0):
     if rule == "percentile":
         some = np.random.default_rng(seed).permutation(rows)[:400]
         # every 7th pixel is plenty for a percentile, and plates fit in memory
-        values = np.concatenate([image.reshape(n, -1)[:, ::7] for image in tqdm(
+        images = [image.reshape(n, -1)[:, ::7] for image in tqdm(
             pixels.many(some), desc="measuring intensities", total=len(some), delay=3)
-            if image is not None], 1)
+            if image is not None]
+        if not images:
+            raise DataError(f"{pixels.manifest.path}: none of {len(some)} images can be read")
+        values = np.concatenate(images, 1)
         low, high = np.percentile(values, (.1, 99.9), axis=1)
     elif rule == "dtype":
         low, high = np.zeros(n), np.full(n, pixels.dtype_range(rows[0]))
@@ -971,7 +1006,10 @@ def split_rows(manifest, how="auto", fraction=.1, seed=0):
         keys = np.array(joined_keys(manifest, name.split("+"), how))
     distinct = np.unique(keys)
     if wanted:
-        chosen = [molecule_key(wanted) if name == "smiles" else wanted]
+        names = name.split("+")
+        parts = wanted.split("+") if wanted.count("+") == len(names) - 1 else [wanted]
+        chosen = ["+".join(molecule_key(part) if column.lower() == "smiles" else part
+                           for column, part in zip(names, parts))]
         if chosen[0] not in distinct:
             raise DataError(f"--split {how}: no row has it; there are {', '.join(distinct[:20])}")
     else:
@@ -995,9 +1033,10 @@ def joined_keys(manifest, names, how):
 
 @cache
 def molecule_key(smiles):
-    """One string for one molecule, however it is written: its InChIKey, or the text itself."""
+    """One string for one molecule, however it is written and whatever its counter-ion: its
+    InChIKey, or the text itself."""
     molecule = parse_smiles(smiles)
-    return Chem.MolToInchiKey(molecule) if molecule else smiles
+    return Chem.MolToInchiKey(without_counter_ion(molecule)) if molecule else smiles
 
 
 # --- 6. Published data sets, as manifests ---------------------------------------------------------
@@ -1207,7 +1246,8 @@ def picture(path, rows, channels, row_labels=(), column_labels=(), pixel_um=None
             axes[i, 0].set_ylabel(row_labels[i], fontsize=7, rotation=0, ha="right", va="center")
     if pixel_um:  # a bar of a round number of micrometres, about a third of the width
         height, width = np.asarray(next(im for im in rows[0] if im is not None)).shape[-2:]
-        length = max(v for v in (1, 2, 5, 10, 20, 50, 100, 200) if v < .5 * width * pixel_um)
+        length = max((v for v in (1, 2, 5, 10, 20, 50, 100, 200) if v < .5 * width * pixel_um),
+                     default=round(.3 * width * pixel_um, 3))
         y = .94 * height
         axes[-1, 0].plot([3, 3 + length / pixel_um], [y, y], "w", lw=2)
         axes[-1, 0].text(3, y - 3, f"{length} µm", color="w", fontsize=6, va="bottom")
@@ -1237,12 +1277,18 @@ def show(manifest_path, channels=CHANNELS, out=None):
 
     Faults are listed after the summary (DataError).
     """
+    if out and Path(out).suffix not in (".png", ".jpg", ".pdf", ".svg"):
+        raise DataError(f"--out {out}: name a picture, such as sheet.png")
     manifest = read_manifest(manifest_path, channels, check=0)
     print(f"{manifest.path}: {len(manifest)} images, channels {', '.join(channels)}")
     for name, values in manifest.columns.items():
         print(f"  {name:26s} {values.count(''):6d} blank   {summary(values)}")
     faults = [f"{manifest.path}, row {i + 2}, column smiles: {v} is no valid SMILES"
               for i, v in enumerate(manifest.columns.get("smiles", [])) if v and not canonical(v)]
+    faults += [f"{manifest.path}, row {i + 2}, column {name}: {v} is not a number"
+               for name, values in manifest.columns.items()
+               if name.lower().startswith(("dose", "conc"))
+               for i, v in enumerate(values) if v and by_value(v)[0]]
     try:
         check_files(manifest, range(len(manifest)))
     except DataError as fault:
@@ -1344,7 +1390,7 @@ def main():
             load_data(args["tables"], args["out"], args["join"], args["root"])
         else:
             show(args["manifest"], tuple(args["channels"].split(",")), args["out"])
-    except DataError as fault:
+    except (DataError, OSError) as fault:
         print(f"error: {fault}", file=sys.stderr)
         sys.exit(2)
 

@@ -40,11 +40,11 @@ import data
 import sample
 import train_ldm
 import train_vae
-from conditioning import (MOLECULE_ENCODERS, blank_unseen, check_values, parse_number,
-                          parse_smiles)
+from conditioning import (MOLECULE_ENCODERS, blank_unseen, check_values, dose_field,
+                          of_manifest, parse_number, parse_smiles)
 from diffusion import FORMS, SAMPLERS
 from sample import INTERVAL, STEPS, Model
-from train_ldm import cached_views, first_of, metadata
+from train_ldm import cached_views, metadata
 from train_vae import (UserError, at_once, autocast, device, learning_rate, load_checkpoint,
                        open_data, reconstruct, run, save_checkpoint, step_rng, views, write_log)
 from unet import UNet, UNetConfig
@@ -355,8 +355,9 @@ def open_model(args):
     for field in model.fields:
         if field.name not in manifest.columns:
             raise UserError(f"{manifest.path} has no column {field.name}, which the model was told")
-        check_values(field, manifest.columns[field.name],
-                     model.denoiser.conditioner.encoder_class.is_molecule)
+        with of_manifest(manifest.path):
+            check_values(field, manifest.columns[field.name],
+                         model.denoiser.conditioner.encoder_class.is_molecule)
     return SimpleNamespace(model=model, settings=settings, manifest=manifest, pixels=pixels,
                            train=train, held=held)
 
@@ -1172,8 +1173,8 @@ def print_lines(lines):
     every = [(line["label"], line) for line in lines] + [
         ("the truth itself (floor)", truth),
         ("wrong places (ceiling)", {"distance_heldout": e["ceiling"]})]
-    print_table("", {name.replace("probe_", "").replace("_", " "): ".2f" if "distance" in name else ".3f"
-                     for name in TABLE},
+    print_table("", {name.replace("probe_", "").replace("_", " "):
+                     ".2f" if "distance" in name else ".3f" for name in TABLE},
                 [(label, *map(found.get, TABLE)) for label, found in every])
 
 
@@ -1204,6 +1205,8 @@ def draw_shares(path, truth, line):
 
 def disentangle(args):
     """The tables of `evaluate.py disentangle`."""
+    if args.study in ("arms", "shortcut"):
+        train_vae.load_vae(args.vae)  # refused before any work
     if args.quick:
         args.images, args.train_steps, args.seeds = 216, 400, args.seeds[:1]
         args.confounding = args.confounding or [.9]
@@ -1950,7 +1953,7 @@ def control_rows(opened, count, strong):
     m, held = opened.manifest, np.random.default_rng(0).permutation(opened.held)
     if strong:
         effect = m.columns.get("true_effect")
-        dose = first_of("log", opened.model.fields)
+        dose = dose_field(opened.model.fields)
         strong_enough = ((lambda i: float(effect[i] or 0) >= .5) if effect else
                          (lambda i: dose is None or float(m.columns[dose.name][i] or 0) > 0))
         held = np.array([i for i in held if strong_enough(i)], int)
@@ -2290,11 +2293,12 @@ def compare_latent_spaces(args):
         args.train_steps, args.ldm_steps, args.images = 150, min(args.ldm_steps, 100), 96
     out = Path(args.out)
     results, lines, pictures = Results(out / "vae.jsonl"), [], {}
-    for change in args.configs or LATENT_SPACES:
+    changes = {change: parse_settings(change) for change in args.configs or LATENT_SPACES}
+    for change, found in changes.items():
         name = change.replace(" ", ",") or "default"
         config = replace(train_vae.Config(), **{
             "data": args.data or train_vae.Config.data, "steps": args.train_steps,
-            "out": str(out / f"{name}-{args.train_steps}"), **parse_settings(change)})
+            "out": str(out / f"{name}-{args.train_steps}"), **found})
         path = train_vae.trained(config)
         opened = open_autoencoder(path)
         if opened.settings.data != config.data:
@@ -2338,17 +2342,19 @@ def measure_autoencoder(opened, x, x_hat, kl, rows):
 
 def parse_settings(change):
     """"latent_channels=8 kl_weight=1e-3" to settings of train_vae.Config."""
-    kinds, settings = {f.name: f.type for f in dataclasses.fields(train_vae.Config)}, {}
+    known, settings = {f.name: f for f in dataclasses.fields(train_vae.Config)}, {}
     for name in ("data", "out"):  # options of their own
-        del kinds[name]
+        del known[name]
     for word in change.split():
         name, _, value = word.partition("=")
-        if name not in kinds or kinds[name] is bool:
+        if name not in known or known[name].type is bool:
             raise UserError(f"--configs {word}: no setting of train_vae.py")
         try:
-            settings[name] = kinds[name](value)
+            settings[name] = known[name].type(value)
         except ValueError:
             raise UserError(f"--configs {word}: not a value for {name}") from None
+        if fault := train_vae.out_of_range(known[name], settings[name]):
+            raise UserError(f"--configs {word}: {fault}")
     preset = settings.get("preset", "")
     if preset not in ("", *train_vae.PRESETS):
         raise UserError(f"--configs preset={preset}: one of {', '.join(train_vae.PRESETS)}")
@@ -3114,6 +3120,8 @@ def main():
     for name in ("images", "steps", "samples", "molecules", "series", "train_steps"):
         if getattr(args, name, 1) < 1:
             parser.error(f"--{name} must be at least 1")
+    if not 0 < getattr(args, "nucleus_radius", 1) < math.inf:
+        parser.error("--nucleus_radius must be above 0")
     pairs = [word.partition("=") for word in args.guidance]
     args.guidance = {name: parse_number(name, value) for name, _, value in pairs}
     low, high = args.interval

@@ -137,8 +137,8 @@ class Model:
         if self.content["control"] is None:
             raise FieldError("no training row has dose 0, so the model knows no negative control "
                              "to compare with (guidance: use nested or contrast)")
-        first = next(f.group for f in self.fields if f.kind == "log")
-        return {g: "control" if g == first else "average" for g in self.groups}
+        treatment = treatment_group(self.fields)
+        return {g: "control" if g == treatment else "average" for g in self.groups}
 
     @torch.no_grad()
     def encode(self, columns, n):
@@ -201,7 +201,8 @@ class Model:
         """denoise(z, t) under a request, guided.
 
         interval: between which noise levels t / T guidance acts; outside it weights above 1 count
-        as 1, so that usually one branch runs (Kynkaanniemi et al. 2024, arXiv:2404.07724).
+        as 1, and where all of them do the conditional model runs alone (Kynkaanniemi et al. 2024,
+        arXiv:2404.07724).
         rescale: 0 to 1, how much of guidance's extra spread is taken back (diffusion.rescale).
         """
         weights = self.weights(guidance, control is not None)
@@ -210,7 +211,9 @@ class Model:
         plain = self.plain(columns, n, control) if rescale else None
         outside = guided
         if tuple(interval) != (0., 1.):
-            calm = diffusion.compose("nested", {g: min(w, 1.) for g, w in weights.items()})
+            calm = {g: min(w, 1.) for g, w in weights.items()}
+            plainly = all(w == 1 for w in calm.values())  # in all forms but `independent` the same
+            calm = diffusion.compose("nested" if plainly else form, calm, self.references(form))
             outside = self.branches(columns, n, calm, control)
 
         def denoise(z, t):
@@ -494,7 +497,7 @@ def read_place(model, place):
     """MANIFEST:ROW to the manifest and the row's number."""
     path, _, row = place.rpartition(":")
     manifest = data.read_manifest(path or place, model.channels)
-    if not row.isdigit() or not 2 <= int(row) <= len(manifest) + 1:
+    if not row.isdecimal() or not 2 <= int(row) <= len(manifest) + 1:
         raise UserError(f"{place}: write MANIFEST:ROW with a row from 2 to {len(manifest) + 1}")
     return manifest, int(row) - 2
 
@@ -513,6 +516,10 @@ def read_row(model, place):
     """
     manifest, i = read_place(model, place)
     own = blank_unseen(model.fields, {k: [v] for k, v in conditions_of(model, manifest, i).items()})
+    try:
+        check_request(model, own)
+    except FieldError as fault:
+        raise UserError(f"{place}: {fault}") from None
     print("this row: " + ", ".join(f"{name}={v[0] or 'unknown'}" for name, v in own.items()))
     image = views(data.Pixels(manifest, model.settings.binning), [i], model.settings,
                   model.intensity)
@@ -531,7 +538,7 @@ def read_control(model, place, given):
     """
     wanted, binning = model.controlnet, model.settings.binning
     path, _, number = place.rpartition(":")
-    path, number = (path, int(number)) if path and number.isdigit() else (place, None)
+    path, number = (path, int(number)) if path and number.isdecimal() else (place, None)
     if path.endswith(".csv"):
         manifest, i = read_place(model, place)
         image = control_pixels(wanted["column"], manifest, data.Pixels(manifest, binning))[i]
@@ -617,19 +624,21 @@ def as_used(model, request):
     return used
 
 
+def record(args):
+    """What was run, on which checkpoint."""
+    return {"command": shlex.join(["python", *sys.argv]), "checkpoint": args.checkpoint,
+            "sha1": hashlib.sha1(Path(args.checkpoint).read_bytes()).hexdigest()}
+
+
 def write_images(out, images, model, args, requests, picture, **more):
     """samples.png (drawn by `picture`), samples.tif and samples.json in folder `out`."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     data.picture(out / "samples.png", *picture[:1], model.channels, *picture[1:])
     write_hyperstack(out / "samples.tif", images, model)
-    checkpoint = Path(args.checkpoint).read_bytes()
-    (out / "samples.json").write_text(json.dumps({
-        "command": shlex.join(["python", *sys.argv]), "requests": requests,
-        "used": [as_used(model, r) for r in requests], "form": args.form,
-        "steps": args.steps, "interval": list(args.interval), "rescale": args.rescale,
-        "checkpoint": args.checkpoint,
-        "sha1": hashlib.sha1(checkpoint).hexdigest(), **more,
+    (out / "samples.json").write_text(json.dumps(record(args) | {
+        "requests": requests, "used": [as_used(model, r) for r in requests], "form": args.form,
+        "steps": args.steps, "interval": list(args.interval), "rescale": args.rescale, **more,
         "fields": [asdict(f) for f in model.fields]}, indent=1))
     print(f"wrote {out}/samples.png, samples.tif and samples.json")
 
@@ -652,7 +661,8 @@ def edit_row(model, args, fixed, swept, weights):
     write_images(args.out, images, model, args, targets, (
         [[*image.numpy(), *rebuilt.numpy(), *images.numpy()]], [""], labels, model.pixel_um,
         "  ".join(f"{k}={v}" for k, v in fixed.items())),
-        edit=args.edit, own=own, guidance=weights, seed=args.seed, strength=args.strength)
+        edit=args.edit, own=own, guidance={g: 1. for g in model.groups} | weights,
+        seed=args.seed, strength=args.strength)
 
 
 def attribute_row(model, args, fixed, levels=(.2, .35, .5, .65, .8)):
@@ -662,7 +672,9 @@ def attribute_row(model, args, fixed, levels=(.2, .35, .5, .65, .8)):
     asked = changed(model, manifest, own, fixed, set())
     check_request(model, {k: [v] for k, v in fixed.items()})
     maps = model.attribution(image, {k: [v] for k, v in asked.items()}, levels, args.seed)
-    report, true = {"row": args.attribution, "conditions": asked, "levels": list(levels)}, None
+    report = record(args) | {"row": args.attribution, "conditions": asked, "seed": args.seed,
+                             "levels": list(levels)}
+    true = None
     if "untreated" in manifest.columns:
         before = data.read_manifest(manifest.path, model.channels, "untreated")
         before = views(data.Pixels(before, model.settings.binning), [i], model.settings,
@@ -743,7 +755,7 @@ def arguments():
     parser.add_argument("--seed", type=int, default=0,
                         help="of the first image; image i has seed + i (default: %(default)s)")
     parser.add_argument("--guidance", nargs="+", default=[], metavar="GROUP=WEIGHT",
-                        help="1 is the plain model, 0 ignores the group (default: "
+                        help="1 is the plain model, 0 leaves its term out (default: "
                              f"{GUIDANCE} for each; 1 with --edit)")
     parser.add_argument("--form", choices=diffusion.FORMS, default="nested",
                         help="how the guidance of groups is composed (default: %(default)s)")
@@ -782,7 +794,7 @@ def arguments():
     return args
 
 
-def check_arguments(args, model, weights):
+def check_arguments(args, model, swept, weights):
     """Refuse options that cannot be used, or not together."""
     if not 1 <= args.steps <= model.schedule.T:
         raise UserError(f"--steps {args.steps}: between 1 and {model.schedule.T}")
@@ -796,6 +808,14 @@ def check_arguments(args, model, weights):
     if args.strength is not None and (not args.edit or not 0 < args.strength <= 1):
         raise UserError(f"--strength {args.strength:g}: a share of the noise, above 0 and at most "
                         "1, for --edit")
+    if not 0 <= args.seed < 2 ** 62:
+        raise UserError(f"--seed {args.seed}: a whole number from 0 on, below 2^62")
+    given = {"-n": args.n is not None, "--grid": swept, "--guidance": weights}
+    unused = [name for name in (given if args.attribution else ["-n"] if args.edit else [])
+              if given[name]]
+    if unused:
+        raise UserError(f"{', '.join(unused)}: of no use with "
+                        f"--{'attribution' if args.attribution else 'edit'}")
     if "control" in weights and not args.control:
         raise UserError("--guidance control needs an image to follow: --control FILE")
     if args.control and not model.controlnet:
@@ -809,7 +829,7 @@ def main():
     args = arguments()
     model = Model.load(args.checkpoint)
     fixed, swept, weights = parse_request(model, args.conditions, args.grid, args.guidance)
-    check_arguments(args, model, weights)
+    check_arguments(args, model, swept, weights)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = lambda m, *_: tqdm.write(f"warning: {m}")

@@ -26,8 +26,9 @@ from tqdm import tqdm
 import data
 import diffusion
 import train_vae
-from conditioning import (MOLECULE_ENCODERS, blank_unseen, draw_keep, hide_molecule_of_controls,
-                          parse_fields, treatment_group)
+from conditioning import (MOLECULE_ENCODERS, FieldError, blank_unseen, dose_field, draw_keep,
+                          hide_molecule_of_controls, is_number, of_manifest, parse_fields,
+                          treatment_group)
 from sample import Denoiser, Model, control_pixels, to_device
 from train_vae import (Loop, UserError, ahead, autocast, count_flops, device, for_training,
                        is_main, learning_rate, load_checkpoint, main_first, on_its_way, parts,
@@ -253,11 +254,6 @@ class Controls:
         return images, codes, known, seen
 
 
-def first_of(kind, fields):
-    """The first field of this kind, or None."""
-    return next((f for f in fields if f.kind == kind), None)
-
-
 def untreated(manifest, dose, rows):
     """Those of the rows whose dose (a field) is known and 0."""
     doses = manifest.columns[dose.name]
@@ -268,7 +264,7 @@ def negative_controls(manifest, fields, rows, candidates, by):
     """(the negative controls among `candidates`, for each of `rows` the places among them of those
     with the same value of the column `by`). An image is shown no control of its own well, if
     another well of the plate has one, and never itself."""
-    columns, dose = manifest.columns, first_of("log", fields)
+    columns, dose = manifest.columns, dose_field(fields)
     if dose is None or by not in columns:
         lack = f"{manifest.path} has no column {by}" if dose else "the base is told no dose"
         raise UserError(f"--control_column negcon finds no negative controls: {lack}")
@@ -441,7 +437,7 @@ def warn_of_unused(gaps):
 
 def negative_control(fields, manifest, rows):
     """The commonest metadata of training rows whose log field (the dose) is 0, or None."""
-    dose = first_of("log", fields)
+    dose = dose_field(fields)
     if dose is None:
         return None
     group = [f.name for f in fields if f.group == dose.group]
@@ -454,7 +450,7 @@ def group_examples(fields, manifest, rows, count=6):
     """For each group the values of a few training rows that differ in the group's first field (six
     batches, say), highest doses first: what guidance of the form `control` averages over."""
     examples, order = {}, np.random.default_rng(0).permutation(rows)
-    if dose := first_of("log", fields):
+    if dose := dose_field(fields):
         order = sorted(order, key=lambda i: float(manifest.columns[dose.name][i] or 0))
     for group in dict.fromkeys(f.group for f in fields):
         names = [f.name for f in fields if f.group == group]
@@ -468,7 +464,8 @@ def draw_samples(path, model, p, count=8):
     """Held-out images, highest doses first and no molecule twice, and generated ones beneath;
     with a ControlNet the images that it is shown above. p: as from prepare."""
     manifest, rows = p.manifest, p.held_rows
-    dose, molecule = first_of("log", model.fields), first_of("molecule", model.fields)
+    dose = dose_field(model.fields)
+    molecule = next((f for f in model.fields if f.kind == "molecule"), None)
     order = np.random.default_rng(0).permutation(rows)
     if dose:
         order = sorted(order, key=lambda i: -float(manifest.columns[dose.name][i] or 0))
@@ -523,9 +520,21 @@ def draw_curves(folder):
 def open_fields(config, manifest, train_rows):
     """The fields that a config names, checked against the manifest and fitted to training rows."""
     groups = {"biology": config.biology, "experiment": config.experiment}
-    fields = parse_fields(groups, manifest.columns,
-                          MOLECULE_ENCODERS[config.molecule_encoder].is_molecule)
+    with of_manifest(manifest.path):
+        fields = parse_fields(groups, manifest.columns,
+                              MOLECULE_ENCODERS[config.molecule_encoder].is_molecule)
     return [f.fit(manifest.rows(train_rows, f.name)) for f in fields]
+
+
+def field_faults(config):
+    """What is wrong with the fields of a data set of which no image is opened: lines."""
+    try:
+        columns = data.read_columns(config.data)
+        rows = range(len(next(iter(columns.values()))))
+        open_fields(config, data.Manifest(config.data, columns, (), [], [], {}), rows)
+    except (data.DataError, FieldError) as fault:
+        return str(fault).splitlines()
+    return []
 
 
 def fit_molecules(config, fields, manifest, train_rows):
@@ -591,10 +600,25 @@ def open_images(vae_content, config):
                            train_rows=train_rows, held_rows=held_rows)
 
 
+def pixel_size(manifest, binning):
+    """Micrometres of a pixel after binning; None where the column pixel_um is not there, or does
+    not say one size for all."""
+    sizes = manifest.columns.get("pixel_um", [""])
+    for i, text in enumerate(sizes):
+        if text and not (is_number(text) and float(text) > 0):
+            raise data.DataError(f"{manifest.path}, row {i + 2}, column pixel_um: {text} is no "
+                                 "size in micrometres")
+    return float(sizes[0]) * binning if len(set(sizes)) == 1 and sizes[0] else None
+
+
 def new_model(config):
     """A U-Net and its conditioner, to be trained from nothing."""
     vae, vae_content = open_vae(config)
-    p = open_images(vae_content, config)
+    try:
+        p = open_images(vae_content, config)
+    except data.DataError as fault:  # all faults at once: those of the fields as well
+        lines = [*str(fault).splitlines(), *field_faults(config)]
+        raise data.DataError("\n".join(dict.fromkeys(lines))) from None
     p.vae, p.fields = vae, open_fields(config, p.manifest, p.train_rows)
     torch.manual_seed(config.seed)
     x = views(p.pixels, p.train_rows[:8], p.settings, vae_content["intensity"])[:1]
@@ -607,12 +631,11 @@ def new_model(config):
                         f"multiple of {step * p.settings.downsampling}")
     molecules = fit_molecules(config, p.fields, p.manifest, p.train_rows)
     p.denoiser = Denoiser(unet, p.fields, config.molecule_encoder, molecules).to(device())
-    um = set(p.manifest.columns.get("pixel_um", [""]))
     p.constant = dict(
         unet=asdict(unet), molecule_encoder=config.molecule_encoder, molecule_settings=molecules,
         schedule=dict(name=config.schedule, target=config.target, zero_snr=config.zero_snr),
         fields=[asdict(f) for f in p.fields], latent_shape=list(z.shape[1:]),
-        pixel_um=float(um.pop()) * p.settings.binning if len(um) == 1 and um != {""} else None,
+        pixel_um=pixel_size(p.manifest, p.settings.binning),
         control=negative_control(p.fields, p.manifest, p.train_rows),
         examples=group_examples(p.fields, p.manifest, p.train_rows), settings=asdict(config),
         vae={k: vae_content[k] for k in ("config", "weights", "intensity", "settings")},

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import conditioning
 from conditioning import (MOLECULE_ENCODERS, Conditioner, Field, FieldError, Fingerprint,
-                          blank_unseen, draw_keep, hide_molecule_of_controls, natural,
+                          blank_unseen, dose_field, draw_keep, hide_molecule_of_controls, natural,
                           parse_fields, parse_smiles, read_graph)
 from conftest import randomise
 
@@ -373,3 +373,34 @@ def test_many_molecules_are_read_once_for_fitting_and_featurising(monkeypatch):
     assert len(pools) == 1 and len(features) == 2000 and (features[0] != features[1]).any()
     encoder.fit(other, {})
     assert len(pools) == 2
+
+
+def test_a_second_log_field_makes_no_control_of_a_treated_well():
+    """Serum at 0 is no dose at 0: the molecule of a treated well stays."""
+    wells = {"smiles": ["CCO", "CCN", "CCC"], "dose": ["10", "0", "5"], "serum": ["0", "1", "0"]}
+    fields = [f.fit(wells[f.name]) for f in parse_fields(
+        {"biology": ["smiles", "dose"], "experiment": ["serum:log"]}, wells)]
+    codes = {"smiles": torch.arange(3).repeat(50), "dose": torch.tensor([10., 0., 5.]).repeat(50),
+             "serum": torch.tensor([0., 1., 0.]).repeat(50)}
+    keep = torch.ones(150, 3, dtype=torch.bool)
+    shown = hide_molecule_of_controls(fields, codes, keep, {"smiles": ["CCO", "CCN", "CCC"]},
+                                      torch.Generator().manual_seed(0))["smiles"].view(50, 3)
+    assert (shown[:, 0] == 0).all() and (shown[:, 2] == 2).all()
+    assert (shown[:, 1] != 1).any()
+    assert dose_field(fields).name == "dose"
+
+
+def test_salts_of_equal_parts_do_not_depend_on_their_order():
+    a, b = "C[N+](C)(C)C", "CS(=O)(=O)[O-]"
+    assert Chem.MolToSmiles(parse_smiles(f"{a}.{b}")) == Chem.MolToSmiles(parse_smiles(f"{b}.{a}"))
+
+
+def test_outcomes_are_refused_under_other_spellings():
+    for name in ("N_NUCLEI", "Metadata_n_nuclei", "True_effect"):
+        with pytest.raises(FieldError, match="outcome"):
+            parse_fields({"biology": [name]}, {name: ["1"]})
+
+
+def test_a_column_that_is_blank_says_so():
+    with pytest.raises(FieldError, match="note is blank"):
+        parse_fields({"biology": ["note"]}, {"note": ["", ""]})

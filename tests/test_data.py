@@ -435,3 +435,100 @@ def test_bray_and_phenix_tiffs(tmp_path):
     manifest = read_manifest(write_manifest(tmp_path, [bray, phenix]))
     assert set(manifest.sizes) == {(520, 696), (1080, 1080)}
     assert Pixels(manifest)[0].max() < 4096 < 65535 == Pixels(manifest).dtype_range(0)
+
+
+# --- faults that an audit found -------------------------------------------------------------------
+
+def test_rows_keep_the_numbers_of_a_spreadsheet(tmp_path):
+    np.save(tmp_path / "a.npy", IMAGE.astype(np.uint8))
+    path = tmp_path / "m.csv"
+    path.write_text("image,smiles\na.npy,C\n\na.npy,C\n")
+    with pytest.raises(DataError, match="row 3 is empty"):
+        read_manifest(path)
+    path.write_text("image,smiles\na.npy,C\na.npy,C\n\n\n")
+    assert len(read_manifest(path)) == 2
+
+
+def test_a_column_named_twice_is_refused(tmp_path):
+    np.save(tmp_path / "a.npy", IMAGE.astype(np.uint8))
+    path = tmp_path / "m.csv"
+    path.write_text("image,dose,dose\na.npy,1,2\n")
+    with pytest.raises(DataError, match="more than one column dose"):
+        read_manifest(path)
+    path.write_text("DNA,ER\na.npy,a.npy\n")
+    with pytest.raises(DataError, match="column DNA is named twice"):
+        read_manifest(path, ("DNA", "ER", "DNA"))
+
+
+def test_every_bad_place_in_a_stack_is_named(tmp_path):
+    np.save(tmp_path / "a.npy", IMAGE[None].astype(np.uint8))
+    with pytest.raises(DataError, match="(?s)row 2, column index: x .*row 4, column index: ²"):
+        read_manifest(write_manifest(tmp_path, [{"image": "a.npy", "index": i}
+                                                for i in ("x", 0, "²")]))
+
+
+def test_images_beyond_the_check_are_checked_when_they_are_read(tmp_path):
+    """Of more files than are opened at first the wrong ones are corrupt, not silently read."""
+    for name, image in (("a", IMAGE.astype(np.uint8)), ("b", IMAGE.astype(np.float32)),
+                        ("c", IMAGE[:4].astype(np.uint8))):
+        np.save(tmp_path / f"{name}.npy", image)
+    manifest = read_manifest(write_manifest(tmp_path, [{"image": f"{n}.npy"} for n in "abc"]),
+                             check=2)
+    pixels = Pixels(manifest, max_corrupt=1.)
+    found = list(pixels.many(range(3)))
+    assert found[0] is not None and found[1] is found[2] is None
+    assert "row 3, column image" in pixels.corrupt[1] and "float32" in pixels.corrupt[1]
+    assert "row 4, column image" in pixels.corrupt[2] and "4 channels" in pixels.corrupt[2]
+
+
+def test_what_is_opened_at_once_counts_images_not_files(tmp_path):
+    """Two channels a row: a limit of two images opens all four files."""
+    for name in "abc":
+        np.save(tmp_path / f"{name}.npy", IMAGE[0].astype(np.uint8))
+    rows = [{"DNA": "a.npy", "ER": "b.npy"}, {"DNA": "c.npy", "ER": "gone.npy"}]
+    with pytest.raises(DataError, match="row 3, column ER: no image file"):
+        read_manifest(write_manifest(tmp_path, rows), ("DNA", "ER"), check=2)
+
+
+def test_big_endian_images_are_read(tmp_path):
+    np.save(tmp_path / "a.npy", IMAGE.astype(">u2"))
+    pixels = Pixels(read_manifest(write_manifest(tmp_path, [{"image": "a.npy"}])))
+    assert_allclose(pixels[0], IMAGE)
+
+
+def test_a_salt_is_held_out_with_its_base():
+    spelt = ["CCN.Cl", "CCN", "Cl.NCC", "CCO", "CCCO", "CCCCO", "c1ccccc1", "CC(C)O"]
+    manifest = Manifest("m.csv", {"smiles": spelt}, ("DNA",), [()] * 8, [None] * 8, {})
+    for seed in range(8):
+        train, held = split_rows(manifest, "smiles", .3, seed)
+        assert len({0, 1, 2} & set(held)) in (0, 3)
+    assert set(split_rows(manifest, "smiles=CCN")[1]) == {0, 1, 2}
+
+
+def test_values_of_a_split_may_hold_molecules():
+    columns = {"smiles": ["OCC", "CCN", "CCO"], "batch": ["B0", "B0", "B1"],
+               "SMILES": ["OCC", "CCN", "CCO"]}
+    manifest = Manifest("m.csv", columns, ("DNA",), [()] * 3, [None] * 3, {})
+    assert set(split_rows(manifest, "smiles+batch=CCO+B0")[1]) == {0}
+    assert set(split_rows(manifest, "SMILES=CCO")[1]) == {0, 2}
+
+
+@pytest.mark.parametrize("words, says", [
+    (["simulate", "--seed", "-1"], "seeds from 0 on"),
+    (["simulate", "--out", "/proc/none/x"], "/proc/none"),
+    (["show", "m.csv", "--out", "sheet.xyz"], "sheet.xyz"),
+])
+def test_commands_of_data_end_in_one_line(refused, tmp_path, monkeypatch, words, says):
+    monkeypatch.chdir(tmp_path)
+    refused(data, *words, says=[says])
+
+
+def test_show_names_a_dose_that_is_no_number(refused, tmp_path):
+    np.save(tmp_path / "a.npy", IMAGE.astype(np.uint8))
+    path = write_manifest(tmp_path, [{"image": "a.npy", "dose": "x"}])
+    refused(data, "show", path, says=["row 2, column dose: x is not a number"])
+
+
+def test_a_field_smaller_than_any_scale_bar_is_drawn(tmp_path):
+    data.picture(tmp_path / "a.png", [[np.zeros((5, 8, 8))]], data.CHANNELS, pixel_um=.05)
+    assert (tmp_path / "a.png").exists()
