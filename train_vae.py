@@ -487,6 +487,8 @@ def open_resume(config, kind, constant, another_vae=lambda content: False):
         changed.append("the autoencoder is another one")
     if changed:
         raise UserError(f"--resume of {path}: {'; '.join(changed)}")
+    if content["step"] > config.steps:
+        raise UserError(f"--resume of {path}: it has {content['step']} steps, --steps is fewer")
     return content
 
 

@@ -408,6 +408,8 @@ def test_attribution_compares_with_the_untreated_cells(ldm_path, screen, cli, tm
     assert status == 0, error
     report = json.loads((tmp_path / "attribution.json").read_text())
     assert len(report["biology"]) == len(report["levels"])
+    assert report["seed"] == 0 and report["checkpoint"] == str(ldm_path)  # enough to repeat it
+    assert "--attribution" in report["command"] and len(report["sha1"]) == 40
     assert (tmp_path / "attribution.png").exists()
 
 

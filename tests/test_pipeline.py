@@ -114,6 +114,13 @@ def test_resume_refuses_other_settings(ldm_config, ldm_path, tmp_path):
         train_ldm.train(replace(ldm_config, out=str(tmp_path), target="image"))
 
 
+def test_resume_refuses_fewer_steps(ldm_config, ldm_path):
+    before = ldm_path.read_bytes()
+    with pytest.raises(train_vae.UserError, match="3 steps"):
+        train_ldm.train(replace(ldm_config, steps=2, resume=True))
+    assert ldm_path.read_bytes() == before
+
+
 def test_resume_refuses_another_autoencoder(ldm_config, ldm_path, vae_path, tmp_path):
     shutil.copy(ldm_path, tmp_path / "model.pt")
     other = torch.load(vae_path, weights_only=True)
@@ -268,6 +275,15 @@ def test_outside_the_interval_weights_above_one_count_as_one(model, form):
         assert_close(ignored, changed, atol=1e-5, rtol=1e-5)  # weight 0 ignores a group everywhere
 
 
+@pytest.mark.parametrize("form", ["independent", "contrast"])
+def test_a_form_stays_itself_outside_the_interval(model, form):
+    """Below weight 1 the forms differ, so what stands for guidance outside is the form's own."""
+    z, t = torch.randn(1, *model.latent_shape), torch.tensor([900])
+    one, weights = {k: v[:1] for k, v in REQUEST.items()}, dict(biology=1., experiment=.5)
+    assert_close(model.guided(one, 1, weights, form)(z, t),
+                 model.guided(one, 1, weights, form, interval=(0., 1.))(z, t), atol=1e-5, rtol=1e-5)
+
+
 def test_conditions_are_encoded_once_and_branches_run_together(model, monkeypatch):
     """However many steps: the conditioner is asked as often, and a step is one pass through the
     U-Net with a row for each branch that counts."""
@@ -420,6 +436,32 @@ def test_field_refusals(tmp_path, refused, vae_path, columns, fields, says):
     assert len(lines) == 1 and not (tmp_path / "o").exists()
 
 
+def test_all_faults_are_reported_and_name_the_manifest(tmp_path, refused, vae_path):
+    """A missing file and bad values of fields, in one go."""
+    path = manifest_with(tmp_path, image=["good.npy", "gone.npy"], smiles=["C1CC", "CCO"],
+                         dose=["1", "x"])
+    lines = refused(train_ldm, "--data", path, "--vae", vae_path, "--out", tmp_path / "o",
+                    "--biology", "smiles", "dose", "--experiment",
+                    says=["row 3, column image", "row 2, column smiles"])
+    assert all(str(path) in line for line in lines)
+
+
+@pytest.mark.parametrize("size", ["0.5 um", "-1", "nan"])
+def test_a_size_of_a_pixel_is_checked(tmp_path, refused, vae_path, size):
+    path = manifest_with(tmp_path, pixel_um=["1", size], smiles=["CCO", "CCN"])
+    refused(train_ldm, "--data", path, "--vae", vae_path, "--out", tmp_path / "o", "--biology",
+            "smiles", "--experiment", says=["row 3, column pixel_um", size])
+
+
+def test_studies_want_an_autoencoder_before_any_work(tmp_path, refused, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for study in ("arms", "shortcut"):
+        refused(evaluate, "disentangle", "--study", study, says=["no vae", "train_vae.py"])
+    refused(evaluate, "vae", "--configs", "width=16", "batch=0", says=["batch=0", "at least 1"])
+    refused(evaluate, "vae", "--configs", "width=16", "foo=3", says=["foo=3"])
+    assert not (tmp_path / "runs" / "data").exists()
+
+
 class Bomb:
     def __reduce__(self):
         return (pytest.fail, ("a pickle was executed",))
@@ -453,6 +495,8 @@ def test_setting_refusals(tmp_path, refused, ldm_config, screen):
             (["--target", "noise"], ["--target noise"]),
             (["--target", "noise", "--no-zero_snr"], ["linear or scaled_linear"]),
             (["--steps", "0"], ["--steps must be at least 1"]),
+            (["--lr", "nan"], ["--lr nan"]), (["--ema", "nan"], ["--ema nan"]),
+            (["--seed", "99999999999999999999"], ["--seed", "out of range"]),
             (["--step", "3"], ["unrecognized"]),
             (["--experiment", "dose"], ["dose", "twice"])):
         assert len(refused(train_ldm, *words, "--out", tmp_path / "o", says=says)) == 1
@@ -468,6 +512,7 @@ def test_evaluate_refusals(tmp_path, refused, ldm_path):
         assert len(refused(evaluate, "quality", "--checkpoint", ldm_path, *words, says=says)) == 1
     no("--steps", 0, says=["--steps must be at least 1"])
     no("--images", 0, says=["--images must be at least 1"])
+    no("--nucleus_radius", "nan", says=["--nucleus_radius must be above 0"])
     no("--guidance", "chemistry=2", says=["no group chemistry"])
     no("--guidance", "biology=much", says=["not a number"])
     no("--by", "colour", says=["no column colour"])
@@ -489,6 +534,10 @@ def test_request_refusals(ldm_path, tmp_path, refused):
     no("batch=B1", "--guidance", "chemistry=2", says=["no group chemistry", "biology, experiment"])
     no("--grid", "dose=0,1", "batch=B1,B2", "row=1,2", says=["at most two"])
     no("-n", 0, says=["at least one"])
+    no("--seed", 2 ** 70, says=["--seed"])
+    no("--attribution", "m.csv:2", "-n", 2, "--guidance", "biology=2", "--grid", "dose=0,1",
+       says=["-n, --grid, --guidance: of no use with --attribution"])
+    no("--edit", "m.csv:2", "-n", 2, says=["-n: of no use with --edit"])
     no("--eta", 3, says=["--eta 3"])
     no("--eta", .5, "--sampler", "dpm", says=["--eta 0.5", "ddim"])
     no("batch=B1", "dose=1", "batch=B2", says=["batch=B2: batch is given twice"])
