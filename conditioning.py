@@ -652,16 +652,15 @@ def hide_molecule_of_controls(fields, codes, keep, molecules, rng, share=.5):
     """At dose 0 the molecule cannot matter: show half of the controls with a random molecule.
 
     So a dose sweep from 0 stays inside what was learned. A control is a sample that is *shown*
-    every log field of the molecule's group at 0: where the dose is hidden or unknown, another
-    molecule would be a lie. keep (n, fields) bool. Returns codes with some molecule places
-    replaced.
+    all its doses (dose_fields) at 0: where one is hidden or unknown, another molecule would be a
+    lie. keep (n, fields) bool. Returns codes with some molecule places replaced.
     """
-    codes, n = dict(codes), len(keep)
+    doses = [keep[:, fields.index(f)] & (codes[f.name] == 0) for f in dose_fields(fields)]
+    if not doses:
+        return codes
+    control, codes, n = torch.stack(doses).all(0), dict(codes), len(keep)
     for field in fields:
-        doses = [keep[:, i] & (codes[f.name] == 0) for i, f in enumerate(fields)
-                 if f.kind == "log" and f.group == field.group]
-        if field.kind == "molecule" and doses:
-            control = torch.stack(doses).all(0)
+        if field.kind == "molecule":
             swap = control & (torch.rand(n, generator=rng) < share).to(control.device)
             other = torch.randint(len(molecules[field.name]), (n,), generator=rng)
             codes[field.name] = torch.where(swap, other.to(control.device), codes[field.name])
@@ -673,9 +672,13 @@ def treatment_group(fields):
     return next((f.group for kind in ("molecule", "log") for f in fields if f.kind == kind), None)
 
 
-def dose_field(fields):
-    """The field that is 0 for a negative control: the first log field of that group, or None."""
-    return next((f for f in fields if f.kind == "log" and f.group == treatment_group(fields)), None)
+def dose_fields(fields):
+    """The fields that are 0 for a negative control: log fields named dose or conc in the molecule's
+    group; else its log fields; else those of that name in any group. May be none."""
+    logs = [f for f in fields if f.kind == "log"]
+    named = [f for f in logs if f.name.lower().startswith(("dose", "conc"))]
+    ours = [f for f in logs if f.group == treatment_group(fields)]
+    return [f for f in named if f in ours] or ours or named
 
 
 def blank_unseen(fields, columns):

@@ -501,8 +501,7 @@ def parse_smiles(text):
 
 
 def without_counter_ion(molecule):
-    """Of a salt the largest part, the first in canonical order where several are: what acts on the
-    cells."""
+    """Of a salt the largest part (of equal ones always the same): what acts on the cells."""
     parts = Chem.GetMolFrags(molecule, asMols=True)
     return max(parts, key=lambda part: (part.GetNumHeavyAtoms(), Chem.MolToSmiles(part))) \
         if len(parts) > 1 else molecule
@@ -619,8 +618,7 @@ def read_manifest(path, channels=CHANNELS, column="image", check=10_000):
     else:
         raise DataError(f"{path} has no column {column}, nor the channels {', '.join(channels)}: "
                         f"its columns are {', '.join(columns)}")
-    faults = [f"column {c} is named twice" for c in sorted(set(channels))
-              if channels.count(c) > 1]
+    faults = [f"channel {c} is named twice" for c in sorted(set(channels)) if channels.count(c) > 1]
     index = columns.get("index", [""] * len(next(iter(names.values()))))
     faults += [f"row {i + 2}, column index: {value} is no place in a stack (0, 1, ...)"
                for i, value in enumerate(index) if value and not value.isdecimal()]
@@ -1007,7 +1005,7 @@ def split_rows(manifest, how="auto", fraction=.1, seed=0):
     distinct = np.unique(keys)
     if wanted:
         names = name.split("+")
-        parts = wanted.split("+") if wanted.count("+") == len(names) - 1 else [wanted]
+        parts = wanted.rsplit("+", len(names) - 1)  # a molecule, which may hold a +, comes first
         chosen = ["+".join(molecule_key(part) if column.lower() == "smiles" else part
                            for column, part in zip(names, parts))]
         if chosen[0] not in distinct:
@@ -1034,9 +1032,9 @@ def joined_keys(manifest, names, how):
 @cache
 def molecule_key(smiles):
     """One string for one molecule, however it is written and whatever its counter-ion: its
-    InChIKey, or the text itself."""
+    InChIKey but for the last letter, which tells of protons; or the text itself."""
     molecule = parse_smiles(smiles)
-    return Chem.MolToInchiKey(without_counter_ion(molecule)) if molecule else smiles
+    return Chem.MolToInchiKey(without_counter_ion(molecule))[:-2] if molecule else smiles
 
 
 # --- 6. Published data sets, as manifests ---------------------------------------------------------
@@ -1272,12 +1270,17 @@ def by_value(text):
         return 1, 0., text
 
 
+def is_dose(text):
+    kind, number, _ = by_value(text)
+    return kind == 0 and 0 <= number < np.inf
+
+
 def show(manifest_path, channels=CHANNELS, out=None):
     """Check every file and value, print a summary of each column and draw a contact sheet.
 
     Faults are listed after the summary (DataError).
     """
-    if out and Path(out).suffix not in (".png", ".jpg", ".pdf", ".svg"):
+    if out and Path(out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".tif", ".pdf", ".svg"):
         raise DataError(f"--out {out}: name a picture, such as sheet.png")
     manifest = read_manifest(manifest_path, channels, check=0)
     print(f"{manifest.path}: {len(manifest)} images, channels {', '.join(channels)}")
@@ -1285,10 +1288,10 @@ def show(manifest_path, channels=CHANNELS, out=None):
         print(f"  {name:26s} {values.count(''):6d} blank   {summary(values)}")
     faults = [f"{manifest.path}, row {i + 2}, column smiles: {v} is no valid SMILES"
               for i, v in enumerate(manifest.columns.get("smiles", [])) if v and not canonical(v)]
-    faults += [f"{manifest.path}, row {i + 2}, column {name}: {v} is not a number"
+    faults += [f"{manifest.path}, row {i + 2}, column {name}: {v} is not a number of at least 0"
                for name, values in manifest.columns.items()
-               if name.lower().startswith(("dose", "conc"))
-               for i, v in enumerate(values) if v and by_value(v)[0]]
+               if name.lower().startswith(("dose", "conc")) and any(is_dose(v) for v in values)
+               for i, v in enumerate(values) if v and not is_dose(v)]
     try:
         check_files(manifest, range(len(manifest)))
     except DataError as fault:

@@ -40,7 +40,7 @@ import data
 import sample
 import train_ldm
 import train_vae
-from conditioning import (MOLECULE_ENCODERS, blank_unseen, check_values, dose_field,
+from conditioning import (MOLECULE_ENCODERS, blank_unseen, check_values, dose_fields,
                           of_manifest, parse_number, parse_smiles)
 from diffusion import FORMS, SAMPLERS
 from sample import INTERVAL, STEPS, Model
@@ -1953,9 +1953,10 @@ def control_rows(opened, count, strong):
     m, held = opened.manifest, np.random.default_rng(0).permutation(opened.held)
     if strong:
         effect = m.columns.get("true_effect")
-        dose = dose_field(opened.model.fields)
+        doses = dose_fields(opened.model.fields)
         strong_enough = ((lambda i: float(effect[i] or 0) >= .5) if effect else
-                         (lambda i: dose is None or float(m.columns[dose.name][i] or 0) > 0))
+                         (lambda i: not doses or any(float(m.columns[f.name][i] or 0) > 0
+                                                     for f in doses)))
         held = np.array([i for i in held if strong_enough(i)], int)
     cut = bool(opened.settings.crop)
     if len(held) < (1 if cut else 8):

@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 import data
 import diffusion
-from conditioning import (Conditioner, Field, FieldError, blank_unseen, parse_number,
-                          treatment_group)
+from conditioning import (Conditioner, Field, FieldError, blank_unseen, dose_fields,
+                          parse_number, treatment_group)
 from train_vae import UserError, build_vae, device, load_checkpoint, run, views
 from unet import ControlNet, UNet, UNetConfig
 
@@ -137,8 +137,8 @@ class Model:
         if self.content["control"] is None:
             raise FieldError("no training row has dose 0, so the model knows no negative control "
                              "to compare with (guidance: use nested or contrast)")
-        treatment = treatment_group(self.fields)
-        return {g: "control" if g == treatment else "average" for g in self.groups}
+        treated = {f.group for f in dose_fields(self.fields)}
+        return {g: "control" if g in treated else "average" for g in self.groups}
 
     @torch.no_grad()
     def encode(self, columns, n):
@@ -201,8 +201,8 @@ class Model:
         """denoise(z, t) under a request, guided.
 
         interval: between which noise levels t / T guidance acts; outside it weights above 1 count
-        as 1, and where all of them do the conditional model runs alone (Kynkaanniemi et al. 2024,
-        arXiv:2404.07724).
+        as 1 (Kynkaanniemi et al. 2024, arXiv:2404.07724), and where all of them do the conditional
+        model runs alone, under `independent` as well.
         rescale: 0 to 1, how much of guidance's extra spread is taken back (diffusion.rescale).
         """
         weights = self.weights(guidance, control is not None)
@@ -558,8 +558,7 @@ def read_control(model, place, given):
 def read_image(path, index=None):
     """One image file, or place `index` of a stack, as (C, H, W)."""
     shape, dtype = data.read_header(path)
-    if dtype not in (np.uint8, np.uint16):
-        raise UserError(f"{path} holds {dtype}: uint8 and uint16 images can be read")
+    data.check_dtype(dtype, path)
     if len(shape) - (index is not None) not in (2, 3):
         raise UserError(f"{path} has shape {tuple(shape)}: an image has two axes, or three with "
                         "channels; name one of a stack as FILE:INDEX")

@@ -8,6 +8,7 @@ autoencoder, caches the latents, trains the U-Net and draws generated cells besi
     python train_ldm.py --control_column brightfield    # a ControlNet on top: runs/brightfield
     torchrun --nproc_per_node=2 train_ldm.py  # two GPUs
 """
+import contextlib
 import copy
 import fcntl
 import functools
@@ -26,7 +27,7 @@ from tqdm import tqdm
 import data
 import diffusion
 import train_vae
-from conditioning import (MOLECULE_ENCODERS, FieldError, blank_unseen, dose_field, draw_keep,
+from conditioning import (MOLECULE_ENCODERS, FieldError, blank_unseen, dose_fields, draw_keep,
                           hide_molecule_of_controls, is_number, of_manifest, parse_fields,
                           treatment_group)
 from sample import Denoiser, Model, control_pixels, to_device
@@ -254,25 +255,25 @@ class Controls:
         return images, codes, known, seen
 
 
-def untreated(manifest, dose, rows):
-    """Those of the rows whose dose (a field) is known and 0."""
-    doses = manifest.columns[dose.name]
-    return [i for i in rows if doses[i] != "" and float(doses[i]) == 0]
+def untreated(manifest, fields, rows):
+    """The negative controls among the rows: every dose (dose_fields) is known and 0."""
+    doses = [manifest.columns[f.name] for f in dose_fields(fields)]
+    return [i for i in rows if doses and all(d[i] != "" and float(d[i]) == 0 for d in doses)]
 
 
 def negative_controls(manifest, fields, rows, candidates, by):
     """(the negative controls among `candidates`, for each of `rows` the places among them of those
     with the same value of the column `by`). An image is shown no control of its own well, if
     another well of the plate has one, and never itself."""
-    columns, dose = manifest.columns, dose_field(fields)
-    if dose is None or by not in columns:
-        lack = f"{manifest.path} has no column {by}" if dose else "the base is told no dose"
+    columns, doses = manifest.columns, dose_fields(fields)
+    if not doses or by not in columns:
+        lack = f"{manifest.path} has no column {by}" if doses else "the base is told no dose"
         raise UserError(f"--control_column negcon finds no negative controls: {lack}")
     blank = [i + 2 for i in rows if columns[by][i] == ""]
     if blank:
         raise UserError(f"{manifest.path}, row {blank[0]}, column {by}: blank, so it is not known "
                         "which negative controls belong to it")
-    chosen = untreated(manifest, dose, candidates)
+    chosen = untreated(manifest, fields, candidates)
     places, well = {}, columns.get("well", range(len(manifest)))
     for k, i in enumerate(chosen):
         places.setdefault(columns[by][i], []).append(k)
@@ -437,12 +438,9 @@ def warn_of_unused(gaps):
 
 def negative_control(fields, manifest, rows):
     """The commonest metadata of training rows whose log field (the dose) is 0, or None."""
-    dose = dose_field(fields)
-    if dose is None:
-        return None
-    group = [f.name for f in fields if f.group == dose.group]
+    group = [f.name for f in fields if f.group in {d.group for d in dose_fields(fields)}]
     controls = Counter(tuple(manifest.columns[name][i] for name in group)
-                       for i in untreated(manifest, dose, rows))
+                       for i in untreated(manifest, fields, rows))
     return dict(zip(group, controls.most_common(1)[0][0])) if controls else None
 
 
@@ -450,7 +448,7 @@ def group_examples(fields, manifest, rows, count=6):
     """For each group the values of a few training rows that differ in the group's first field (six
     batches, say), highest doses first: what guidance of the form `control` averages over."""
     examples, order = {}, np.random.default_rng(0).permutation(rows)
-    if dose := dose_field(fields):
+    for dose in dose_fields(fields)[:1]:
         order = sorted(order, key=lambda i: float(manifest.columns[dose.name][i] or 0))
     for group in dict.fromkeys(f.group for f in fields):
         names = [f.name for f in fields if f.group == group]
@@ -464,10 +462,9 @@ def draw_samples(path, model, p, count=8):
     """Held-out images, highest doses first and no molecule twice, and generated ones beneath;
     with a ControlNet the images that it is shown above. p: as from prepare."""
     manifest, rows = p.manifest, p.held_rows
-    dose = dose_field(model.fields)
     molecule = next((f for f in model.fields if f.kind == "molecule"), None)
     order = np.random.default_rng(0).permutation(rows)
-    if dose:
+    for dose in dose_fields(model.fields)[:1]:
         order = sorted(order, key=lambda i: -float(manifest.columns[dose.name][i] or 0))
     first = {manifest.columns[molecule.name][i] if molecule else i: i for i in reversed(order)}
     chosen = sorted(order, key=lambda i: i not in first.values())[:count]
@@ -523,18 +520,23 @@ def open_fields(config, manifest, train_rows):
     with of_manifest(manifest.path):
         fields = parse_fields(groups, manifest.columns,
                               MOLECULE_ENCODERS[config.molecule_encoder].is_molecule)
-    return [f.fit(manifest.rows(train_rows, f.name)) for f in fields]
+        return [f.fit(manifest.rows(train_rows, f.name)) for f in fields]
 
 
-def field_faults(config):
-    """What is wrong with the fields of a data set of which no image is opened: lines."""
+@contextlib.contextmanager
+def all_faults(config):
+    """Faults of images that are found inside are reported with those of the fields, all at once."""
     try:
-        columns = data.read_columns(config.data)
-        rows = range(len(next(iter(columns.values()))))
-        open_fields(config, data.Manifest(config.data, columns, (), [], [], {}), rows)
-    except (data.DataError, FieldError) as fault:
-        return str(fault).splitlines()
-    return []
+        yield
+    except data.DataError as fault:
+        lines = str(fault).splitlines()
+        try:
+            columns = data.read_columns(config.data)
+            rows = range(len(next(iter(columns.values()))))
+            open_fields(config, data.Manifest(config.data, columns, (), [], [], {}), rows)
+        except (data.DataError, FieldError, OSError) as another:
+            lines += [] if isinstance(another, OSError) else str(another).splitlines()
+        raise data.DataError("\n".join(dict.fromkeys(lines))) from None
 
 
 def fit_molecules(config, fields, manifest, train_rows):
@@ -566,7 +568,8 @@ def train_first(config):
     first = train_vae.Config(data=config.data, workers=config.workers,
                              max_corrupt=config.max_corrupt)
     with main_first():
-        manifest, _, train_rows, _ = train_vae.open_data(first)
+        with all_faults(config):
+            manifest, _, train_rows, _ = train_vae.open_data(first)
         open_fields(config, manifest, train_rows)
     print("no finished autoencoder yet: training one")
     train_vae.trained(first)
@@ -614,11 +617,8 @@ def pixel_size(manifest, binning):
 def new_model(config):
     """A U-Net and its conditioner, to be trained from nothing."""
     vae, vae_content = open_vae(config)
-    try:
+    with all_faults(config):
         p = open_images(vae_content, config)
-    except data.DataError as fault:  # all faults at once: those of the fields as well
-        lines = [*str(fault).splitlines(), *field_faults(config)]
-        raise data.DataError("\n".join(dict.fromkeys(lines))) from None
     p.vae, p.fields = vae, open_fields(config, p.manifest, p.train_rows)
     torch.manual_seed(config.seed)
     x = views(p.pixels, p.train_rows[:8], p.settings, vae_content["intensity"])[:1]

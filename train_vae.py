@@ -488,7 +488,8 @@ def open_resume(config, kind, constant, another_vae=lambda content: False):
     if changed:
         raise UserError(f"--resume of {path}: {'; '.join(changed)}")
     if content["step"] > config.steps:
-        raise UserError(f"--resume of {path}: it has {content['step']} steps, --steps is fewer")
+        raise UserError(f"--resume of {path}, which has {content['step']} steps: --steps must be "
+                        "at least that")
     return content
 
 
@@ -788,9 +789,11 @@ def trained(config):
     """The path of this autoencoder: trained unless it is there, gone on with where unfinished."""
     path = Path(config.out) / "model.pt"
     there = path.exists()
-    if there and finished(load_checkpoint(path, "vae", "choose another --out")):
+    content = load_checkpoint(path, "vae", "choose another --out") if there else {"step": 0}
+    if finished(content):
         return path
-    return train(dataclasses.replace(config, resume=there, overwrite=False))
+    return train(dataclasses.replace(config, resume=there, overwrite=False,
+                                     steps=max(config.steps, content["step"])))
 
 
 def start_anew(out):

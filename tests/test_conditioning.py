@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import conditioning
 from conditioning import (MOLECULE_ENCODERS, Conditioner, Field, FieldError, Fingerprint,
-                          blank_unseen, dose_field, draw_keep, hide_molecule_of_controls, natural,
+                          blank_unseen, dose_fields, draw_keep, hide_molecule_of_controls, natural,
                           parse_fields, parse_smiles, read_graph)
 from conftest import randomise
 
@@ -387,7 +387,19 @@ def test_a_second_log_field_makes_no_control_of_a_treated_well():
                                       torch.Generator().manual_seed(0))["smiles"].view(50, 3)
     assert (shown[:, 0] == 0).all() and (shown[:, 2] == 2).all()
     assert (shown[:, 1] != 1).any()
-    assert dose_field(fields).name == "dose"
+    assert [f.name for f in dose_fields(fields)] == ["dose"]
+
+
+def test_what_is_a_dose():
+    """A log field of the molecule's group, one named dose first, or one of that name anywhere."""
+    def doses(**groups):
+        return [f.name for f in dose_fields(parse_fields(groups, {
+            name.partition(":")[0]: ["C" if name == "smiles" else "1"] for names in groups.values() for name in names}))]
+    assert doses(biology=["smiles", "time_h:log", "dose"]) == ["dose"]
+    assert doses(biology=["smiles", "dose_a", "dose_b"]) == ["dose_a", "dose_b"]
+    assert doses(biology=["smiles", "amount:log"]) == ["amount"]
+    assert doses(chemistry=["smiles"], amount=["dose"]) == ["dose"]
+    assert doses(biology=["smiles"], experiment=["serum:log"]) == []
 
 
 def test_salts_of_equal_parts_do_not_depend_on_their_order():

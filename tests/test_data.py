@@ -456,7 +456,7 @@ def test_a_column_named_twice_is_refused(tmp_path):
     with pytest.raises(DataError, match="more than one column dose"):
         read_manifest(path)
     path.write_text("DNA,ER\na.npy,a.npy\n")
-    with pytest.raises(DataError, match="column DNA is named twice"):
+    with pytest.raises(DataError, match="channel DNA is named twice"):
         read_manifest(path, ("DNA", "ER", "DNA"))
 
 
@@ -497,7 +497,7 @@ def test_big_endian_images_are_read(tmp_path):
 
 
 def test_a_salt_is_held_out_with_its_base():
-    spelt = ["CCN.Cl", "CCN", "Cl.NCC", "CCO", "CCCO", "CCCCO", "c1ccccc1", "CC(C)O"]
+    spelt = ["CC[NH3+].[Cl-]", "CCN", "Cl.NCC", "CCO", "CCCO", "CCCCO", "c1ccccc1", "CC(C)O"]
     manifest = Manifest("m.csv", {"smiles": spelt}, ("DNA",), [()] * 8, [None] * 8, {})
     for seed in range(8):
         train, held = split_rows(manifest, "smiles", .3, seed)
@@ -525,7 +525,8 @@ def test_commands_of_data_end_in_one_line(refused, tmp_path, monkeypatch, words,
 
 def test_show_names_a_dose_that_is_no_number(refused, tmp_path):
     np.save(tmp_path / "a.npy", IMAGE.astype(np.uint8))
-    path = write_manifest(tmp_path, [{"image": "a.npy", "dose": "x"}])
+    path = write_manifest(tmp_path, [{"image": "a.npy", "dose": d, "dose_unit": "uM"} for d in
+                                     ("x", "1")])
     refused(data, "show", path, says=["row 2, column dose: x is not a number"])
 
 

@@ -277,7 +277,8 @@ def test_outside_the_interval_weights_above_one_count_as_one(model, form):
 
 @pytest.mark.parametrize("form", ["independent", "contrast"])
 def test_a_form_stays_itself_outside_the_interval(model, form):
-    """Below weight 1 the forms differ, so what stands for guidance outside is the form's own."""
+    """Below weight 1 the forms differ: what stands for guidance outside is the form's own. (Where
+    all weights count as 1 it is the conditional model, in every form.)"""
     z, t = torch.randn(1, *model.latent_shape), torch.tensor([900])
     one, weights = {k: v[:1] for k, v in REQUEST.items()}, dict(biology=1., experiment=.5)
     assert_close(model.guided(one, 1, weights, form)(z, t),
