@@ -742,14 +742,20 @@ def read_tiff(path):
         return np.stack([np.array(frame) for frame in ImageSequence.Iterator(image)]).reshape(shape)
 
 
+def open_png(path):
+    """A PNG whose pixels are intensities, not places in a palette."""
+    image = Image.open(path)
+    if image.mode not in ("L", "I", "I;16", "RGB", "RGBA"):
+        raise ValueError(f"mode {image.mode}, not grey or RGB")
+    return image
+
+
 def png_header(path):
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 12))
         if b"IEND" not in file.read():
             raise ValueError("the file ends before its pixels do")
-    with Image.open(path) as image:
-        if image.mode not in ("L", "I", "I;16", "RGB", "RGBA"):
-            raise ValueError(f"mode {image.mode}, not grey or RGB")
+    with open_png(path) as image:
         dtype = np.uint16 if image.mode.startswith("I") else np.uint8
         bands = len(image.getbands())
         return (image.height, image.width) + ((bands,) if bands > 1 else ()), np.dtype(dtype)
@@ -789,7 +795,7 @@ def read_file(file, index=None):
         if suffix in (".tif", ".tiff"):
             array = read_tiff(file)
         elif suffix == ".png":
-            with Image.open(file) as image:
+            with open_png(file) as image:
                 array = np.array(image)
             array = array.astype(np.uint16) if array.dtype == np.int32 else array
         elif suffix == ".npy":

@@ -741,6 +741,11 @@ def generate_images(model, args, fixed, swept, weights):
         eta=args.eta, control=args.control)
 
 
+# what of the command line says nothing in these modes, and is refused there
+OF_NO_USE = {"edit": ("n",), "attribution": ("n", "grid", "guidance", "form", "interval", "rescale",
+                                             "steps", "sampler", "eta")}
+
+
 def arguments():
     """The command line, as a namespace."""
     parser = data.Parser(description=__doc__,
@@ -785,6 +790,11 @@ def arguments():
     parser.add_argument("--out", default="runs/samples",
                         help="samples.png, .tif and .json go here (default: %(default)s)")
     args = parser.parse_intermixed_args()
+    for mode, options in OF_NO_USE.items():
+        given = [f"{'-' if name == 'n' else '--'}{name}" for name in options
+                 if getattr(args, name) != parser.get_default(name)]
+        if getattr(args, mode) and given:
+            parser.error(f"--{mode} has no use for {', '.join(given)}")
     if args.edit and (args.eta or args.sampler not in (None, "ddim")):
         parser.error("--edit inverts DDIM: it takes no --eta and no other --sampler")
     if args.steps is None:
@@ -793,7 +803,7 @@ def arguments():
     return args
 
 
-def check_arguments(args, model, swept, weights):
+def check_arguments(args, model, weights):
     """Refuse options that cannot be used, or not together."""
     if not 1 <= args.steps <= model.schedule.T:
         raise UserError(f"--steps {args.steps}: between 1 and {model.schedule.T}")
@@ -809,12 +819,6 @@ def check_arguments(args, model, swept, weights):
                         "1, for --edit")
     if not 0 <= args.seed < 2 ** 62:
         raise UserError(f"--seed {args.seed}: a whole number from 0 on, below 2^62")
-    given = {"-n": args.n is not None, "--grid": swept, "--guidance": weights}
-    unused = [name for name in (given if args.attribution else ["-n"] if args.edit else [])
-              if given[name]]
-    if unused:
-        raise UserError(f"{', '.join(unused)}: of no use with "
-                        f"--{'attribution' if args.attribution else 'edit'}")
     if "control" in weights and not args.control:
         raise UserError("--guidance control needs an image to follow: --control FILE")
     if args.control and not model.controlnet:
@@ -828,7 +832,7 @@ def main():
     args = arguments()
     model = Model.load(args.checkpoint)
     fixed, swept, weights = parse_request(model, args.conditions, args.grid, args.guidance)
-    check_arguments(args, model, swept, weights)
+    check_arguments(args, model, weights)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = lambda m, *_: tqdm.write(f"warning: {m}")

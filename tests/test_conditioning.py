@@ -394,7 +394,8 @@ def test_what_is_a_dose():
     """A log field of the molecule's group, one named dose first, or one of that name anywhere."""
     def doses(**groups):
         return [f.name for f in dose_fields(parse_fields(groups, {
-            name.partition(":")[0]: ["C" if name == "smiles" else "1"] for names in groups.values() for name in names}))]
+            name.partition(":")[0]: ["C" if name == "smiles" else "1"]
+            for names in groups.values() for name in names}))]
     assert doses(biology=["smiles", "time_h:log", "dose"]) == ["dose"]
     assert doses(biology=["smiles", "dose_a", "dose_b"]) == ["dose_a", "dose_b"]
     assert doses(biology=["smiles", "amount:log"]) == ["amount"]

@@ -533,3 +533,10 @@ def test_show_names_a_dose_that_is_no_number(refused, tmp_path):
 def test_a_field_smaller_than_any_scale_bar_is_drawn(tmp_path):
     data.picture(tmp_path / "a.png", [[np.zeros((5, 8, 8))]], data.CHANNELS, pixel_um=.05)
     assert (tmp_path / "a.png").exists()
+
+
+def test_a_palette_is_no_image_when_it_is_first_read(tmp_path):
+    """Also where its header was not looked at before."""
+    Image.fromarray(IMAGE[0].astype(np.uint8)).convert("P").save(tmp_path / "p.png")
+    with pytest.raises(DataError, match="mode P"):
+        data.read_file(tmp_path / "p.png")

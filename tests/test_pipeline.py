@@ -537,8 +537,8 @@ def test_request_refusals(ldm_path, tmp_path, refused):
     no("-n", 0, says=["at least one"])
     no("--seed", 2 ** 70, says=["--seed"])
     no("--attribution", "m.csv:2", "-n", 2, "--guidance", "biology=2", "--grid", "dose=0,1",
-       says=["-n, --grid, --guidance: of no use with --attribution"])
-    no("--edit", "m.csv:2", "-n", 2, says=["-n: of no use with --edit"])
+       says=["--attribution has no use for -n, --grid, --guidance"])
+    no("--edit", "m.csv:2", "-n", 2, says=["--edit has no use for -n"])
     no("--eta", 3, says=["--eta 3"])
     no("--eta", .5, "--sampler", "dpm", says=["--eta 0.5", "ddim"])
     no("batch=B1", "dose=1", "batch=B2", says=["batch=B2: batch is given twice"])
