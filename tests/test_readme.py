@@ -1,5 +1,6 @@
 """Every command in the README is run, in the order of the text, on a small screen and for a few
 steps, so that none can rot."""
+import functools
 import re
 import runpy
 import shlex
@@ -88,6 +89,7 @@ def workplace(screen, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "train_probe", lambda images, answers, labels, steps, *a, **k:
                         probe(images, answers, labels, 2, *a, **k))
     monkeypatch.setattr(evaluate, "screen_of", lambda confounding: train_ldm.Config.data)
+    monkeypatch.setattr(evaluate, "Truth", functools.partial(evaluate.Truth, more=1))
     for name in ("WEIGHTS_TRIED", "FORMS_TRIED", "SAMPLERS_TRIED", "LATENT_SPACES"):
         monkeypatch.setattr(evaluate, name, getattr(evaluate, name)[:1])
     monkeypatch.setattr(evaluate, "TRIED", {a: t[:1] for a, t in evaluate.TRIED.items()})
