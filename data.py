@@ -11,6 +11,7 @@ as a real plate; because it is simulated, what biology and experiment did to eac
     python data.py                               # the same cells under each mechanism, as a picture
 """
 import argparse
+import colorsys
 import csv
 import gzip
 import hashlib
@@ -1216,9 +1217,10 @@ def join_table(rows, join):
 # --- 7. Pictures ----------------------------------------------------------------------------------
 
 def colours_of(channels):
-    """A colour (R, G, B) for each stain; those that are not the simulator's get spare ones."""
-    spare = [(1, 1, 1), (0, .8, .8), (.8, 0, .8), (.8, .8, 0)]
-    return np.array([COLOURS.get(c, spare[i % 4]) for i, c in enumerate(channels)])
+    """A colour (R, G, B) for each stain; those that are not the simulator's lie round the circle of
+    hues, by their place."""
+    return np.array([COLOURS.get(c, colorsys.hsv_to_rgb(i / len(channels), .9, 1))
+                     for i, c in enumerate(channels)])
 
 
 def composite(image, channels):

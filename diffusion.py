@@ -225,7 +225,8 @@ def compose(form, weights, references=None):
 
     Returns {branch: coefficient}. A branch says for each group, in the order of `weights`, whether
     it is "given", "unknown", or stands at its reference. Coefficients sum to one; branches with
-    coefficient 0 are left out, so weight 1 costs nothing.
+    coefficient 0 are left out. At weights 1 that leaves the conditional model alone, but for
+    `independent`, which adds up what each group does by itself.
     """
     groups, n = list(weights), len(weights)
     branches = {}

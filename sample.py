@@ -759,7 +759,8 @@ def arguments():
     parser.add_argument("--seed", type=int, default=0,
                         help="of the first image; image i has seed + i (default: %(default)s)")
     parser.add_argument("--guidance", nargs="+", default=[], metavar="GROUP=WEIGHT",
-                        help="1 is the plain model, 0 leaves its term out (default: "
+                        help="1 is the plain model (but under --form independent), 0 leaves "
+                             "its term out (default: "
                              f"{GUIDANCE} for each; 1 with --edit)")
     parser.add_argument("--form", choices=diffusion.FORMS, default="nested",
                         help="how the guidance of groups is composed (default: %(default)s)")

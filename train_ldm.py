@@ -448,8 +448,8 @@ def group_examples(fields, manifest, rows, count=6):
     """For each group the values of a few training rows that differ in the group's first field (six
     batches, say), highest doses first: what guidance of the form `control` averages over."""
     examples, order = {}, np.random.default_rng(0).permutation(rows)
-    for dose in dose_fields(fields)[:1]:
-        order = sorted(order, key=lambda i: float(manifest.columns[dose.name][i] or 0))
+    if doses := dose_fields(fields):
+        order = sorted(order, key=lambda i: float(manifest.columns[doses[0].name][i] or 0))
     for group in dict.fromkeys(f.group for f in fields):
         names = [f.name for f in fields if f.group == group]
         distinct = {manifest.columns[names[0]][i]: i for i in order}
@@ -464,8 +464,8 @@ def draw_samples(path, model, p, count=8):
     manifest, rows = p.manifest, p.held_rows
     molecule = next((f for f in model.fields if f.kind == "molecule"), None)
     order = np.random.default_rng(0).permutation(rows)
-    for dose in dose_fields(model.fields)[:1]:
-        order = sorted(order, key=lambda i: -float(manifest.columns[dose.name][i] or 0))
+    if doses := dose_fields(model.fields):
+        order = sorted(order, key=lambda i: -float(manifest.columns[doses[0].name][i] or 0))
     first = {manifest.columns[molecule.name][i] if molecule else i: i for i in reversed(order)}
     chosen = sorted(order, key=lambda i: i not in first.values())[:count]
     columns = metadata(model.fields, manifest, chosen)
@@ -708,6 +708,8 @@ def already_trained(config):
     """Whether `out`/model.pt is what this config asks for, finished; refuses to overwrite any
     other one unasked."""
     path = Path(config.out) / "model.pt"
+    if config.overfit and config.resume:
+        raise UserError("--overfit saves nothing that --resume could go on from")
     if not path.exists() or config.resume or config.overwrite or config.overfit:
         return False
     content = load_checkpoint(path, "ldm", "choose another --out")

@@ -160,8 +160,9 @@ def out_of_range(setting, value):
 
 
 def command(config):
-    """The command line that goes on with this run."""
-    words = [f"python {Path(inspect.getfile(type(config))).name} --resume"]
+    """The command line that goes on with this run; --overfit saves nothing, and starts again."""
+    resume = "" if getattr(config, "overfit", False) else " --resume"
+    words = [f"python {Path(inspect.getfile(type(config))).name}{resume}"]
     for setting in dataclasses.fields(config):
         name, value = setting.name, getattr(config, setting.name)
         if value == setting.default or name in ("resume", "overwrite"):

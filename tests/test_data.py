@@ -439,25 +439,28 @@ def test_bray_and_phenix_tiffs(tmp_path):
 
 # --- faults that an audit found -------------------------------------------------------------------
 
-def test_rows_keep_the_numbers_of_a_spreadsheet(tmp_path):
+@pytest.mark.parametrize("text, channels, says", [
+    ("image,smiles\na.npy,C\n\na.npy,C\n", data.CHANNELS, "row 3 is empty"),
+    ("image,dose,dose\na.npy,1,2\n", data.CHANNELS, "more than one column dose"),
+    ("DNA,ER\na.npy,a.npy\n", ("DNA", "ER", "DNA"), "channel DNA is named twice")])
+def test_tables_that_could_be_read_in_two_ways_are_refused(tmp_path, text, channels, says):
+    """Rows keep the numbers of a spreadsheet, and a name stands for one column."""
     np.save(tmp_path / "a.npy", IMAGE.astype(np.uint8))
-    path = tmp_path / "m.csv"
-    path.write_text("image,smiles\na.npy,C\n\na.npy,C\n")
-    with pytest.raises(DataError, match="row 3 is empty"):
-        read_manifest(path)
-    path.write_text("image,smiles\na.npy,C\na.npy,C\n\n\n")
-    assert len(read_manifest(path)) == 2
+    (tmp_path / "m.csv").write_text(text)
+    with pytest.raises(DataError, match=says):
+        read_manifest(tmp_path / "m.csv", channels)
 
 
-def test_a_column_named_twice_is_refused(tmp_path):
+def test_empty_lines_at_the_end_and_columns_without_a_name_are_no_fault(tmp_path):
     np.save(tmp_path / "a.npy", IMAGE.astype(np.uint8))
-    path = tmp_path / "m.csv"
-    path.write_text("image,dose,dose\na.npy,1,2\n")
-    with pytest.raises(DataError, match="more than one column dose"):
-        read_manifest(path)
-    path.write_text("DNA,ER\na.npy,a.npy\n")
-    with pytest.raises(DataError, match="channel DNA is named twice"):
-        read_manifest(path, ("DNA", "ER", "DNA"))
+    (tmp_path / "m.csv").write_text("image,,\na.npy,1,2\n\n\n")
+    assert len(read_manifest(tmp_path / "m.csv")) == 1
+
+
+def test_own_stains_have_colours_of_their_own():
+    assert_allclose(data.colours_of(("R", "G", "B")).argmax(1), [0, 1, 2])
+    many = data.colours_of(["DNA", *"abcdefgh"])
+    assert len({tuple(c) for c in many}) == 9
 
 
 def test_every_bad_place_in_a_stack_is_named(tmp_path):

@@ -148,6 +148,10 @@ def test_overfit_collapses_and_saves_nothing(ldm_config, tmp_path, capsys):
     first, last = (float(line.split("training loss ")[1].split(",")[0]) for line in lines)
     assert last < .8 * first and not (tmp_path / "model.pt").exists()
     assert (tmp_path / "log.jsonl").read_text() == "kept"
+    again = replace(ldm_config, overfit=True)
+    assert "--resume" not in train_vae.command(again)  # nothing is there to go on from
+    with pytest.raises(train_vae.UserError, match="saves nothing"):
+        train_ldm.train(replace(again, resume=True))
 
 
 def test_ema_warms_up():
