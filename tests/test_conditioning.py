@@ -2,6 +2,7 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from rdkit import Chem
 from torch.testing import assert_close
 
 import conditioning
+import train_ldm
 from conditioning import (MOLECULE_ENCODERS, Conditioner, Field, FieldError, Fingerprint,
                           blank_unseen, dose_fields, draw_keep, hide_molecule_of_controls, natural,
                           parse_fields, parse_smiles, read_graph)
@@ -417,3 +419,16 @@ def test_outcomes_are_refused_under_other_spellings():
 def test_a_column_that_is_blank_says_so():
     with pytest.raises(FieldError, match="note is blank"):
         parse_fields({"biology": ["note"]}, {"note": ["", ""]})
+
+
+def test_a_control_has_every_dose_at_0():
+    """Of two drugs given together one at 0 is a treatment."""
+    wells = {"smiles": ["CCO", "CCN"], "dose_a": ["0", "0"], "dose_b": ["10", "0"]}
+    fields = [f.fit(wells[f.name]) for f in parse_fields({"biology": list(wells)}, wells)]
+    codes = {"smiles": torch.arange(2).repeat(50), "dose_a": torch.zeros(100),
+             "dose_b": torch.tensor([10., 0.]).repeat(50)}
+    shown = hide_molecule_of_controls(
+        fields, codes, torch.ones(100, 3, dtype=torch.bool), {"smiles": wells["smiles"]},
+        torch.Generator().manual_seed(0))["smiles"].view(50, 2)
+    assert (shown[:, 0] == 0).all() and (shown[:, 1] != 1).any()
+    assert train_ldm.untreated(SimpleNamespace(columns=wells), fields, range(2)) == [1]
