@@ -1254,9 +1254,9 @@ def picture(path, rows, channels, row_labels=(), column_labels=(), pixel_um=None
         height, width = np.asarray(next(im for im in rows[0] if im is not None)).shape[-2:]
         length = max((v for v in (1, 2, 5, 10, 20, 50, 100, 200) if v < .5 * width * pixel_um),
                      default=round(.3 * width * pixel_um, 3))
-        y = .94 * height
-        axes[-1, 0].plot([3, 3 + length / pixel_um], [y, y], "w", lw=2)
-        axes[-1, 0].text(3, y - 3, f"{length} µm", color="w", fontsize=6, va="bottom")
+        y, first = .94 * height, next(a for a in axes[-1] if a.images)
+        first.plot([3, 3 + length / pixel_um], [y, y], "w", lw=2)
+        first.text(3, y - 3, f"{length} µm", color="w", fontsize=6, va="bottom")
     if any(np.asarray(im).ndim == 3 for row in rows for im in row if im is not None):
         for k, (name, colour) in enumerate(zip(channels, colours_of(channels))):
             fig.text((.1 + .6 * k) / fig.get_figwidth(), .005, name, color=colour, fontsize=8,

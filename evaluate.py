@@ -668,6 +668,7 @@ def draw_rows(path, labels, panels):
             axis.legend(fontsize=7, ncols=2, loc="upper center", frameon=False,
                         bbox_to_anchor=(.5, -.45 / height))                    # below the axis
         axes[0].set_yticks(range(len(labels)), labels[::-1], fontsize=8)
+        axes[0].set_ylim(-.5, len(labels) - .5)
 
 
 def draw_sets(path, pictures, model):
@@ -2320,7 +2321,8 @@ def compare_latent_spaces(args):
     channels = opened.model.channels
     lines[0]["originals"] = score_reconstruction(x, x, channels, screen_probe(opened), rows)
     print_latent_spaces(lines, channels)
-    draw_latent_spaces(out, lines, pictures, channels)
+    draw_reconstructions(out / "vae.png", pictures, channels)
+    draw_rate_distortion(out / "rate_distortion.png", lines)
     write_report(out / "vae.json", lines, "vae.png", "rate_distortion.png")
 
 
@@ -2430,12 +2432,15 @@ def print_latent_spaces(lines, channels):
              e["generated"]["variance_ratio"]) for e in made])
 
 
-def draw_latent_spaces(out, lines, images, channels):
-    """By channel, the same image {name: (C, H, W)} through each autoencoder; and distortion against
-    rate."""
-    data.picture(out / "vae.png", [[image, *image] for image in images.values()], channels,
+def draw_reconstructions(path, images, channels):
+    """By channel, the same image {name: (C, H, W)} through each autoencoder."""
+    data.picture(path, [[image, *image] for image in images.values()], channels,
                  list(images), ["all", *channels])
-    with figure(out / "rate_distortion.png", 1, 2, figsize=(9, 3.6), sharey=True) as axes:
+
+
+def draw_rate_distortion(path, lines):
+    """L1 against the numbers kept per image and against the KL term."""
+    with figure(path, 1, 2, figsize=(11, 3.6), sharey=True) as axes:
         for k, e in enumerate(lines):
             for axis, rate in zip(axes, (e["numbers"], e["kl"])):
                 axis.plot(rate, e["l1"], "o", color=f"C{k % 10}", label=e["label"])
@@ -2444,7 +2449,9 @@ def draw_latent_spaces(out, lines, images, channels):
             axes[0].plot(*zip(*points), mark, mfc="none", color="k", label=name)
         axes[0].set(xscale="log", yscale="log", xlabel="numbers per image", ylabel="L1 on [0, 1]")
         axes[1].set(xscale="log", xlabel="KL, nats per image")
-        axes[0].legend(fontsize=6), axes[0].grid(alpha=.3), axes[1].grid(alpha=.3)
+        axes[0].grid(alpha=.3), axes[1].grid(alpha=.3)
+        axes[1].legend(*axes[0].get_legend_handles_labels(), fontsize=7, frameon=False,
+                       loc="center left", bbox_to_anchor=(1.02, .5))         # beside the figure
 
 
 # ------------------------------------------------------------------------------------------------

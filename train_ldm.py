@@ -473,8 +473,8 @@ def draw_samples(path, model, p, count=8):
     control = control_of(model, manifest, p.pixels, p.settings, chosen,
                          np.concatenate([p.train_rows, rows]))
     fake = model.generate(columns, range(len(chosen)), control=control)
-    labels = ["\n".join(columns[f.name][k][:18] for f in model.fields[:3])
-              for k in range(len(chosen))]
+    labels = ["\n".join(("" if f is molecule else f"{f.name} ") + columns[f.name][k][:18]
+                        for f in model.fields[:3]) for k in range(len(chosen))]
     shown = [list(control[0].numpy() if len(control[0][0]) == len(model.channels)
                   else control[0][:, 0].numpy())] if control else []
     data.picture(path, shown + [list(real.numpy()), list(fake.numpy())], model.channels,
