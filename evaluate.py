@@ -997,8 +997,9 @@ class SimulatedFactorial:
     def rows(self, cells=0, requests=0):
         """Rows as data.layout writes them, in the order (biology, experiment, seed). Another first
         number of `cells`: other cells; of `requests`: other molecules, doses and positions."""
-        molecules = {m: [x for x in data.molecules() if x["mechanism"] == m and x["kind"] == "train"
-                         and x["ec50"] < max(data.DOSES)] for m in self.biology}
+        usable = [x for x in data.molecules()
+                  if x["kind"] == "train" and x["ec50"] < max(data.DOSES)]
+        molecules = {m: [x for x in usable if x["mechanism"] == m] for m in self.biology}
         rows = []
         for m, batch, s in itertools.product(self.biology, self.experiment, range(self.seeds)):
             rng = np.random.default_rng([self.screen.seed, 5, requests + s])

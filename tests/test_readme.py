@@ -34,7 +34,7 @@ SHORT = [
     ("sample.py", "--attribution", []),
     ("sample.py", "--edit", ["--steps", "2"]),
     ("sample.py", ["--steps", "1", "-n", "1"]),
-    ("evaluate.py", "quality", [*FEW, "--quick"]),
+    ("evaluate.py", "quality", ["--images", "24", "--steps", "1"]),
     ("evaluate.py", "conditions", "--encoders", ["--steps", "1", "--seeds", "0", "--molecules", "3",
                                                  "--series", "1", "--train_steps", "2", "--names",
                                                  "fingerprint"]),
@@ -43,9 +43,9 @@ SHORT = [
     ("evaluate.py", "disentangle", [*FEW, "--train_steps", "2", "--seeds", "0"]),
     ("evaluate.py", "control", ["--images", "8", "--steps", "1", "--samples", "1", "--quick"]),
     ("evaluate.py", "vae", "plates/index.csv", ["--train_steps", "1", "--images", "2", "--configs",
-                                                "preset=64x64x8 width=8 blocks=1 batch=1"]),
+                                                "crop=64 width=8 blocks=1"]),
     ("evaluate.py", "vae", ["--train_steps", "2", "--ldm_steps", "2", "--images", "32", "--steps",
-                            "1"]),
+                            "1", "--configs", "width=16 blocks=1"]),
 ]
 NOT_RUN = ("pip", "pytest", "torchrun")      # by every run of the tests, and in test_faults.py
 # what stands for itself in the text, and how it is called here
@@ -85,6 +85,8 @@ def workplace(screen, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train_vae.train(train_vae.Config(steps=2, width=16, blocks=1))
     probe, classifier = evaluate.train_probe, dict(images=108, test_images=60, steps=2)
+    monkeypatch.setattr(evaluate, "identity", functools.partial(
+        lambda inverted, opened, steps: inverted(opened, (2,), 2), evaluate.identity))
     monkeypatch.setattr(evaluate, "CLASSIFIER", classifier)
     monkeypatch.setattr(evaluate, "train_probe", lambda images, answers, labels, steps, *a, **k:
                         probe(images, answers, labels, 2, *a, **k))
