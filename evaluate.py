@@ -2296,12 +2296,13 @@ def compare_latent_spaces(args):
         args.train_steps, args.ldm_steps, args.images = 150, min(args.ldm_steps, 100), 96
     out = Path(args.out)
     results, lines, pictures = Results(out / "vae.jsonl"), [], {}
-    changes = {change: parse_settings(change) for change in args.configs or LATENT_SPACES}
-    for change, found in changes.items():
+    configs = {change: train_vae.settings(train_vae.Config, [
+        f"--steps={args.train_steps}", *(f"--{word}" for word in change.split())])
+        for change in args.configs or LATENT_SPACES}
+    for change, config in configs.items():
         name = change.replace(" ", ",") or "default"
-        config = replace(train_vae.Config(), **{
-            "data": args.data or train_vae.Config.data, "steps": args.train_steps,
-            "out": str(out / f"{name}-{args.train_steps}"), **found})
+        config = replace(config, data=args.data or config.data,
+                         out=str(out / f"{name}-{args.train_steps}"))
         path = train_vae.trained(config)
         opened = open_autoencoder(path)
         if opened.settings.data != config.data:
@@ -2342,27 +2343,6 @@ def measure_autoencoder(opened, x, x_hat, kl, rows):
             **score_reconstruction(x, x_hat, channels, probe, rows),
             "baselines": {name: score_reconstruction(x, y, channels, probe, rows)
                           for name, y in (("small image", small), ("patch PCA", pca(x)))}}
-
-
-def parse_settings(change):
-    """"latent_channels=8 kl_weight=1e-3" to settings of train_vae.Config."""
-    known, settings = {f.name: f for f in dataclasses.fields(train_vae.Config)}, {}
-    for name in ("data", "out"):  # options of their own
-        del known[name]
-    for word in change.split():
-        name, _, value = word.partition("=")
-        if name not in known or known[name].type is bool:
-            raise UserError(f"--configs {word}: no setting of train_vae.py")
-        try:
-            settings[name] = known[name].type(value)
-        except ValueError:
-            raise UserError(f"--configs {word}: not a value for {name}") from None
-        if fault := train_vae.out_of_range(known[name], settings[name]):
-            raise UserError(f"--configs {word}: {fault}")
-    preset = settings.get("preset", "")
-    if preset not in ("", *train_vae.PRESETS):
-        raise UserError(f"--configs preset={preset}: one of {', '.join(train_vae.PRESETS)}")
-    return train_vae.PRESETS.get(preset, {}) | settings
 
 
 def open_autoencoder(path):

@@ -146,17 +146,11 @@ def settings(config, argv=None):
         parser.set_defaults(**PRESETS[values["preset"]])
         values = vars(parser.parse_args(argv))
     for setting in dataclasses.fields(config):
-        if fault := out_of_range(setting, values[setting.name]):
-            parser.error(f"--{setting.name} {fault}")
+        value, least = values[setting.name], min(1, setting.default) if setting.type is int else 0
+        if setting.type in (int, float) and not least <= value < 2 ** 63:  # nan is neither
+            parser.error(f"--{setting.name} " + (f"must be at least {least}" if value < least else
+                                                 f"{value} is out of range"))
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
-def out_of_range(setting, value):
-    """What is wrong with the value of a setting that is a number; None if nothing is."""
-    least = min(1, setting.default) if setting.type is int else 0
-    if setting.type in (int, float) and not least <= value < 2 ** 63:  # nan is neither
-        return f"must be at least {least}" if value < least else f"{value} is out of range"
-    return None
 
 
 def command(config):

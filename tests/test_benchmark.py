@@ -323,18 +323,16 @@ def test_latent_spaces_command(screen, cli, tmp_path, monkeypatch):
 
 
 def test_latent_spaces_refuse_unknown_settings(refused, screen, tmp_path):
-    for word, says in (("depth=3", "no setting"), ("width=wide", "not a value"),
-                       ("out=here", "no setting")):
-        lines = refused(evaluate, "vae", "--data", screen, "--configs", word, "--out",
-                        tmp_path / "o", says=[word, says])
-        assert len(lines) == 1
+    for word, says in (("depth=3", "unrecognized"), ("width=wide", "invalid int value"),
+                       ("preset=64x64", "one of 64x64x8, 128x128x1")):
+        lines = refused(evaluate, "vae", "--data", screen, "--configs", "width=8", word, "--out",
+                        tmp_path / "o", says=[word.partition("=")[0], says])
+        assert len(lines) == 1 and not (tmp_path / "o").exists()  # before the first is trained
 
 
 def test_a_preset_brings_its_settings():
-    found = evaluate.parse_settings("preset=128x128x1 width=8")
-    assert (found["crop"], found["latent_channels"], found["width"]) == (512, 1, 8)
-    with pytest.raises(train_vae.UserError, match="one of 64x64x8, 128x128x1"):
-        evaluate.parse_settings("preset=64x64")
+    found = train_vae.settings(train_vae.Config, ["--preset=128x128x1", "--width=8"])
+    assert (found.crop, found.latent_channels, found.width) == (512, 1, 8)
 
 
 # --- the benchmark's command ----------------------------------------------------------------------

@@ -462,7 +462,7 @@ def test_studies_want_an_autoencoder_before_any_work(tmp_path, refused, monkeypa
     monkeypatch.chdir(tmp_path)
     for study in ("arms", "shortcut"):
         refused(evaluate, "disentangle", "--study", study, says=["no vae", "train_vae.py"])
-    refused(evaluate, "vae", "--configs", "width=16", "batch=0", says=["batch=0", "at least 1"])
+    refused(evaluate, "vae", "--configs", "width=16", "batch=0", says=["--batch", "at least 1"])
     refused(evaluate, "vae", "--configs", "width=16", "foo=3", says=["foo=3"])
     assert not (tmp_path / "runs" / "data").exists()
 
