@@ -902,18 +902,17 @@ def print_cells(report, channels):
 PARTS = ("biology", "experiment", "interaction")
 
 
-def omega_squared(y, blocked=True, scale=None):
+def omega_squared(y, blocked=True):
     """Share of variance explained in a balanced factorial, without the upward bias of eta squared.
 
     y: (biology, experiment, seeds, F). blocked: seed s stands for the same cells (or the same
     noise) in every place of the factorial, so that its own variance is no error. Returns
-    {"biology", "experiment", "interaction", "scale": (F,)}, after Olejnik & Algina 2003 (Psychol.
-    Methods 8):
+    {"biology", "experiment", "interaction": (F,)}, after Olejnik & Algina 2003 (Psychol. Methods
+    8):
 
         omega^2 = (SS_effect - df_effect MS_error) / (SS_total + MS_block)
 
-    with MS_error for MS_block without blocks. `scale` (F,) replaces the denominator: the same
-    figure in the units of another factorial of this size.
+    with MS_error for MS_block without blocks.
     """
     b, e, n, _ = y.shape
     y = y.double()
@@ -927,10 +926,8 @@ def omega_squared(y, blocked=True, scale=None):
     blocks = b * e * (y.mean((0, 1)) - mean).square().sum(0) * blocked
     freedom = (b * e - 1) * (n - 1) if blocked else b * e * (n - 1)
     error = (total - blocks - sum(square for square, _ in squares.values())) / freedom
-    if scale is None:
-        scale = (total + (blocks / (n - 1) if blocked else error)).clamp(min=1e-12)
-    return {name: ((square - df * error) / scale).float()
-            for name, (square, df) in squares.items()} | {"scale": scale}
+    scale = (total + (blocks / (n - 1) if blocked else error)).clamp(min=1e-12)
+    return {name: ((square - df * error) / scale).float() for name, (square, df) in squares.items()}
 
 
 def leaks(found, truth, least=.05):
@@ -946,14 +943,6 @@ def leaks(found, truth, least=.05):
     theirs = counts & ~ours
     return {"leak_e_to_b": (found["experiment"] - experiment)[ours].mean().item(),
             "leak_b_to_e": (found["biology"] - biology)[theirs].mean().item()}
-
-
-def all_leaks(y, true, blocked):
-    """Leaks of factorials (b, e, n, F): as shares of the generated images' own variance, and, as
-    a model that draws no biology makes the share of the experiment larger, in the truth's units."""
-    truth = omega_squared(true, blocked)
-    own, units = omega_squared(y), omega_squared(y, scale=truth["scale"])
-    return leaks(own, truth) | {f"{k}_units": v for k, v in leaks(units, truth).items()}
 
 
 def effect_size(y, one, other):
@@ -1142,7 +1131,7 @@ def disentangle_one(model, truth, request):
     target = held["test"] if held["test"].any() else seen
 
     def figures(s):
-        found = all_leaks(y[:, :, s], truth.a[:, :, s], f.blocked)
+        found = leaks(omega_squared(y[:, :, s]), omega_squared(truth.a[:, :, s], f.blocked))
         found |= {f"probe_{k}": hit[:, :, s].mean().item() for k, hit in hits.items()}
         return found | {"distance_heldout": truth.distance(y[:, :, s], target)}
     entry = named_run(model, f) | {
