@@ -616,9 +616,9 @@ def folder_of(args):
     return out
 
 
-def write_report(path, report, *beside):
-    """The report as JSON; `beside`: names of files that were written with it."""
-    path.write_text(json.dumps(report, indent=1))
+def write_report(path, args, report, *beside):
+    """What was asked for and the report, as JSON; `beside`: names of files written with it."""
+    path.write_text(json.dumps({"asked": vars(args), **report}, indent=1))
     print(" and ".join([f"wrote {path}", *beside]))
 
 
@@ -774,10 +774,8 @@ def quality(args):
         raise UserError("nothing to compare: no condition cell has four wells")
     print_quality(table)
     draw_sets(out / "quality.png", pictures, model)
-    write_report(out / "quality.json", {
-        "checkpoint": args.checkpoint, "guidance": request.guidance, "form": args.form,
-        "interval": args.interval, "steps": args.steps, "sampler": args.sampler,
-        "table": table}, "quality.png")
+    write_report(out / "quality.json", args, {"guidance": request.guidance, "table": table},
+                 "quality.png")
 
 
 def print_quality(table):
@@ -859,9 +857,7 @@ def quality_by_cell(opened, args, out):
         return float(nearest_distance(images, training).median())
     rng = np.random.default_rng(1)
     held = real_images(opened, rng.choice(opened.held, 64), rng)
-    report = {"checkpoint": args.checkpoint, "guidance": model.weights(args.guidance),
-              "form": args.form, "steps": args.steps, "sampler": args.sampler,
-              "by": args.by, "table": [],
+    report = {"guidance": model.weights(args.guidance), "table": [],
               "held_out_nearest": nearest(held),
               "held_out_nearest_autoencoder": nearest(reconstruct(model.vae, held)[0])}
     pictures, labels = [], []
@@ -879,7 +875,7 @@ def quality_by_cell(opened, args, out):
     print_cells(report, model.channels)
     data.picture(out / "quality.png", pictures, model.channels, labels,
                  ["real"] * 6 + ["generated"] * 6, model.pixel_um)
-    write_report(out / "quality.json", report, "quality.png")
+    write_report(out / "quality.json", args, report, "quality.png")
 
 
 def print_cells(report, channels):
@@ -1662,8 +1658,8 @@ def conditions(args):
         (name, e["rise"], e["error"], *e["rise_by_noise"], e["cosine"], e["rms"], e["features"])
         for name, e in table.items()])
     train_ldm.warn_of_unused({k: (e["rise"], e["error"]) for k, e in table.items()})
-    write_report(out / "conditions.json", {
-        "checkpoint": args.checkpoint, "held_out_loss": loss.mean().item(), "table": table})
+    write_report(out / "conditions.json", args, {"held_out_loss": loss.mean().item(),
+                                                 "table": table})
 
 
 def group_sizes(model, latents):
@@ -1999,9 +1995,7 @@ def control(args):
     if told["column"] == "negcon":
         cells_of(opened.manifest, [told["by"], *(args.by or [])])  # refused before any work
     out = folder_of(args)
-    report = {"checkpoint": args.checkpoint, "column": told["column"], "steps": args.steps,
-              "sampler": args.sampler,
-              "guidance": args.guidance, "learning": draw_learning(out, args.checkpoint),
+    report = {"column": told["column"], "learning": draw_learning(out, args.checkpoint),
               "identity": identity(opened, (10, 25, 50) if args.quick else (10, 25, 50, 100, 200))}
     if told["column"] == "negcon":
         report["plates"] = control_by_plate(opened, args, out)
@@ -2009,7 +2003,7 @@ def control(args):
         report["paired"] = control_paired(opened, args, out)
         if told["channels"] == len(model.channels):
             report["counterfactual"] = counterfactual(opened, args, out)
-    write_report(out / "control.json", report, "control.png")
+    write_report(out / "control.json", args, report, "control.png")
 
 
 def regress(opened, shown, seconds):
@@ -2314,7 +2308,7 @@ def compare_latent_spaces(args):
     print_latent_spaces(lines, channels)
     draw_reconstructions(out / "vae.png", pictures, channels)
     draw_rate_distortion(out / "rate_distortion.png", lines)
-    write_report(out / "vae.json", lines, "vae.png", "rate_distortion.png")
+    write_report(out / "vae.json", args, {"table": lines}, "vae.png", "rate_distortion.png")
 
 
 def measure_autoencoder(opened, x, x_hat, kl, rows):
@@ -2960,10 +2954,8 @@ def benchmark(opened, args, out):
         raise UserError("nothing to compare")
     print_benchmark(table, model.channels)
     draw_sets(out / "mol2image.png", pictures, model)
-    write_report(out / "mol2image.json", {
-        "checkpoint": args.checkpoint, "guidance": model.weights(args.guidance),
-        "steps": args.steps, "sampler": args.sampler, "train_steps": args.train_steps,
-        "table": table}, "mol2image.png")
+    write_report(out / "mol2image.json", args, {"guidance": model.weights(args.guidance),
+                                                "table": table}, "mol2image.png")
 
 
 def print_benchmark(table, channels):

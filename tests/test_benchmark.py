@@ -312,7 +312,9 @@ def test_latent_spaces_command(screen, cli, tmp_path, monkeypatch):
              "--train_steps", 4, "--images", 24, "--out", tmp_path / "o")
     status, out, error = cli(evaluate, *words)
     assert status == 0, error
-    first, second = json.loads((tmp_path / "o" / "vae.json").read_text())
+    report = json.loads((tmp_path / "o" / "vae.json").read_text())
+    assert report["asked"]["configs"] == list(words[4:6])
+    first, second = report["table"]
     assert first["numbers"] == 2 * second["numbers"] == 256
     assert first["numbers_per_pixel"] == .25  # 256 of 32x32 pixels
     assert first["originals"]["l1"] == 0 and first["baselines"]["patch PCA"]["l1"] > 0
