@@ -1636,10 +1636,9 @@ def conditions(args):
     sets = train_ldm.field_sets(model.fields)
 
     def predict(shuffled):
-        prediction, target, t = train_ldm.heldout_predictions(
+        prediction, *rest = train_ldm.heldout_predictions(
             model.denoiser, latents, model.schedule, count, shuffled)
-        loss = (prediction - target).square().flatten(1).mean(1)
-        return prediction.flatten(1), loss, t * 4 // model.schedule.T
+        return prediction.flatten(1), *rest
     plain, loss, quarter = predict(())
     sizes = group_sizes(model, latents)
     changes = feature_changes(opened, rows[:32 if args.quick else 96], sets, args)

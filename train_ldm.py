@@ -359,7 +359,8 @@ def training_batch(latents, config, schedule, fields, step):
 @torch.no_grad()
 def heldout_predictions(denoiser, latents, schedule, count=512, shuffled=()):
     """The network on `count` held-out latents with fixed noise, under the full condition but with
-    the `shuffled` fields taken from other rows: (prediction, target, t)."""
+    the `shuffled` fields taken from other rows: (prediction, loss (count,), quarter of the noise
+    levels (count,), from little noise to pure noise)."""
     rng, noise_rng = step_rng(12345, 0)
     places = latents.sound[np.resize(rng.permutation(len(latents.rows)), count)]  # all plates
     z0 = latents.draw(places, 0, noise_rng)
@@ -379,7 +380,8 @@ def heldout_predictions(denoiser, latents, schedule, count=512, shuffled=()):
             predictions.append(denoiser(
                 schedule.add_noise(z0[part], eps[part], t[part]), t[part], take(codes, part),
                 known[part], latents.molecules, take(control, part)))
-    return torch.cat(predictions), schedule.target_of(z0, eps, t), t
+    prediction, target = torch.cat(predictions), schedule.target_of(z0, eps, t)
+    return prediction, (prediction - target).square().flatten(1).mean(1), t * 4 // schedule.T
 
 
 def encoder_seed(config, step):
@@ -399,10 +401,8 @@ def take(tensors, part):
 
 
 def heldout_loss(denoiser, latents, schedule):
-    """Loss under the full condition: the mean, and by quarter of the noise levels (from little
-    noise to pure noise), because the mean hides everything."""
-    prediction, target, t = heldout_predictions(denoiser, latents, schedule)
-    losses, quarter = (prediction - target).square().flatten(1).mean(1), t * 4 // schedule.T
+    """Loss under the full condition: the mean, and by noise level, because the mean hides all."""
+    _, losses, quarter = heldout_predictions(denoiser, latents, schedule)
     return losses.mean().item(), [losses[quarter == q].mean().item() for q in range(4)]
 
 
@@ -421,8 +421,7 @@ def field_gaps(denoiser, latents, schedule, count=96):
     sets |= {"control image": ["control image"]} if latents.controls else {}
 
     def losses(shuffled):
-        prediction, target, _ = heldout_predictions(denoiser, latents, schedule, count, shuffled)
-        return (prediction - target).square().flatten(1).mean(1)
+        return heldout_predictions(denoiser, latents, schedule, count, shuffled)[1]
     plain = losses(())
     rises = {name: losses(shuffled) - plain for name, shuffled in sets.items()}
     return {name: (r.mean().item(), r.std().item() / count ** .5) for name, r in rises.items()}
