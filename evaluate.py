@@ -346,20 +346,20 @@ def correlations(p, q):
 def open_model(args):
     """The model and the data its autoencoder was trained on (or --data)."""
     model = Model.load(args.checkpoint)
-    settings = SimpleNamespace(**model.content["vae"]["settings"])
-    settings.data = args.data or model.content["settings"]["data"]
+    settings = model.content["vae"]["settings"] | {
+        "data": args.data or model.content["settings"]["data"]}
     if not 1 <= args.steps <= model.schedule.T:
         raise UserError(f"--steps {args.steps}: between 1 and {model.schedule.T}")
     model.weights(args.guidance)
-    manifest, pixels, train, held = open_data(settings, draw=False)
+    opened = open_data(SimpleNamespace(**settings), draw=False)
+    opened.model, manifest = model, opened.manifest
     for field in model.fields:
         if field.name not in manifest.columns:
             raise UserError(f"{manifest.path} has no column {field.name}, which the model was told")
         with of_manifest(manifest.path):
             check_values(field, manifest.columns[field.name],
                          model.denoiser.conditioner.encoder_class.is_molecule)
-    return SimpleNamespace(model=model, settings=settings, manifest=manifest, pixels=pixels,
-                           train=train, held=held)
+    return opened
 
 
 def open_trained(args, path):
@@ -2330,12 +2330,10 @@ def measure_autoencoder(opened, x, x_hat, kl, rows):
 def open_autoencoder(path):
     """As open_model, of an autoencoder."""
     vae, content = train_vae.load_vae(path)
-    settings = SimpleNamespace(**content["settings"])
-    manifest, pixels, train, held = open_data(settings, draw=False)
-    model = SimpleNamespace(vae=vae, channels=tuple(settings.channels.split(",")),
-                            intensity=content["intensity"])
-    return SimpleNamespace(model=model, settings=settings, manifest=manifest, pixels=pixels,
-                           train=train, held=held)
+    opened = open_data(SimpleNamespace(**content["settings"]), draw=False)
+    opened.model = SimpleNamespace(vae=vae, channels=opened.manifest.channels,
+                                   intensity=content["intensity"])
+    return opened
 
 
 def held_out(opened, count):

@@ -460,7 +460,7 @@ def group_examples(fields, manifest, rows, count=6):
 def draw_samples(path, model, p, count=8):
     """Held-out images, highest doses first and no molecule twice, and generated ones beneath;
     with a ControlNet the images that it is shown above. p: as from prepare."""
-    manifest, rows = p.manifest, p.held_rows
+    manifest, rows = p.manifest, p.held
     molecule = next((f for f in model.fields if f.kind == "molecule"), None)
     order = np.random.default_rng(0).permutation(rows)
     if doses := dose_fields(model.fields):
@@ -470,7 +470,7 @@ def draw_samples(path, model, p, count=8):
     columns = metadata(model.fields, manifest, chosen)
     real = views(p.pixels, chosen, p.settings, model.intensity)
     control = control_of(model, manifest, p.pixels, p.settings, chosen,
-                         np.concatenate([p.train_rows, rows]))
+                         np.concatenate([p.train, rows]))
     fake = model.generate(columns, range(len(chosen)), control=control)
     labels = ["\n".join(("" if f is molecule else f"{f.name} ") + columns[f.name][k][:18]
                         for f in model.fields[:3]) for k in range(len(chosen))]
@@ -568,8 +568,8 @@ def train_first(config):
                              max_corrupt=config.max_corrupt)
     with main_first():
         with all_faults(config):
-            manifest, _, train_rows, _ = train_vae.open_data(first)
-        open_fields(config, manifest, train_rows)
+            opened = train_vae.open_data(first)
+        open_fields(config, opened.manifest, opened.train)
     print("no finished autoencoder yet: training one")
     train_vae.trained(first)
 
@@ -595,11 +595,8 @@ def on_top_of_base(config):
 
 def open_images(vae_content, config):
     """The images as the autoencoder's settings read them: a namespace that `prepare` fills."""
-    settings = SimpleNamespace(**vae_content["settings"] | {
-        "data": config.data, "workers": config.workers, "max_corrupt": config.max_corrupt})
-    manifest, pixels, train_rows, held_rows = train_vae.open_data(settings)
-    return SimpleNamespace(settings=settings, manifest=manifest, pixels=pixels, sides={},
-                           train_rows=train_rows, held_rows=held_rows)
+    return train_vae.open_data(SimpleNamespace(**vae_content["settings"] | {
+        "data": config.data, "workers": config.workers, "max_corrupt": config.max_corrupt}))
 
 
 def pixel_size(manifest, binning):
@@ -618,9 +615,9 @@ def new_model(config):
     vae, vae_content = open_vae(config)
     with all_faults(config):
         p = open_images(vae_content, config)
-    p.vae, p.fields = vae, open_fields(config, p.manifest, p.train_rows)
+    p.vae, p.fields = vae, open_fields(config, p.manifest, p.train)
     torch.manual_seed(config.seed)
-    x = views(p.pixels, p.train_rows[:8], p.settings, vae_content["intensity"])[:1]
+    x = views(p.pixels, p.train[:8], p.settings, vae_content["intensity"])[:1]
     z = vae.to_latent(x.to(device()))
     unet = unet_config(config.size, z.shape[1])
     step = unet.fold * 2 ** (len(unet.multipliers) - 1)
@@ -628,15 +625,15 @@ def new_model(config):
         raise UserError(f"latents of {z.shape[2]}x{z.shape[3]} do not halve often enough for the "
                         f"U-Net {config.size}: train the autoencoder with a --crop that is a "
                         f"multiple of {step * p.settings.downsampling}")
-    molecules = fit_molecules(config, p.fields, p.manifest, p.train_rows)
+    molecules = fit_molecules(config, p.fields, p.manifest, p.train)
     p.denoiser = Denoiser(unet, p.fields, config.molecule_encoder, molecules).to(device())
     p.constant = dict(
         unet=asdict(unet), molecule_encoder=config.molecule_encoder, molecule_settings=molecules,
         schedule=dict(name=config.schedule, target=config.target, zero_snr=config.zero_snr),
         fields=[asdict(f) for f in p.fields], latent_shape=list(z.shape[1:]),
         pixel_um=pixel_size(p.manifest, p.settings.binning),
-        control=negative_control(p.fields, p.manifest, p.train_rows),
-        examples=group_examples(p.fields, p.manifest, p.train_rows), settings=asdict(config),
+        control=negative_control(p.fields, p.manifest, p.train),
+        examples=group_examples(p.fields, p.manifest, p.train), settings=asdict(config),
         vae={k: vae_content[k] for k in ("config", "weights", "intensity", "settings")},
         manifest=p.manifest.sha1())
     return p
@@ -648,7 +645,7 @@ def controlled_model(config):
     p = open_images(base.content["vae"], config)
     p.vae, p.fields, p.denoiser = base.vae, base.fields, base.denoiser
     sides = [side * p.settings.downsampling for side in base.latent_shape[1:]]
-    shape = views(p.pixels, p.train_rows[:8], p.settings, base.intensity).shape
+    shape = views(p.pixels, p.train[:8], p.settings, base.intensity).shape
     if list(shape[2:]) != sides:
         raise UserError(f"{config.data}: images of {shape[3]}x{shape[2]} pixels, the base draws "
                         f"{sides[1]}x{sides[0]}")
@@ -657,7 +654,7 @@ def controlled_model(config):
     # one file with as many channels as there are stains: the stains themselves
     stains = channels == len(base.channels) and "," not in config.control_column
     intensity = base.intensity if stains else data.fit_intensity(
-        "percentile", p.control_pixels, p.train_rows)
+        "percentile", p.control_pixels, p.train)
     kept = ("unet", "molecule_encoder", "molecule_settings", "schedule", "fields", "latent_shape",
             "pixel_um", "control", "examples", "vae")
     p.constant = {k: base.content[k] for k in kept} | {
@@ -679,12 +676,13 @@ def prepare(config):
     print("fields: " + (", ".join(f"{f.name} ({f.kind}, {f.group})" for f in p.fields) or "none"))
     p.schedule = diffusion.Schedule(**p.constant["schedule"])
     p.first = check_resume(config, p.constant) if config.resume else {"step": 0}
+    p.sides = {}
     Path(config.out).mkdir(parents=True, exist_ok=True)
     folder = Path(config.vae).parent if Path(config.vae).exists() else Path(config.out)
     # where a plate is absent from training its negative controls are held-out rows
-    both = np.concatenate([p.train_rows, p.held_rows])
-    for name, rows, each, candidates in (("training", p.train_rows, config.views, p.train_rows),
-                                         ("held-out", p.held_rows, 1, both)):
+    both = np.concatenate([p.train, p.held])
+    for name, rows, each, candidates in (("training", p.train, config.views, p.train),
+                                         ("held-out", p.held, 1, both)):
         latents = cache_latents(p.vae, p.pixels, rows, p.settings,
                                 p.constant["vae"]["intensity"], each, folder, name)
         controls = open_controls(p, rows, candidates, each, folder, name) \

@@ -517,10 +517,8 @@ def write_log(path, **values):
 # --- data ---------------------------------------------------------------------------------------
 
 def open_data(config, draw=True):
-    """The manifest and its pixels as a config (or a checkpoint's settings) says.
-
-    Returns (manifest, pixels, training rows, held-out rows).
-    """
+    """The images as a config (or a checkpoint's settings) says: a namespace of settings, manifest,
+    pixels, train and held (rows of the manifest)."""
     if draw and config.data == Config.data and not Path(config.data).exists():
         print("no data yet: drawing a simulated screen")
         data.simulate(Path(config.data).parent)
@@ -530,8 +528,9 @@ def open_data(config, draw=True):
     if not len(held):
         raise data.DataError(f"{manifest.path}: --split {config.split} holds out no row")
     workers, share = (getattr(config, k, getattr(Config, k)) for k in ("workers", "max_corrupt"))
-    return manifest, data.Pixels(manifest, config.binning, workers=workers,
-                                 max_corrupt=share), train, held
+    pixels = data.Pixels(manifest, config.binning, workers=workers, max_corrupt=share)
+    return SimpleNamespace(settings=config, manifest=manifest, pixels=pixels, train=train,
+                           held=held)
 
 
 def check_sizes(manifest, config):
@@ -662,26 +661,25 @@ def shape_of(config):
 
 def prepare(config):
     """What is known before the first step: shape, data, intensities, held-out views."""
-    shape = shape_of(config)
-    manifest, pixels, train_rows, held_rows = open_data(config)
-    intensity = data.fit_intensity(config.intensity, pixels, train_rows)
-    held_rows = np.random.default_rng(0).permutation(held_rows)  # from all plates
-    side = views(pixels, held_rows[:8], config, intensity).shape[-1]
-    looks = max(16, min(256, 2 ** 20 // side ** 2))  # a million pixels of large images
-    held = views(pixels, held_rows[:looks], config, intensity)
-    if len(held) < min(looks, 64):  # few images: several random pieces of each
-        held = torch.cat([views(pixels, held_rows, config, intensity, np.random.default_rng(k))
-                          for k in range(math.ceil(min(looks, 64) / len(held_rows)))])
-    constant = {"config": asdict(shape), "intensity": intensity, "manifest": manifest.sha1(),
-                "settings": asdict(config) | {"resume": False}}
-    return SimpleNamespace(shape=shape, pixels=pixels, train_rows=train_rows, held=held,
-                           looks=looks, intensity=intensity, constant=constant)
+    shape, p = shape_of(config), open_data(config)
+    p.intensity = data.fit_intensity(config.intensity, p.pixels, p.train)
+    rows = np.random.default_rng(0).permutation(p.held)  # from all plates
+    side = views(p.pixels, rows[:8], config, p.intensity).shape[-1]
+    p.looks = looks = max(16, min(256, 2 ** 20 // side ** 2))  # a million pixels of large images
+    p.held = views(p.pixels, rows[:looks], config, p.intensity)
+    if len(p.held) < min(looks, 64):  # few images: several random pieces of each
+        p.held = torch.cat([views(p.pixels, rows, config, p.intensity, np.random.default_rng(k))
+                            for k in range(math.ceil(min(looks, 64) / len(rows)))])
+    p.constant = {"config": asdict(shape), "intensity": p.intensity, "manifest": p.manifest.sha1(),
+                  "settings": asdict(config) | {"resume": False}}
+    p.shape = shape
+    return p
 
 
 def training_batch(p, config, step):
     """All that one step draws, from its number: views (B, C, H, W) and noise (B, Z, h, w)."""
     rng, noise_rng = step_rng(config.seed, step)
-    x = views(p.pixels, rng.choice(p.train_rows, config.batch), config, p.intensity, rng)
+    x = views(p.pixels, rng.choice(p.train, config.batch), config, p.intensity, rng)
     h, w = (n // config.downsampling for n in x.shape[2:])
     noise = torch.randn(len(x), config.latent_channels, h, w, generator=noise_rng)
     return on_its_way(x), on_its_way(noise)
@@ -734,7 +732,7 @@ def fit(vae, p, config, first, slices):
     x = p.held[:1].to(device())
     noise = torch.zeros_like(vae.encode(x)[0])
     print(f"autoencoder: {sum(w.numel() for w in vae.parameters()) / 1e6:.2f} M parameters, "
-          f"{x.numel()} pixel values to {noise.numel()} numbers, {len(p.train_rows)} images to "
+          f"{x.numel()} pixel values to {noise.numel()} numbers, {len(p.train)} images to "
           f"train on, {len(p.held)} views held out")
     flops = count_flops(lambda: loss_of(vae, x, noise, config)[0].backward())
     if config.checkpointing:
@@ -803,7 +801,7 @@ def finish(vae, p, config, state):
     out, channels = Path(config.out), p.pixels.manifest.channels
     vae.eval().requires_grad_(False)
     rng = np.random.default_rng(config.seed)
-    measure_latents(vae, [views(p.pixels, rng.choice(p.train_rows, p.looks // 4), config,
+    measure_latents(vae, [views(p.pixels, rng.choice(p.train, p.looks // 4), config,
                                 p.intensity, rng) for _ in range(8)])
     found, line, x_hat = evaluate(vae, p.held, channels)
     numbers = vae.to_latent(p.held[:1].to(device())).numel()
