@@ -2846,17 +2846,6 @@ def readers(opened, args, a, b, smiles, treatment, out):
     return sets
 
 
-def pixel_model(opened, args):
-    """The diffusion model of `--pixel_model`, which must see images as the other one does."""
-    pixel = Model.load(args.pixel_model)
-    for name, one, other in (("channels", pixel.channels, opened.model.channels),
-                             ("intensities", pixel.intensity, opened.model.intensity)):
-        if one != other:
-            raise UserError(f"{args.pixel_model} has other {name} than {args.checkpoint}: train "
-                            "both on the same data with the same settings")
-    return pixel
-
-
 # --- the benchmark --------------------------------------------------------------------------------
 
 def halved(images, size=64):
@@ -2912,7 +2901,10 @@ def benchmark(opened, args, out):
     if args.quick:
         args.images, args.train_steps = min(args.images, 96), 300
     smiles, treatment, usable = treatments(opened, args.checkpoint)
-    pixel = args.pixel_model and pixel_model(opened, args)
+    pixel = args.pixel_model and Model.load(args.pixel_model)
+    if pixel and (pixel.channels, pixel.intensity) != (model.channels, model.intensity):
+        raise UserError(f"{args.pixel_model} has other channels or intensities than "
+                        f"{args.checkpoint}: train both on the same data with the same settings")
     distinct = sorted(set(smiles) - {""})
     graphs = MOLECULE_ENCODERS["graph"]({}, 8, 8).featurise(distinct)
     number = {s: k for k, s in enumerate(distinct)}
