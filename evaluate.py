@@ -2305,7 +2305,8 @@ def compare_latent_spaces(args):
     channels = opened.model.channels
     lines[0]["originals"] = score_reconstruction(x, x, channels, screen_probe(opened), rows)
     print_latent_spaces(lines, channels)
-    draw_reconstructions(out / "vae.png", pictures, channels)
+    data.picture(out / "vae.png", [[image, *image] for image in pictures.values()], channels,
+                 list(pictures), ["all", *channels])
     draw_rate_distortion(out / "rate_distortion.png", lines)
     write_report(out / "vae.json", args, {"table": lines}, "vae.png", "rate_distortion.png")
 
@@ -2391,12 +2392,6 @@ def print_latent_spaces(lines, channels):
             (e["label"], e["generated"]["true_mechanism"], e["generated"]["batch"],
              e["generated"]["distance"], e["generated_floor"], e["generated_ceiling"],
              e["generated"]["variance_ratio"]) for e in made])
-
-
-def draw_reconstructions(path, images, channels):
-    """By channel, the same image {name: (C, H, W)} through each autoencoder."""
-    data.picture(path, [[image, *image] for image in images.values()], channels,
-                 list(images), ["all", *channels])
 
 
 def draw_rate_distortion(path, lines):
