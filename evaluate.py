@@ -1451,10 +1451,8 @@ def moved_elsewhere(opened, real, seed):
     for row, batch in zip(real.rows, batches):
         plate = rng.choice(sorted(plates[batch])) if batch != row["batch"] else row["plate"]
         goals.append(row | {"batch": str(batch), "plate": str(plate)})
-    edited = [opened.model.edit(
-        real.images[i:i + 64], *(columns_of(rows[i:i + 64], fields) for rows in (real.rows, goals)),
-        **EDITED) for i in range(0, len(goals), 64)]
-    return Labelled(torch.cat(edited), goals)
+    columns = (columns_of(rows, fields) for rows in (real.rows, goals))
+    return Labelled(opened.model.edit(real.images, *columns, **EDITED), goals)
 
 
 def classify(training, images, test, test_images, seed, weights=None):
@@ -2111,26 +2109,17 @@ def overlap(one, other, radius):
     return ((a & b).sum() / (a | b).sum().clamp(min=1)).item()
 
 
-def edit_cells(opened, before, rows, args):
-    """Images of untreated cells (N, C, H, W) edited, by inversion, to the conditions of rows."""
-    model = opened.model
-    target = metadata(model.fields, opened.manifest, rows)
-    source = target | {name: [value] * len(rows)
-                       for name, value in (model.content["control"] or {}).items()}
-    weights = {k: v for k, v in args.guidance.items() if k != "control"}
-    parts = [slice(i, i + 64) for i in range(0, len(rows), 64)]
-    return torch.cat([model.edit(
-        before[part], *({k: v[part] for k, v in c.items()} for c in (source, target)), weights,
-        args.form, interval=args.interval) for part in parts])
-
-
 def counterfactual(opened, args, out):
     """The same cells, treated: the ControlNet, and editing by inversion without it, against the
     true image of these cells after treatment. All after the autoencoder."""
     model, m, p = opened.model, opened.manifest, paired(opened, args, True)
     start, truth = (reconstruct(model.vae, x)[0] for x in (p.shown, p.real))
+    target = metadata(model.fields, m, p.rows)
+    source = target | {name: [value] * len(p.rows)  # the untreated cells'
+                       for name, value in (model.content["control"] or {}).items()}
     sets = {"untreated": start, "ControlNet": draw_controlled(opened, p.rows, args, p.hint),
-            "edited": edit_cells(opened, p.shown, p.rows, args),
+            "edited": model.edit(p.shown, source, target, args.guidance, args.form,
+                                 interval=args.interval),
             "without control": draw_controlled(opened, p.rows, args, None), "the truth": truth}
     probe = screen_probe(opened) if "true_mechanism" in m.columns else None
     nuclei = {name: (x[:, channel(model.channels, "DNA")] + 1) / 2 for name, x in sets.items()}

@@ -286,7 +286,7 @@ class Model:
 
     @torch.no_grad()
     def edit(self, images, source, target, guidance=None, form="nested", steps=EDIT_STEPS, rounds=3,
-             interval=INTERVAL, rescale=0., strength=None, seeds=None):
+             interval=INTERVAL, rescale=0., strength=None, seeds=None, batch=64):
         """Real images (n, C, H, W) in [-1, 1] as they would look under other conditions: the same
         cells. Inverted under their own conditions `source`, all weights 1, then generated from
         there under `target` ({name: [n strings]} each), weights 1 unless `guidance` says more.
@@ -303,19 +303,25 @@ class Model:
             steps = min(steps, top + 1)
         if not 1 <= steps <= top + 1:
             raise UserError(f"--steps {steps}: an image can be inverted in 1 to {top + 1} steps")
-        z = self.vae.to_latent(images.to(device()))
-        with tqdm(total=2 * steps, desc="editing", leave=False) as bar:
+        seeds, edited = seeds or range(n), []
+        bar = tqdm(total=2 * steps * len(range(0, n, batch)), desc="editing", leave=False)
+        for i in range(0, n, batch):
+            z = self.vae.to_latent(images[i:i + batch].to(device()))
+            own, asked = ({k: v[i:i + batch] for k, v in c.items()} for c in (source, target))
+            chosen = seeds[i:i + batch]
             if strength is None:
-                z = diffusion.invert(self.plain(source, n), self.schedule, z, steps, top, rounds,
+                z = diffusion.invert(self.plain(own, len(z)), self.schedule, z, steps, top, rounds,
                                      bar.update)
             else:
-                noise = diffusion.gaussian(diffusion.generators(seeds or range(n)),
-                                           self.latent_shape, device())
-                z = self.schedule.add_noise(z, noise, torch.full((n,), top))
-            z = diffusion.sample(self.guided(target, n, weights, form, interval, rescale),
-                                 self.schedule, range(n), self.latent_shape, steps, start=z,
-                                 top=top, device=device(), each_step=bar.update)
-        return self.vae.to_image(z).cpu()
+                noise = diffusion.gaussian(diffusion.generators(chosen), self.latent_shape,
+                                           device())
+                z = self.schedule.add_noise(z, noise, torch.full((len(z),), top))
+            z = diffusion.sample(self.guided(asked, len(z), weights, form, interval, rescale),
+                                 self.schedule, chosen, self.latent_shape, steps, start=z, top=top,
+                                 device=device(), each_step=bar.update)
+            edited.append(self.vae.to_image(z).cpu())
+        bar.close()
+        return torch.cat(edited)
 
     @torch.no_grad()
     def attribution(self, images, columns, levels=(.2, .4, .6, .8), seed=0):

@@ -380,6 +380,17 @@ def test_edit_returns_the_image_under_its_own_conditions(opened):
     assert error[1] < .02, error
 
 
+def test_edits_are_the_same_in_any_batch(opened):
+    model, rows = opened.model, opened.held[:3]
+    images = evaluate.real_images(opened, rows)
+    own, other = ({f.name: opened.manifest.rows(r, f.name) for f in model.fields}
+                  for r in (rows, opened.train[:3]))
+    for strength in (None, .5):
+        one, many = (model.edit(images, own, other, steps=3, rounds=1, strength=strength,
+                                seeds=[7, 8, 9], batch=n) for n in (2, 3))
+        assert_close(one, many, atol=1e-3, rtol=0)
+
+
 def test_edit_command(ldm_path, screen, cli, refused, tmp_path):
     status, out, error = cli(sample, "--checkpoint", ldm_path, "--edit", f"{screen}:9", "batch=B2",
                              "--grid", "dose=1,3", "--steps", 2, "--out", tmp_path)
