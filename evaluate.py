@@ -819,15 +819,18 @@ def nearest_distance(images, training, batch=64):
     return torch.cat([torch.cdist(x, b).min(1).values for x in a.split(batch)]) / a.shape[1] ** .5
 
 
-def summarised(channels):
-    """What `summarise` says: {feature: heading}."""
-    return {"nuclei": "nuclei", **{f"{c}_mean": c for c in channels}}
-
-
 def summarise(images, channels, radius):
     """Nuclei per image and mean intensity of each channel on [0, 1]."""
     found, names = features(images, channels, radius=radius), feature_names(channels)
-    return {k: float(found[:, names.index(k)].mean()) for k in summarised(channels)}
+    return {k: float(found[:, names.index(k)].mean())
+            for k in ("nuclei", *(f"{c}_mean" for c in channels))}
+
+
+def print_summaries(title, rows):
+    """A table of rows {label: what `summarise` says, and more numbers}."""
+    columns = dict.fromkeys(k for e in rows.values() for k in e)
+    print_table(title, {k.removesuffix("_mean").replace("_", " "): ".3f" for k in columns},
+                [(label, *map(e.get, columns)) for label, e in rows.items()])
 
 
 def drawn_and_real(opened, args, request, rows, n, real):
@@ -866,29 +869,20 @@ def quality_by_cell(opened, args, out):
         sets = drawn_and_real(opened, args, request, rows, n, 4 * n)
         fake = sets["generated"]
         entry = {"cell": cell, "in_training": bool(np.isin(rows, opened.train).any())} | {
-            name: summarise(x, model.channels, args.nucleus_radius) for name, x in sets.items()} | {
-            "nearest_training_view": nearest(fake)}
+            name: summarise(x, model.channels, args.nucleus_radius) for name, x in sets.items()}
+        entry["generated"]["nearest_training_view"] = nearest(fake)
         real = [image for name, x in sets.items() if name != "generated" for image in x[:6].numpy()]
         pictures.append((real[::max(1, len(real) // 6)][:6] or [None] * 6) + list(fake[:6].numpy()))
         labels.append(cell.replace(" x ", "\n") + ("" if entry["in_training"] else "\n(unseen)"))
         report["table"].append(entry)
-    print_cells(report, model.channels)
+    print_summaries("condition", {
+        e["cell"] + ("" if e["in_training"] else " (unseen)") + f", {kind}": e[kind]
+        for e in report["table"] for kind in e if kind.startswith(("real", "generated"))})
+    print(f"nearest training view of held-out real images {report['held_out_nearest']:.3f}, after "
+          f"the autoencoder {report['held_out_nearest_autoencoder']:.3f}")
     data.picture(out / "quality.png", pictures, model.channels, labels,
                  ["real"] * 6 + ["generated"] * 6, model.pixel_um)
     write_report(out / "quality.json", args, report, "quality.png")
-
-
-def print_cells(report, channels):
-    """The table of quality_by_cell."""
-    columns = summarised(channels)
-    rows = [(e["cell"] + ("" if e["in_training"] else " (unseen)") + f", {kind}",
-             *(e[kind][k] for k in columns),
-             e["nearest_training_view"] if kind == "generated" else None)
-            for e in report["table"] for kind in e if kind.startswith(("real", "generated"))]
-    print_table("condition", dict.fromkeys([*columns.values(), "nearest training view"], ".3f"),
-                rows)
-    print(f"nearest training view of held-out real images {report['held_out_nearest']:.3f}, after "
-          f"the autoencoder {report['held_out_nearest_autoencoder']:.3f}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1605,15 +1599,13 @@ def study_pairs(opened, args, results):
                     "named right": right.float().mean().item()}
         return entry
 
-    columns = summarised(opened.model.channels) | {"named right": "named right"}
     for treatment, plate in pairs:
         line = results.get({"pair": f"{treatment} x {plate}", "vae": finger(vae), "images": n} | {
             k: getattr(args, k) for k in ("guidance", "form", "also", "interval", "steps",
                                           "sampler", "nucleus_radius")},
             lambda: measured(treatment, plate))
-        print_table(f"left out: {line['left_out']}", dict.fromkeys(columns.values(), ".3f"), [
-            (name, *(e[k] for k in columns)) for name, e in line.items()
-            if name not in ("key", "left_out")])
+        print_summaries(f"left out: {line['left_out']}", {
+            name: e for name, e in line.items() if name not in ("key", "left_out")})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2148,7 +2140,7 @@ def control_by_plate(opened, args, out):
     is all that the model knows of them."""
     model, m, by = opened.model, opened.manifest, opened.model.controlnet["by"]
     cells, seen = cells_of(m, [by, *(args.by or [])]), set(m.rows(opened.train, by))
-    table, pictures, columns = {}, {}, summarised(model.channels)
+    table, pictures = {}, {}
     for cell in sorted(set(cells[opened.held])):
         inside = np.random.default_rng(0).permutation(opened.held[cells[opened.held] == cell])
         rows = np.resize(inside, args.images)
@@ -2159,16 +2151,13 @@ def control_by_plate(opened, args, out):
                  for name, x in sets.items()}
         for e in found.values():
             e["log_error"] = float(np.mean([abs(np.log(e[k] / found["real"][k]))
-                                            for k in columns if k != "nuclei"]))
+                                            for k in found["real"] if k.endswith("_mean")]))
         table[cell] = {"in_training": m.columns[by][inside[0]] in seen, "images": len(inside)
                        } | found
         pictures[cell] = {name: x[:6] for name, x in sets.items()}
     kinds = ("real", "with control", "without control")
-    print_table("", dict.fromkeys(columns.values(), ".4f") | {
-        "mean error of log intensity": ".3f"}, [
-        (cell + ("" if e["in_training"] else " (unseen)") + f", {kind}",
-         *(e[kind][k] for k in (*columns, "log_error")))
-        for cell, e in table.items() for kind in kinds])
+    print_summaries("", {cell + ("" if e["in_training"] else " (unseen)") + f", {kind}": e[kind]
+                         for cell, e in table.items() for kind in kinds})
     for kind in kinds[1:]:
         print(f"{kind}: mean error of log intensity over plates "
               f"{np.mean([e[kind]['log_error'] for e in table.values()]):.3f}")

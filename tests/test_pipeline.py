@@ -386,7 +386,8 @@ def test_quality_by_cell_covers_unseen_combinations(ldm_path, tmp_path, cli):
                              "--by", "role", "batch", "--out", tmp_path)
     assert status == 0, error
     table = json.loads((tmp_path / "quality.json").read_text())["table"]
-    assert len(table) == 6 and {"generated", "real", "nearest_training_view"} <= set(table[0])
+    assert len(table) == 6 and {"generated", "real"} <= set(table[0])
+    assert "nearest_training_view" in table[0]["generated"]
 
 
 # --- refusals: one line that names the fault, status 2, nothing written over ----------------------
