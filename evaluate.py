@@ -1403,12 +1403,6 @@ class Labelled:
         self.mechanism, self.batch = (np.array([r[k] for r in rows])
                                       for k in ("true_mechanism", "batch"))
 
-    def take(self, places):
-        return Labelled(self.images[torch.as_tensor(places)], [self.rows[i] for i in places])
-
-    def __add__(self, other):
-        return Labelled(torch.cat([self.images, other.images]), self.rows + other.rows)
-
     def standardised(self):
         control = torch.from_numpy(self.mechanism == "none")
         return standardise_on_controls(self.images, self.batch, control)
@@ -1476,8 +1470,9 @@ def study_shortcut(args, results):
         short = photographed(opened, confounding, 0, n, seed, train)
         free = made_balanced(opened, request, n, seed)
         half = np.random.default_rng(seed).permutation(len(free.rows))[:n // 2]
-        sets = {"confounded": short, "generated": free,
-                "both together": short.take(range(len(short.rows))[:n - n // 2]) + free.take(half),
+        both = Labelled(torch.cat([short.images[:n - n // 2], free.images[half]]),
+                        short.rows[:n - n // 2] + [free.rows[i] for i in half])
+        sets = {"confounded": short, "generated": free, "both together": both,
                 "edited": moved_elsewhere(opened, short, seed),
                 "unconfounded": photographed(opened, 0., 5000 + seed, n, seed)}
         scores = {name: classify(x, x.images, test, test.images, seed) for name, x in sets.items()}
