@@ -1171,19 +1171,6 @@ def draw_lines(path, lines):
             ("kernel distance", ("distance_seen", "distance_heldout"), lines[0]["floor"]))])
 
 
-def draw_shares(path, truth, line):
-    """Each feature's share of variance by biology and by experiment: truth and generated, joined
-    by a line. What is disentangled lies on the axes; what leaks moves off them."""
-    true = np.array([truth.omega[k].tolist() for k in ("experiment", "biology")])      # (2, F)
-    found = np.array([line["omega"][k] for k in ("experiment", "biology")])
-    with figure(path, figsize=(5, 4.6)) as axis:
-        axis.plot(*np.stack([true, found], 1), color=".8", lw=.6)                # a line a feature
-        axis.scatter(*true, s=14, color="k", label="truth")
-        axis.scatter(*found, s=14, color="tab:red", label=f"generated: {line['label']}")
-        axis.set(xlabel="share of variance by experiment (omega^2)", ylabel="by biology (omega^2)")
-        axis.legend(fontsize=8)
-
-
 def disentangle(args):
     """The tables of `evaluate.py disentangle`."""
     if args.study in ("arms", "shortcut"):
@@ -1262,7 +1249,6 @@ def study_checkpoint(opened, truth, results, args):
             (name, *(v for part in PARTS for v in (truth.omega[part][k],
                                                    lines[0]["omega"][part][k])))
             for k, name in enumerate(feature_names(opened.model.channels))])
-    draw_shares(Path(args.out) / f"{args.study}-features.png", truth, lines[-1])
     return lines
 
 
