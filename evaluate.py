@@ -1716,17 +1716,7 @@ def across_molecules(y, truth):
     """Pearson correlation across molecules of mean features at the highest dose, generated against
     true, averaged over the features in which molecules truly differ. (M, doses, seeds, F)."""
     a, b = y[:, -1].mean(1), truth[:, -1].mean(1)                                     # (M, F)
-    differ = b.std(0) > .5
-    a, b = (x[:, differ] - x[:, differ].mean(0) for x in (a, b))
-    return F.cosine_similarity(a, b, dim=0).mean().item()
-
-
-def score_molecules(series, measure, probe, images, truth):
-    """The figures of images (M * doses * seeds) against the truth (M, doses, seeds, F)."""
-    y = series.shape(measure(images))
-    spearman, decades = dose_fidelity(y, truth, series.doses, [m["ec50"] for m in series.molecules])
-    return {"probe": probe_scores(probe, images, series.rows())["true_mechanism"],
-            "correlation": across_molecules(y, truth), "dose_rank": spearman, "ec50_error": decades}
+    return correlations(a, b)[b.std(0) > .5].nan_to_num(0.).mean().item()
 
 
 def compare_encoders(args):
@@ -1779,7 +1769,11 @@ def score_encoder(opened, args, limit=None):
         if limit == "molecules permuted":
             order = np.random.default_rng(1).permutation(len(series.molecules))
             images = images.unflatten(0, (len(order), -1))[order].flatten(0, 1)
-        scores[name] = score_molecules(series, measure, probe, images, truth)
+        y, ec50 = series.shape(measure(images)), [m["ec50"] for m in series.molecules]
+        spearman, decades = dose_fidelity(y, truth, series.doses, ec50)
+        scores[name] = {"probe": probe_scores(probe, images, rows)["true_mechanism"],
+                        "correlation": across_molecules(y, truth), "dose_rank": spearman,
+                        "ec50_error": decades}
     return scores
 
 
