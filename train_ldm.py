@@ -384,11 +384,6 @@ def heldout_predictions(denoiser, latents, schedule, count=512, shuffled=()):
     return prediction, (prediction - target).square().flatten(1).mean(1), t * 4 // schedule.T
 
 
-def encoder_seed(config, step):
-    """For a molecule encoder that draws as well: random spellings of SMILES."""
-    return step_rng(config.seed, 0 if config.overfit else step)[1].initial_seed()
-
-
 def take(tensors, part):
     """The rows `part` of every tensor in a tuple or a dict, however nested; None stays None."""
     if tensors is None:
@@ -772,7 +767,9 @@ def train(config=Config()):
         optimiser.zero_grad()
         total = 0.
         for part in slices:
-            torch.manual_seed(encoder_seed(config, step) + part.start)
+            # for a molecule encoder that draws as well: random spellings of SMILES
+            torch.manual_seed(part.start + step_rng(
+                config.seed, 0 if config.overfit else step)[1].initial_seed())
             loss = loss_of(model, take(batch, part), schedule, latents.molecules,
                            config) / len(slices)
             loss.backward()
