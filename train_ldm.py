@@ -670,7 +670,7 @@ def prepare(config):
     p.control_pixels = getattr(p, "control_pixels", p.pixels)
     print("fields: " + (", ".join(f"{f.name} ({f.kind}, {f.group})" for f in p.fields) or "none"))
     p.schedule = diffusion.Schedule(**p.constant["schedule"])
-    p.first = check_resume(config, p.constant) if config.resume else {"step": 0}
+    p.first = train_vae.open_resume(config, "ldm", p.constant) if config.resume else {"step": 0}
     p.sides = {}
     Path(config.out).mkdir(parents=True, exist_ok=True)
     folder = Path(config.vae).parent if Path(config.vae).exists() else Path(config.out)
@@ -686,14 +686,6 @@ def prepare(config):
                                 config.balance, controls,
                                 [*p.pixels.corrupt, *p.control_pixels.corrupt])
     return p
-
-
-def check_resume(config, constant):
-    """`out`/model.pt, refused where it was trained under other settings, on other data or with
-    another autoencoder."""
-    weights = constant["vae"]["weights"]
-    return train_vae.open_resume(config, "ldm", constant, lambda content: any(
-        not torch.equal(w.cpu(), weights[k].cpu()) for k, w in content["vae"]["weights"].items()))
 
 
 def already_trained(config):

@@ -470,7 +470,7 @@ CHANGES = {"manifest": "the manifest has changed", "intensity": "the intensities
            "controlnet": "the control images have changed"}
 
 
-def open_resume(config, kind, constant, another_vae=lambda content: False):
+def open_resume(config, kind, constant):
     """`out`/model.pt, to go on from; refused under other settings or where what is to be saved in
     it, `constant`, says that the data or the autoencoder have changed."""
     path = Path(config.out) / "model.pt"
@@ -478,7 +478,8 @@ def open_resume(config, kind, constant, another_vae=lambda content: False):
     changed = changed_settings(config, content) + [
         says for key, says in CHANGES.items()
         if content.get(key, constant.get(key)) != constant.get(key)]
-    if another_vae(content):
+    weights = constant["vae"]["weights"] if kind == "ldm" else {}
+    if any(not torch.equal(w.cpu(), content["vae"]["weights"][k]) for k, w in weights.items()):
         changed.append("the autoencoder is another one")
     if changed:
         raise UserError(f"--resume of {path}: {'; '.join(changed)}")
