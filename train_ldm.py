@@ -708,15 +708,6 @@ def already_trained(config):
     return True
 
 
-def print_shares(fields):
-    """The dropout plan as it comes out, over 100,000 draws."""
-    keep = draw_keep(fields, 100_000, torch.Generator().manual_seed(0))
-    if fields:
-        print(f"shown in training: every field {keep.all(1).float().mean():.2f}, none "
-              f"{(~keep).all(1).float().mean():.2f}; " + ", ".join(
-                  f"{f.name} {keep[:, i].float().mean():.2f}" for i, f in enumerate(fields)))
-
-
 def loss_of(model, batch, schedule, molecules, config):
     """Mean loss of the model for a batch, or a part of one, as training_batch draws it."""
     z0, eps, t, codes, keep, control = batch
@@ -785,7 +776,8 @@ def train(config=Config()):
 
 
 def describe(p, config):
-    """Print what is trained, on what, and what it will be shown."""
+    """Print what is trained, on what, and what it will be shown: the dropout plan as it comes out,
+    over 100,000 draws."""
     name, part = ("ControlNet", p.denoiser.controlnet) if config.control_column else (
         "U-Net", p.denoiser.unet)
     latents, held = p.sides.values()
@@ -793,7 +785,11 @@ def describe(p, config):
     print(f"{name} {config.size}: {count:.2f} M parameters, latents "
           f"{tuple(latents.cache.shape[2:])}, {len(latents.rows)} images x {config.views} views, "
           f"{len(held.rows)} held out")
-    print_shares(p.fields)
+    if p.fields:
+        keep = draw_keep(p.fields, 100_000, torch.Generator().manual_seed(0)).float()
+        print(f"shown in training: every field {keep.prod(1).mean():.2f}, none "
+              f"{(1 - keep).prod(1).mean():.2f}; " + ", ".join(
+                  f"{f.name} {share:.2f}" for f, share in zip(p.fields, keep.mean(0))))
 
 
 def first_look(average, held, schedule, config):
