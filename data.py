@@ -31,6 +31,7 @@ import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property, partial
 from itertools import chain, islice
@@ -1229,43 +1230,53 @@ def composite(image, channels):
     return np.einsum("chw,ck->hwk", unit, colours_of(channels)).clip(0, 1)
 
 
-def picture(path, rows, channels, row_labels=(), column_labels=(), pixel_um=None, title=""):
-    """Draw a grid as PNG. rows: list of lists of images, (C, H, W) in [-1, 1] shown in composite
-    colour with a legend, or (H, W) in [-1, 1] shown in grey; None leaves a place empty."""
+@contextmanager
+def figure(path, *shape, layout={}, **options):
+    """with figure(path, ...) as axes: as plt.subplots, written to the file at the end."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    n, side = max(len(r) for r in rows), 1.15
-    fig, axes = plt.subplots(len(rows), n, figsize=(side * n + 1.1, side * len(rows) + .8),
-                             squeeze=False)
-    for i, row in enumerate(rows):
-        for j, axis in enumerate(axes[i]):
-            axis.set_xticks([]), axis.set_yticks([])
-            axis.spines[:].set_visible(False)
-            if j < len(row) and row[j] is not None:
-                image = np.asarray(row[j])
-                axis.imshow(composite(image, channels) if image.ndim == 3 else (image + 1) / 2,
-                            cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            if i == 0 and j < len(column_labels):
-                axis.set_title(column_labels[j], fontsize=7)
-        if i < len(row_labels):
-            axes[i, 0].set_ylabel(row_labels[i], fontsize=7, rotation=0, ha="right", va="center")
-    if pixel_um:  # a bar of a round number of micrometres, about a third of the width
-        height, width = np.asarray(next(im for im in rows[0] if im is not None)).shape[-2:]
-        length = max((v for v in (1, 2, 5, 10, 20, 50, 100, 200) if v < .5 * width * pixel_um),
-                     default=round(.3 * width * pixel_um, 3))
-        y, first = .94 * height, next(a for a in axes[-1] if a.images)
-        first.plot([3, 3 + length / pixel_um], [y, y], "w", lw=2)
-        first.text(3, y - 3, f"{length} µm", color="w", fontsize=6, va="bottom")
-    if any(np.asarray(im).ndim == 3 for row in rows for im in row if im is not None):
-        for k, (name, colour) in enumerate(zip(channels, colours_of(channels))):
-            fig.text((.1 + .6 * k) / fig.get_figwidth(), .005, name, color=colour, fontsize=8,
-                     weight="bold", bbox=dict(facecolor="black", pad=1.5, lw=0))   # in inches
-    fig.suptitle(title, fontsize=8)
-    fig.tight_layout(pad=.3, rect=(0, .03, 1, .96 if title else 1))
+    fig, axes = plt.subplots(*shape, **options)
+    yield axes
+    fig.tight_layout(**layout)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=110, bbox_inches="tight", pad_inches=.05)  # no label is cut
     plt.close(fig)
+
+
+def picture(path, rows, channels, row_labels=(), column_labels=(), pixel_um=None, title=""):
+    """Draw a grid as PNG. rows: list of lists of images, (C, H, W) in [-1, 1] shown in composite
+    colour with a legend, or (H, W) in [-1, 1] shown in grey; None leaves a place empty."""
+    n, side = max(len(r) for r in rows), 1.15
+    layout = dict(pad=.3, rect=(0, .03, 1, .96 if title else 1))
+    with figure(path, len(rows), n, figsize=(side * n + 1.1, side * len(rows) + .8),
+                squeeze=False, layout=layout) as axes:
+        fig = axes[0, 0].figure
+        for i, row in enumerate(rows):
+            for j, axis in enumerate(axes[i]):
+                axis.set_xticks([]), axis.set_yticks([])
+                axis.spines[:].set_visible(False)
+                if j < len(row) and row[j] is not None:
+                    image = np.asarray(row[j])
+                    axis.imshow(composite(image, channels) if image.ndim == 3 else (image + 1) / 2,
+                                cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+                if i == 0 and j < len(column_labels):
+                    axis.set_title(column_labels[j], fontsize=7)
+            if i < len(row_labels):
+                axes[i, 0].set_ylabel(row_labels[i], fontsize=7, rotation=0, ha="right",
+                                      va="center")
+        if pixel_um:  # a bar of a round number of micrometres, about a third of the width
+            height, width = np.asarray(next(im for im in rows[0] if im is not None)).shape[-2:]
+            length = max((v for v in (1, 2, 5, 10, 20, 50, 100, 200) if v < .5 * width * pixel_um),
+                         default=round(.3 * width * pixel_um, 3))
+            y, first = .94 * height, next(a for a in axes[-1] if a.images)
+            first.plot([3, 3 + length / pixel_um], [y, y], "w", lw=2)
+            first.text(3, y - 3, f"{length} µm", color="w", fontsize=6, va="bottom")
+        if any(np.asarray(im).ndim == 3 for row in rows for im in row if im is not None):
+            for k, (name, colour) in enumerate(zip(channels, colours_of(channels))):
+                fig.text((.1 + .6 * k) / fig.get_figwidth(), .005, name, color=colour, fontsize=8,
+                         weight="bold", bbox=dict(facecolor="black", pad=1.5, lw=0))   # in inches
+        fig.suptitle(title, fontsize=8)
 
 
 # --- 8. Commands ----------------------------------------------------------------------------------

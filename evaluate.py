@@ -14,7 +14,6 @@ conditions, 9 control, 10 vae, 11 quality --mol2image); the options at the end. 
 a function of args, and its entry in COMMANDS.
 """
 import argparse
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -42,11 +41,13 @@ import train_ldm
 import train_vae
 from conditioning import (MOLECULE_ENCODERS, blank_unseen, check_values, dose_fields,
                           of_manifest, parse_number, parse_smiles)
+from data import figure
 from diffusion import FORMS, SAMPLERS
 from sample import INTERVAL, STEPS, Model
 from train_ldm import cached_views, metadata
 from train_vae import (UserError, at_once, autocast, device, learning_rate, load_checkpoint,
-                       open_data, reconstruct, run, save_checkpoint, step_rng, views, write_log)
+                       open_data, read_log, reconstruct, run, save_checkpoint, step_rng, views,
+                       write_log)
 from unet import UNet, UNetConfig
 
 NUCLEUS_RADIUS = 4.5  # pixels; what the segmentation looks for
@@ -636,19 +637,6 @@ def print_table(title, columns, rows):
     print()
     for label, *cells in lines:
         print(label.ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells, widths[1:])), sep="  ")
-
-
-@contextlib.contextmanager
-def figure(path, *shape, **options):
-    """with figure(path, ...) as axes: as plt.subplots, written to the file at the end."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(*shape, **options)
-    yield axes
-    fig.tight_layout()
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
 
 
 def draw_rows(path, labels, panels):
@@ -2025,11 +2013,6 @@ def print_paired(table, channels):
         (name, *(np.mean(e[k]) for k in means), e["distance"]) for name, e in table.items()])
     print_table("Pearson", dict.fromkeys(channels, ".2f"), [
         (name, *e["pearson"]) for name, e in table.items()])
-
-
-def read_log(folder):
-    """The lines of log.jsonl of a training run."""
-    return [json.loads(line) for line in open(Path(folder) / "log.jsonl")]
 
 
 def report_seconds(checkpoint):

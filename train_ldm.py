@@ -492,20 +492,16 @@ def control_of(model, manifest, pixels, settings, chosen, candidates, seed=0, rn
 
 def draw_curves(folder):
     """log.jsonl as a picture: training and held-out loss, and held-out loss by noise level."""
-    import matplotlib.pyplot as plt
-    log = [json.loads(line) for line in open(folder / "log.jsonl")]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
+    log = train_vae.read_log(folder)
     steps = [entry["step"] for entry in log]
-    left.plot(steps[1:], [entry["train_loss"] for entry in log[1:]], label="training")
-    left.plot(steps, [entry["heldout_loss"] for entry in log], label="held out (EMA)")
-    for q, name in enumerate(("least noise", "less", "more", "most noise")):
-        right.plot(steps, [entry["by_noise"][q] for entry in log], label=name)
-    for axis in (left, right):
-        axis.set(xlabel="step", ylim=(0, 1.1)), axis.legend(fontsize=7)
-    left.set_ylabel("squared error of the target")
-    fig.tight_layout()
-    fig.savefig(folder / "curves.png", dpi=110)
-    plt.close(fig)
+    with data.figure(folder / "curves.png", 1, 2, figsize=(8, 3)) as (left, right):
+        left.plot(steps[1:], [entry["train_loss"] for entry in log[1:]], label="training")
+        left.plot(steps, [entry["heldout_loss"] for entry in log], label="held out (EMA)")
+        for q, name in enumerate(("least noise", "less", "more", "most noise")):
+            right.plot(steps, [entry["by_noise"][q] for entry in log], label=name)
+        for axis in (left, right):
+            axis.set(xlabel="step", ylim=(0, 1.1)), axis.legend(fontsize=7)
+        left.set_ylabel("squared error of the target")
 
 
 def open_fields(config, manifest, train_rows):

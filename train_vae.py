@@ -515,6 +515,11 @@ def write_log(path, **values):
         file.write(json.dumps(values) + "\n")
 
 
+def read_log(folder):
+    """The lines of log.jsonl of a training run."""
+    return [json.loads(line) for line in open(Path(folder) / "log.jsonl")]
+
+
 # --- data ---------------------------------------------------------------------------------------
 
 def open_data(config, draw=True):
