@@ -119,26 +119,16 @@ def run(main):
             dist.destroy_process_group()
 
 
-def add_settings(parser, config):
-    """One option per setting of a Config; the comment beside each is its help."""
-    notes = data.comments(config)
+def settings(config, argv=None):
+    """Command line to Config: one option per setting, the comment beside each is its help. A wrong
+    name or type ends with a message and exit status 2."""
+    module, notes = sys.modules[config.__module__].__doc__, data.comments(config)
+    parser = data.Parser(description=module, formatter_class=argparse.RawDescriptionHelpFormatter)
     for setting in dataclasses.fields(config):
         text = f"{notes[setting.name]} (default: {setting.default})".replace("%", "%%")
-        if setting.type is bool:
-            parser.add_argument(f"--{setting.name}", default=setting.default, help=text,
-                                action=argparse.BooleanOptionalAction)
-        elif setting.type is tuple:
-            parser.add_argument(f"--{setting.name}", nargs="*", default=setting.default, help=text)
-        else:
-            parser.add_argument(f"--{setting.name}", type=setting.type, default=setting.default,
-                                help=text)
-
-
-def settings(config, argv=None):
-    """Command line to Config: a wrong name or type ends with a message and exit status 2."""
-    module = sys.modules[config.__module__].__doc__
-    parser = data.Parser(description=module, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_settings(parser, config)
+        kind = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(nargs="*")}.get(
+            setting.type, dict(type=setting.type))
+        parser.add_argument(f"--{setting.name}", default=setting.default, help=text, **kind)
     values = vars(parser.parse_args(argv))
     if values.get("preset"):  # other defaults; what is stated beside it wins
         if values["preset"] not in PRESETS:
