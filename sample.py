@@ -242,7 +242,7 @@ class Model:
             for i in range(0, len(seeds), batch):
                 part = {name: values[i:i + batch] for name, values in columns.items()}
                 chosen = seeds[i:i + batch]
-                hint = control and slice_control(control, i, i + batch)
+                hint = take_control(control, range(i, i + len(chosen)))
                 denoise = self.guided(part, len(chosen), guidance, form, interval, rescale, hint)
                 z = diffusion.sample(denoise, self.schedule, chosen, self.latent_shape, steps, eta,
                                      sampler_of(sampler, eta), device(), bar.update)
@@ -397,15 +397,10 @@ def fading(n):
     return torch.hann_window(n + 2, periodic=False)[1:-1]
 
 
-def slice_control(control, first, last):
-    images, columns = control
-    return images[first:last], {name: values[first:last] for name, values in columns.items()}
-
-
-def repeat_control(control, n):
-    """One control image, and its metadata, for n images."""
-    images, columns = control
-    return images.repeat(n, 1, 1, 1), {name: values * n for name, values in columns.items()}
+def take_control(control, places):
+    """Control images (n, C, H, W) and their metadata at these places; None stays None."""
+    return control and (control[0][places], {name: [values[i] for i in places]
+                                             for name, values in control[1].items()})
 
 
 def check_control(model, control, any_size=False):
@@ -731,7 +726,7 @@ def generate_images(model, args, fixed, swept, weights):
             for request, seed in zip(requests, seeds)])
     else:
         images = model.generate(columns, seeds, weights, **options,
-                                control=control and repeat_control(control, len(seeds)))
+                                control=take_control(control, [0] * len(seeds)))
     rows = [list(images[i:i + width].numpy()) for i in range(0, len(images), width)]
     labels = [f"{down[0]}={d}" for _ in range(n) for d in down[1]] if down[0] else [""] * len(rows)
     if control:
