@@ -270,8 +270,6 @@ def combine(predictions, coefficients):
 def rescale(guided, given, share):
     """Bring the spread of a guided prediction back to that of the plain conditional one, by a
     `share` from 0 to 1: Eqs. 14-16 of Lin et al. 2023. Both (B, Z, h, w)."""
-    if not share:
-        return guided
     ratio = given.flatten(1).std(1) / guided.flatten(1).std(1).clamp(min=1e-6)
     return guided * (share * ratio + 1 - share)[:, None, None, None]
 
