@@ -39,12 +39,12 @@ import data
 import sample
 import train_ldm
 import train_vae
-from conditioning import (MOLECULE_ENCODERS, blank_unseen, check_values, dose_fields,
-                          of_manifest, parse_number, parse_smiles)
+from conditioning import (MOLECULE_ENCODERS, blank_unseen, dose_fields, parse_number,
+                          parse_smiles)
 from data import figure
 from diffusion import FORMS, SAMPLERS
-from sample import INTERVAL, STEPS, Model
-from train_ldm import cached_views, metadata
+from sample import INTERVAL, STEPS, Model, metadata
+from train_ldm import cached_views
 from train_vae import (UserError, at_once, autocast, device, learning_rate, load_checkpoint,
                        open_data, read_log, reconstruct, run, save_checkpoint, step_rng, views,
                        write_log)
@@ -353,13 +353,8 @@ def open_model(args):
         raise UserError(f"--steps {args.steps}: between 1 and {model.schedule.T}")
     model.weights(args.guidance)
     opened = open_data(SimpleNamespace(**settings), draw=False)
-    opened.model, manifest = model, opened.manifest
-    for field in model.fields:
-        if field.name not in manifest.columns:
-            raise UserError(f"{manifest.path} has no column {field.name}, which the model was told")
-        with of_manifest(manifest.path):
-            check_values(field, manifest.columns[field.name],
-                         model.denoiser.conditioner.encoder_class.is_molecule)
+    opened.model = model
+    train_ldm.check_manifest(model, opened.manifest)
     return opened
 
 

@@ -27,10 +27,10 @@ from tqdm import tqdm
 import data
 import diffusion
 import train_vae
-from conditioning import (MOLECULE_ENCODERS, FieldError, blank_unseen, dose_fields, draw_keep,
+from conditioning import (MOLECULE_ENCODERS, FieldError, check_values, dose_fields, draw_keep,
                           hide_molecule_of_controls, is_number, of_manifest, parse_fields,
                           treatment_group)
-from sample import Denoiser, Model, control_pixels, to_device
+from sample import Denoiser, Model, control_pixels, metadata, to_device
 from train_vae import (Loop, UserError, ahead, autocast, count_flops, device, for_training,
                        is_main, learning_rate, load_checkpoint, main_first, on_its_way, parts,
                        save_checkpoint, start_anew, step_rng, views, write_log)
@@ -188,12 +188,6 @@ def fill(part, note, source, encode, total, what):
                 fresh.write_text(json.dumps({"done": done, "bytes": file.tell(), "rng": state,
                                              "corrupt": dict(pixels.corrupt)}))
                 fresh.replace(note)
-
-
-def metadata(fields, manifest, rows, hidden=None):
-    """{field: values of these rows}, what training never saw blank, without the group `hidden`."""
-    return blank_unseen(fields, {f.name: manifest.rows(rows, f.name) for f in fields
-                                 if f.group != hidden})
 
 
 class Latents:
@@ -513,6 +507,16 @@ def open_fields(config, manifest, train_rows):
         return [f.fit(manifest.rows(train_rows, f.name)) for f in fields]
 
 
+def check_manifest(model, manifest):
+    """Refuse data that lack what a trained model was told, or have no sound values of it."""
+    for field in model.fields:
+        if field.name not in manifest.columns:
+            raise UserError(f"{manifest.path} has no column {field.name}, which the model was told")
+        with of_manifest(manifest.path):
+            check_values(field, manifest.columns[field.name],
+                         model.denoiser.conditioner.encoder_class.is_molecule)
+
+
 @contextlib.contextmanager
 def all_faults(config):
     """Faults of images that are found inside are reported with those of the fields, all at once."""
@@ -634,6 +638,7 @@ def controlled_model(config):
     """A trained model, frozen, with a ControlNet on top that knows nothing yet."""
     base = Model.load(config.base)
     p = open_images(base.content["vae"], config)
+    check_manifest(base, p.manifest)
     p.vae, p.fields, p.denoiser = base.vae, base.fields, base.denoiser
     sides = [side * p.settings.downsampling for side in base.latent_shape[1:]]
     shape = views(p.pixels, p.train[:8], p.settings, base.intensity).shape
