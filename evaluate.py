@@ -39,8 +39,7 @@ import data
 import sample
 import train_ldm
 import train_vae
-from conditioning import (MOLECULE_ENCODERS, blank_unseen, dose_fields, parse_number,
-                          parse_smiles)
+from conditioning import MOLECULE_ENCODERS, blank_unseen, parse_number, parse_smiles
 from data import figure
 from diffusion import FORMS, SAMPLERS
 from sample import INTERVAL, STEPS, Model, metadata
@@ -1886,12 +1885,9 @@ def control_rows(opened, count, strong):
     images every row is taken many times, for random pieces of it."""
     m, held = opened.manifest, np.random.default_rng(0).permutation(opened.held)
     if strong:
-        effect = m.columns.get("true_effect")
-        doses = dose_fields(opened.model.fields)
-        strong_enough = ((lambda i: float(effect[i] or 0) >= .5) if effect else
-                         (lambda i: not doses or any(float(m.columns[f.name][i] or 0) > 0
-                                                     for f in doses)))
-        held = np.array([i for i in held if strong_enough(i)], int)
+        none = set(train_ldm.untreated(m, opened.model.fields, held))
+        effect = m.columns.get("true_effect", ["1"] * len(m))
+        held = np.array([i for i in held if i not in none and float(effect[i] or 0) >= .5], int)
     cut = bool(opened.settings.crop)
     if len(held) < (1 if cut else 8):
         raise UserError(f"only {len(held)} held-out rows to draw: hold out more with --split")
