@@ -2243,7 +2243,7 @@ def measure_autoencoder(opened, x, x_hat, kl, rows):
     vae, channels, probe = opened.model.vae, opened.model.channels, screen_probe(opened)
     encode, decode = rates(vae, x)
     numbers = vae.to_latent(x[:1].to(device())).numel()
-    small = train_vae.through_small_image(x, numbers)
+    small = train_vae.shrunk(x, numbers)
     some = np.random.default_rng(1).permutation(opened.train)[:15 * at_once(x)]
     f = opened.settings.downsampling
     pca = PatchPCA(real_images(opened, some), f, numbers // (x[0, 0].numel() // f ** 2))

@@ -31,7 +31,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,7 +39,7 @@ from tqdm import tqdm
 import conditioning
 import data
 from data import CHANNELS
-from vae import VAE, VAEConfig, kl_divergence, vae_loss
+from vae import VAE, VAEConfig, kl_divergence, shrunk, vae_loss
 
 
 # the poster's size: pieces of 512x512 pixels, to 64x64x8 or 128x128x1 numbers
@@ -600,14 +599,6 @@ def reconstruct(vae, images):
     return torch.cat(out), torch.cat(kl)
 
 
-def through_small_image(images, numbers):
-    """The baseline of the same compression: area downsampling to the square that comes nearest to
-    `numbers` values per image (980 for 1024 in five channels), then bicubic upsampling."""
-    side = round((numbers / images.shape[1]) ** .5)
-    small = F.interpolate(images, (side, side), mode="area")
-    return F.interpolate(small, images.shape[2:], mode="bicubic").clamp(-1, 1)
-
-
 def reconstruction_metrics(x, x_hat):
     """L1 per channel and PSNR in dB, on [0, 1]."""
     difference = (x - x_hat) / 2
@@ -801,7 +792,7 @@ def finish(vae, p, config, state):
                                 p.intensity, rng) for _ in range(8)])
     found, line, x_hat = evaluate(vae, p.held, channels)
     numbers = vae.to_latent(p.held[:1].to(device())).numel()
-    baseline = reconstruction_metrics(p.held, through_small_image(p.held, numbers))
+    baseline = reconstruction_metrics(p.held, shrunk(p.held, numbers))
     print(f"held-out {line}\nan image shrunk to as many numbers and enlarged again: "
           f"L1 {baseline['l1']:.4f}, PSNR {baseline['psnr']:.1f} dB; peak memory "
           f"{peak_memory():.1f} GB")

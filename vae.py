@@ -211,8 +211,8 @@ def blobs(n, side=32, cells=4):
 
 
 def shrunk(x, numbers):
-    """The baseline of the same compression: (B, C, H, W) made small, to `numbers` values an image,
-    and large again."""
+    """The baseline of the same compression: area downsampling of (B, C, H, W) to the square that
+    comes nearest to `numbers` values an image, then bicubic upsampling."""
     small = F.interpolate(x, round((numbers / x.shape[1]) ** .5), mode="area")
     return F.interpolate(small, x.shape[2:], mode="bicubic").clamp(-1, 1)
 

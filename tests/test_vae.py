@@ -7,8 +7,8 @@ from torch.distributions import Normal, kl_divergence as torch_kl
 from torch.testing import assert_close
 
 from conftest import randomise
-from train_vae import measure_latents, through_small_image
-from vae import VAE, VAEConfig, kl_divergence, show, vae_loss
+from train_vae import measure_latents
+from vae import VAE, VAEConfig, kl_divergence, show, shrunk, vae_loss
 
 
 @pytest.mark.parametrize("config, latent", [
@@ -83,11 +83,11 @@ def test_every_parameter_gets_a_gradient_and_every_channel_counts():
 
 def test_small_image_baseline_keeps_as_many_numbers():
     flat = torch.full((1, 5, 64, 64), .5)
-    assert_close(through_small_image(flat, 1024), flat)
+    assert_close(shrunk(flat, 1024), flat)
     noise = torch.rand(1, 5, 64, 64)
-    assert_close(through_small_image(noise, 5 * 64 * 64), noise)
+    assert_close(shrunk(noise, 5 * 64 * 64), noise)
     # shrunk to one number per channel, an image is its mean
-    assert_close(through_small_image(noise, 5)[0, :, 0, 0], noise.mean((0, 2, 3)))
+    assert_close(shrunk(noise, 5)[0, :, 0, 0], noise.mean((0, 2, 3)))
 
 
 def test_the_demo_learns_and_its_kl_weight_has_its_effect(tmp_path, capsys):
