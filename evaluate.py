@@ -23,7 +23,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -404,26 +404,14 @@ def cells_of(manifest, by):
     return np.array([" x ".join(v) for v in zip(*(manifest.columns[name] for name in by))])
 
 
-@dataclass
-class Request:
-    """How images are asked for, in the words of Model.generate."""
-    guidance: dict
-    form: str = "nested"
-    interval: tuple = INTERVAL
-    rescale: float = 0.
-    steps: int = 15
-    sampler: str = "ddim"
-
-
 def request_of(args, model, guidance=None, **changes):
-    """The request of the command line with the changes of a study, of whose `guidance` only the
-    weights of groups that the model has are taken."""
-    words = {f.name: getattr(args, f.name) for f in dataclasses.fields(Request)
-             if hasattr(args, f.name)} | changes
+    """How images are asked for, in the words of Model.generate: as the command line says, with the
+    changes of a study, of whose `guidance` only the weights of groups that the model has count."""
+    words = {k: v for k, v in vars(args).items() if k in (
+        "form", "interval", "rescale", "steps", "sampler")} | changes
     asked = args.guidance if guidance is None else {
         g: w for g, w in guidance.items() if g in model.groups}
-    return Request(**words | {"guidance": model.weights(asked),
-                              "interval": tuple(words["interval"])})
+    return words | {"guidance": model.weights(asked), "interval": tuple(words["interval"])}
 
 
 def columns_of(rows, fields):
@@ -439,7 +427,7 @@ def generate(model, columns, seeds, request):
         first.setdefault(key, i)
     with autocast():
         images = model.generate({k: [v[i] for i in first.values()] for k, v in columns.items()},
-                                [seeds[i] for i in first.values()], **vars(request))
+                                [seeds[i] for i in first.values()], **request)
     place = {key: k for k, key in enumerate(first)}
     return images[[place[key] for key in keys]]
 
@@ -756,7 +744,7 @@ def quality(args):
         raise UserError("nothing to compare: no condition cell has four wells")
     print_quality(table)
     draw_sets(out / "quality.png", pictures, model)
-    write_report(out / "quality.json", args, {"guidance": request.guidance, "table": table},
+    write_report(out / "quality.json", args, {"guidance": request["guidance"], "table": table},
                  "quality.png")
 
 
@@ -1107,9 +1095,10 @@ def disentangle_one(model, truth, request):
         found |= {f"probe_{k}": hit[:, :, s].mean().item() for k, hit in hits.items()}
         return found | {"distance_heldout": truth.distance(y[:, :, s], target)}
     entry = named_run(model, f) | {
-        "form": request.form, "w_biology": request.guidance.get("biology", 0.),
-        "w_experiment": request.guidance.get("experiment", 0.), "step": model.content["step"],
-        "interval": list(request.interval), "rescale": request.rescale, "images": len(images)}
+        "form": request["form"], "w_biology": request["guidance"].get("biology", 0.),
+        "w_experiment": request["guidance"].get("experiment", 0.), "step": model.content["step"],
+        "interval": list(request["interval"]), "rescale": request["rescale"],
+        "images": len(images)}
     entry |= figures(torch.arange(f.seeds))
     entry |= {f"{k}_interval": v for k, v in over_seeds(figures, f.seeds).items()}
     entry["effect_biology"] = effect_size(y, truth.a, truth.b)
@@ -1222,7 +1211,7 @@ def study_checkpoint(opened, truth, results, args):
     lines = []
     for label, path, changes in planned(args, opened.model):
         request = request_of(args, opened.model, **changes)
-        key = {"checkpoint": finger(path), "images": args.images, "by": args.by} | vars(request)
+        key = {"checkpoint": finger(path), "images": args.images, "by": args.by} | request
         lines.append(results.get(key, lambda: {"label": label} | disentangle_one(
             Model.load(path), truth, request)))
     if args.study == "model":
@@ -1453,7 +1442,7 @@ def study_shortcut(args, results):
                 "closed": {k: (v - scores["confounded"]) / gap for k, v in scores.items()}}
 
     lines = [results.get({"shortcut": seed, "checkpoint": finger(checkpoint), "classifier":
-                          CLASSIFIER, "edited": EDITED} | vars(request), lambda: measured(seed))
+                          CLASSIFIER, "edited": EDITED} | request, lambda: measured(seed))
              for seed in args.seeds]
     closed = {name: [line["closed"][name] for line in lines] for name in lines[0]["scores"]}
     print_table("mechanism classifier trained on", {"accuracy": ".3f", "gap closed": ".2f"}, [
@@ -1626,7 +1615,7 @@ def feature_changes(opened, rows, sets, args):
     """How far the features of a generated image move when one field alone is another row's, on the
     same noise, weights 1: root mean square in deviations of the training images."""
     model, measure = opened.model, morphology(opened, count=400)
-    request = Request({g: 1. for g in model.groups}, steps=args.steps, sampler=args.sampler)
+    request = dict(guidance={g: 1. for g in model.groups}, steps=args.steps, sampler=args.sampler)
     own, other = (metadata(model.fields, opened.manifest, order) for order in (
         rows, np.random.default_rng(1).permutation(rows)))
 

@@ -148,7 +148,7 @@ def test_no_heldout_pair_is_in_training(opened):
 
 def test_generated_places_share_their_noise_and_follow_the_request(opened):
     factorial = evaluate.SimulatedFactorial(opened, 9 * 3 * 4)
-    request = evaluate.Request({}, steps=2)
+    request = dict(guidance={}, steps=2, sampler="ddim")
     images = evaluate.generate_places(opened.model, factorial, request)
     assert len(images) == 9 * 3 * 4
     where = torch.zeros(9, 3, dtype=torch.bool)
