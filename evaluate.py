@@ -14,7 +14,6 @@ conditions, 9 control, 10 vae, 11 quality --mol2image); the options at the end. 
 a function of args, and its entry in COMMANDS.
 """
 import argparse
-import dataclasses
 import functools
 import hashlib
 import inspect
@@ -43,7 +42,6 @@ from conditioning import MOLECULE_ENCODERS, blank_unseen, parse_number, parse_sm
 from data import figure
 from diffusion import FORMS, SAMPLERS
 from sample import INTERVAL, STEPS, Model, metadata
-from train_ldm import cached_views
 from train_vae import (UserError, at_once, autocast, device, learning_rate, load_checkpoint,
                        open_data, read_log, reconstruct, run, save_checkpoint, step_rng, views,
                        write_log)
@@ -823,8 +821,9 @@ def quality_by_cell(opened, args, out):
         raise data.DataError(f"--also: {opened.manifest.path} has no column {args.also}")
     model, n = opened.model, 24 if args.quick else 64
     cells = cells_of(opened.manifest, args.by)
-    training = torch.cat(list(cached_views(opened.pixels, opened.train, opened.settings,
-                                           model.intensity, model.content["settings"]["views"])))
+    training = torch.cat([x for x, _ in train_ldm.batches_of_views(
+        opened.pixels, opened.train, opened.settings, model.intensity,
+        model.content["settings"]["views"])])
 
     def nearest(images):
         return float(nearest_distance(images, training).median())

@@ -83,14 +83,9 @@ class Config:
 
 # --- latents ------------------------------------------------------------------------------------
 
-def cached_views(pixels, rows, config, intensity, views_each):
-    """The random views that the cache holds, in batches of 64, always the same ones."""
-    for x, _ in batches_of_views(pixels, rows, config, intensity, views_each):
-        yield x
-
-
 def batches_of_views(pixels, rows, config, intensity, views_each, first=0, state=None):
-    """The same from view number `first` on: (views, state of the random numbers after them)."""
+    """The random views that the cache holds, in batches of 64, always the same ones, from view
+    number `first` on: (views, state of the random numbers after them)."""
     rows, rng = np.repeat(rows, views_each), np.random.default_rng(0)
     rng.bit_generator.state = state or rng.bit_generator.state
 

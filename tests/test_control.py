@@ -117,9 +117,8 @@ def test_control_images_are_cut_and_turned_like_their_targets(prepared):
     p, rng = prepared["untreated"], np.random.default_rng(0)
     side, dose = p.sides["training"], p.manifest.columns["dose"]
     rows = np.array([k for k, i in enumerate(side.rows) if float(dose[i]) == 0][:20])
-    targets = list(train_ldm.cached_views(p.pixels, side.rows, p.settings,
-                                          p.constant["vae"]["intensity"], 2))
-    targets = torch.cat(targets)
+    targets = torch.cat([x for x, _ in train_ldm.batches_of_views(
+        p.pixels, side.rows, p.settings, p.constant["vae"]["intensity"], 2)])
     for view in (0, 1):
         shown, *_ = side.controls.draw(rows, np.full(len(rows), view), rng)
         assert_close(shown, targets[rows * 2 + view], atol=2e-3, rtol=0)

@@ -191,8 +191,8 @@ def test_cached_latents_are_the_views_encoded(ldm_config):
     prepared = train_ldm.prepare(replace(ldm_config, views=2))
     latents = prepared.sides["training"]
     content = train_vae.load_checkpoint(ldm_config.vae, "vae", "")
-    x = next(train_ldm.cached_views(prepared.pixels, latents.rows, prepared.settings,
-                                    content["intensity"], 2))
+    x, _ = next(train_ldm.batches_of_views(prepared.pixels, latents.rows, prepared.settings,
+                                           content["intensity"], 2))
     mean, _ = train_vae.build_vae(content).encode(x)
     cached = torch.from_numpy(np.array(latents.cache[:64, 0], np.float32))
     assert_close(cached, mean, atol=.1, rtol=.1)  # float16, encoded under bf16
