@@ -214,24 +214,15 @@ def parse_smiles(text):
     return molecule
 
 
+@functools.lru_cache(2)  # an encoder is fitted to the molecules that it featurises next
 def each_molecule(function, smiles):
-    """[function(molecule) for each SMILES], each read once; many are shared by all cores, with a
+    """[function(molecule) for each of a tuple of SMILES]; many are shared by all cores, with a
     progress bar."""
     if len(smiles) < 2000:
-        return [read_once(function, s) for s in smiles]
-    return read_together(function, tuple(smiles))
-
-
-@functools.lru_cache(1)  # an encoder is fitted to the molecules that it featurises next
-def read_together(function, smiles):
+        return [function(parse_smiles(s)) for s in smiles]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         return list(tqdm(pool.map(function, map(parse_smiles, smiles), chunksize=64),
                          desc="reading molecules", total=len(smiles)))
-
-
-@functools.lru_cache(20_000)
-def read_once(function, smiles):
-    return function(parse_smiles(smiles))
 
 
 def mlp(cin, hidden, cout):
@@ -324,10 +315,11 @@ class DescriptorEncoder(Standardised):
 
     @staticmethod
     def fit(smiles, options):
-        return column_statistics(np.array(each_molecule(calculate_descriptors, smiles), float))
+        return column_statistics(np.array(each_molecule(calculate_descriptors, tuple(smiles)),
+                                          float))
 
     def featurise(self, smiles):                                         # (M, descriptors)
-        return self.standardise(each_molecule(calculate_descriptors, smiles))
+        return self.standardise(each_molecule(calculate_descriptors, tuple(smiles)))
 
 
 class Table(Standardised):
@@ -444,7 +436,7 @@ class Graph(Encoder):
 
     def featurise(self, smiles):
         """(M, A, 6 + A): the atoms' features plus one (0: no atom), and their bonds."""
-        graphs = each_molecule(read_graph, smiles)
+        graphs = each_molecule(read_graph, tuple(smiles))
         size = max(len(atoms) for atoms, _ in graphs)
         packed = np.zeros((len(graphs), size, ATOM_FEATURES + size), np.uint8)
         for row, (atoms, bonds) in zip(packed, graphs):
