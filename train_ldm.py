@@ -306,9 +306,7 @@ def pair_shares(fields, manifest, rows, balance):
     pairs = list(zip(*(manifest.rows(rows, name) for name in first)))
     count = Counter(pairs)
     share = np.array([count[pair] for pair in pairs]) ** -float(balance)
-    doses = [manifest.rows(rows, f.name) for f in fields if f.kind == "log"]
-    treated = np.array([all(v == "" or float(v) > 0 for v in row) for row in zip(*doses)]
-                       or [True] * len(pairs))
+    treated = ~np.isin(rows, untreated(manifest, fields, rows))
     share[treated] *= treated.sum() / share[treated].sum()
     share[~treated] = 1
     return share / share.sum()

@@ -220,7 +220,8 @@ def test_pair_shares_draw_every_pair_alike():
         ("smiles", "biology"), ("dose", "biology"), ("batch", "experiment"))]
     fields[1].kind = "log"
     columns = {"smiles": list("aaabbcx"), "batch": list("1121221"), "dose": list("1111110")}
-    manifest = SimpleNamespace(rows=lambda rows, name: [columns[name][i] for i in rows])
+    manifest = SimpleNamespace(rows=lambda rows, name: [columns[name][i] for i in rows],
+                               columns=columns)
     share = train_ldm.pair_shares(fields, manifest, range(7), 1.)
     pairs = {}
     for s, pair in zip(share, zip(columns["smiles"], columns["batch"])):
@@ -229,6 +230,10 @@ def test_pair_shares_draw_every_pair_alike():
     assert_close(control, 1 / 7)                       # the negative control keeps its share
     assert_close(list(pairs.values()), [6 / 7 / 5] * 5)
     assert train_ldm.pair_shares(fields, manifest, range(7), 0.) is None
+    # serum at 0 is no dose at 0: that well is treated, and shares alike
+    fields.append(SimpleNamespace(name="serum", group="experiment", kind="log"))
+    columns["serum"] = list("0111101")
+    assert_close(train_ldm.pair_shares(fields, manifest, range(7), 1.), share)
 
 
 def test_arms_differ_in_what_they_are_told(screen, vae_path, cli, tmp_path, monkeypatch):
