@@ -1996,10 +1996,7 @@ def print_paired(table, channels):
 
 def report_seconds(checkpoint):
     """How long a model was trained, from the log beside it."""
-    log = Path(checkpoint).parent / "log.jsonl"
-    if not log.exists():
-        raise UserError(f"no {log}: the regression is trained for as long as the ControlNet was")
-    seconds = [entry.get("seconds", 0.) for entry in read_log(log.parent)]
+    seconds = [entry.get("seconds", 0.) for entry in read_log(Path(checkpoint).parent)]
     # a resumed run counts from 0 again
     return max(1., sum(a for a, b in zip(seconds, [*seconds[1:], 0.]) if b < a))
 
@@ -2728,8 +2725,7 @@ def generated_images(opened, model, checkpoint, rows, args, folder):
     key = f"{finger(checkpoint)}{opened.manifest.path.resolve()}{list(rows)}{request}"
     path = Path(folder) / f"generated-{hashlib.sha1(key.encode()).hexdigest()[:12]}.npy"
     if not path.exists():
-        shape = (len(rows), len(model.channels),
-                 *(side * model.vae.config.downsampling for side in model.latent_shape[1:]))
+        shape = (len(rows), len(model.channels), *model.size)
         made = np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", np.float16, shape)
         for i in tqdm(range(0, len(rows), 64), desc="generated images"):
             part = slice(i, i + 64)

@@ -633,11 +633,10 @@ def controlled_model(config):
     p = open_images(base.content["vae"], config)
     check_manifest(base, p.manifest)
     p.vae, p.fields, p.denoiser = base.vae, base.fields, base.denoiser
-    sides = [side * p.settings.downsampling for side in base.latent_shape[1:]]
     shape = views(p.pixels, p.train[:8], p.settings, base.intensity).shape
-    if list(shape[2:]) != sides:
+    if list(shape[2:]) != base.size:
         raise UserError(f"{config.data}: images of {shape[3]}x{shape[2]} pixels, the base draws "
-                        f"{sides[1]}x{sides[0]}")
+                        f"{base.size[1]}x{base.size[0]}")
     p.control_pixels = control_pixels(config.control_column, p.manifest, p.pixels)
     channels = len(p.control_pixels[0])
     # one file with as many channels as there are stains: the stains themselves
