@@ -551,15 +551,15 @@ def named_right(probe, images, rows):
             for q, options in answers.items()}
 
 
-def probe_scores(probe, images, rows, names=("true_mechanism", "batch")):
-    """Share of images that the probe names right: {the mechanism, at doses above half effect, the
-    batch}, under these names; {} without a probe."""
+def probe_scores(probe, images, rows):
+    """Share of images that the probe names right: {"true_mechanism", at doses above half effect,
+    "batch"}; {} without a probe."""
     if probe is None:
         return {}
     hits = named_right(probe, images, rows)
     strong = torch.tensor([float(r["true_effect"]) >= .5 for r in rows])
-    return {names[0]: hits["mechanism"][strong].float().mean().item(),
-            names[1]: hits["batch"].float().mean().item()}
+    return {"true_mechanism": hits["mechanism"][strong].float().mean().item(),
+            "batch": hits["batch"].float().mean().item()}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -781,10 +781,10 @@ def crossed_requests(opened, by):
             for combination in itertools.product(*values)}
 
 
-def nearest_distance(images, training, batch=64):
+def nearest_distance(images, training):
     """Root mean square difference of each image (N, C, H, W) to its nearest in `training`."""
-    a, b = images.flatten(1), training.flatten(1)
-    return torch.cat([torch.cdist(x, b).min(1).values for x in a.split(batch)]) / a.shape[1] ** .5
+    found = torch.cdist(images.flatten(1), training.flatten(1)).min(1).values
+    return found / images[0].numel() ** .5
 
 
 def summarise(images, channels, radius):
@@ -2161,8 +2161,7 @@ def score_reconstruction(x, x_hat, channels, probe, rows):
         "psnr_per_channel": psnr(p, q, (0, 2, 3)).tolist(),
         "emd": earth_movers_distance(p, q).tolist(),
         "fine_power": power[:, power.shape[1] // 2:].mean(1).tolist(),
-        "features": feature_agreement(x, x_hat, channels)} | probe_scores(
-            probe, x_hat, rows, ("probe_mechanism", "probe_batch"))
+        "features": feature_agreement(x, x_hat, channels)} | probe_scores(probe, x_hat, rows)
 
 
 def rates(vae, images):
@@ -2269,9 +2268,8 @@ def generation_on(args, vae, out):
     a, b = halves(opened.manifest, held, cells, args.images)
     entry, _ = quality_of(opened, a, b, cells, morphology(opened), screen_probe(opened),
                           request_of(args, opened.model))
-    return {"generated": {k: entry["generated"][k] for k in (
-        "distance", "variance_ratio", "true_mechanism", "batch")},
-        "generated_floor": entry["real"]["distance"], "generated_ceiling": entry["real"]["ceiling"]}
+    return {"generated": entry["generated"], "generated_floor": entry["real"]["distance"],
+            "generated_ceiling": entry["real"]["ceiling"]}
 
 
 def print_latent_spaces(lines, channels):
@@ -2282,7 +2280,7 @@ def print_latent_spaces(lines, channels):
     print_table("", {"numbers": "d", "a pixel": ".3f", "KL": ".0f", "L1": ".4f", "PSNR": ".1f",
                      "SSIM": ".3f", "EMD": ".4f", "mechanism": ".2f", "batch": ".2f"}, [
         (label, e.get("numbers"), e.get("numbers_per_pixel"), e.get("kl"), e["l1"], e["psnr"],
-         np.mean(e["ssim"]), np.mean(e["emd"]), e.get("probe_mechanism"), e.get("probe_batch"))
+         np.mean(e["ssim"]), np.mean(e["emd"]), e.get("true_mechanism"), e.get("batch"))
         for label, e in (*rows, ("the originals", lines[0]["originals"]))])
     for title, key, form in (("L1", "l1_per_channel", ".4f"), ("PSNR", "psnr_per_channel", ".1f"),
                              ("structural similarity", "ssim", ".3f"),
@@ -2441,9 +2439,8 @@ ZERNIKE = [(n, m) for n in range(10) for m in range(n + 1) if (n - m) % 2 == 0] 
 
 def radial_polynomial(rho, n, m):
     """R_n^m of Zernike (1934) at radii in [0, 1]."""
-    return sum((-1) ** k * math.factorial(n - k) / (
-        math.factorial(k) * math.factorial((n + m) // 2 - k) * math.factorial((n - m) // 2 - k))
-        * rho ** (n - 2 * k) for k in range((n - m) // 2 + 1))
+    return sum((-1) ** k * math.comb(n - k, k) * math.comb(n - 2 * k, (n - m) // 2 - k)
+               * rho ** (n - 2 * k) for k in range((n - m) // 2 + 1))
 
 
 def zernike_moments(labels):
