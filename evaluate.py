@@ -2187,11 +2187,11 @@ def compare_latent_spaces(args):
     is worth to a diffusion model of one budget."""
     if args.quick:
         args.train_steps, args.ldm_steps, args.images = 150, min(args.ldm_steps, 100), 96
-    out = Path(args.out)
-    results, lines, pictures = Results(out / "vae.jsonl"), [], {}
     configs = {change: train_vae.settings(train_vae.Config, [
         f"--steps={args.train_steps}", *(f"--{word}" for word in change.split())])
         for change in args.configs or LATENT_SPACES}
+    out = Path(args.out)
+    results, lines, pictures = Results(out / "vae.jsonl"), [], {}
     for change, config in configs.items():
         name = change.replace(" ", ",") or "default"
         config = replace(config, data=args.data or config.data,
