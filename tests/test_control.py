@@ -442,9 +442,9 @@ def test_training_refusals(ldm_path, control_path, screen, tmp_path, refused):
     no("--base", ldm_path, "--control_column", "negcon", "--data", tmp_path / "m.csv",
        says=["P01 has no (other) negative control"])
     for lacks in ("batch", "smiles"):
-        data.write_manifest(tmp_path / "m.csv", [
+        data.write_manifest(tmp_path / f"no_{lacks}.csv", [
             {k: v for k, v in row.items() if k != lacks} for row in rows])
-        no("--base", ldm_path, "--control_column", "negcon", "--data", tmp_path / "m.csv",
+        no("--base", ldm_path, "--control_column", "negcon", "--data", tmp_path / f"no_{lacks}.csv",
            says=[f"has no column {lacks}, which the model was told"])
     assert not (tmp_path / "out" / "model.pt").exists()
 
