@@ -501,7 +501,7 @@ def test_overlap_of_nuclei():
 
 def test_the_regression_learns_what_the_control_shows(monkeypatch):
     torch.manual_seed(0)
-    clock = itertools.count(step=.01)  # of a machine that takes as long for every step
+    clock = itertools.count(step=.02)  # of a machine that takes as long for every step
     monkeypatch.setattr(evaluate.time, "time", lambda: next(clock))
 
     def draw(rng, n):
