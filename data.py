@@ -1231,14 +1231,14 @@ def composite(image, channels):
 
 
 @contextmanager
-def figure(path, *shape, layout={}, **options):
+def figure(path, *shape, layout=None, **options):
     """with figure(path, ...) as axes: as plt.subplots, written to the file at the end."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(*shape, **options)
     yield axes
-    fig.tight_layout(**layout)
+    fig.tight_layout(**layout or {})
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=110, bbox_inches="tight", pad_inches=.05)  # no label is cut
     plt.close(fig)
@@ -1269,7 +1269,7 @@ def picture(path, rows, channels, row_labels=(), column_labels=(), pixel_um=None
             height, width = np.asarray(next(im for im in rows[0] if im is not None)).shape[-2:]
             length = max((v for v in (1, 2, 5, 10, 20, 50, 100, 200) if v < .5 * width * pixel_um),
                          default=round(.3 * width * pixel_um, 3))
-            y, first = .94 * height, next(a for a in axes[-1] if a.images)
+            y, first = .94 * height, next((a for a in axes[-1] if a.images), axes[-1, 0])
             first.plot([3, 3 + length / pixel_um], [y, y], "w", lw=2)
             first.text(3, y - 3, f"{length} µm", color="w", fontsize=6, va="bottom")
         if any(np.asarray(im).ndim == 3 for row in rows for im in row if im is not None):

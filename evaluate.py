@@ -46,6 +46,7 @@ from train_vae import (UserError, at_once, autocast, device, learning_rate, load
                        open_data, read_log, reconstruct, run, save_checkpoint, step_rng, views,
                        write_log)
 from unet import UNet, UNetConfig
+from vae import shrunk
 
 NUCLEUS_RADIUS = 4.5  # pixels; what the segmentation looks for
 
@@ -509,7 +510,7 @@ def photographs(rows, screen, intensity):
 def probe_source():
     """The code that a probe depends on: the simulator's, and that of the training."""
     code = inspect.getsource(data)
-    return code[:code.index("# --- 3. The manifest")] + "".join(
+    return code[code.index("# --- 1."):code.index("# --- 3. The manifest")] + "".join(
         inspect.getsource(f) for f in (Probe, train_probe, fit))
 
 
@@ -2187,9 +2188,7 @@ def compare_latent_spaces(args):
     is worth to a diffusion model of one budget."""
     if args.quick:
         args.train_steps, args.ldm_steps, args.images = 150, min(args.ldm_steps, 100), 96
-    configs = {change: train_vae.settings(train_vae.Config, [
-        f"--steps={args.train_steps}", *(f"--{word}" for word in change.split())])
-        for change in args.configs or LATENT_SPACES}
+    configs = {change: config_of(args, change) for change in args.configs or LATENT_SPACES}
     out = Path(args.out)
     results, lines, pictures = Results(out / "vae.jsonl"), [], {}
     for change, config in configs.items():
@@ -2222,12 +2221,21 @@ def compare_latent_spaces(args):
     write_report(out / "vae.json", args, {"table": lines}, "vae.png", "rate_distortion.png")
 
 
+def config_of(args, change):
+    """"latent_channels=8 kl_weight=1e-3" as settings of train_vae.py."""
+    for word in change.split():
+        if word.partition("=")[0] in ("data", "out", "resume", "overwrite", "help"):
+            raise UserError(f"--configs {word}: no setting of an autoencoder's training")
+    return train_vae.settings(train_vae.Config, [
+        f"--steps={args.train_steps}", *(f"--{word}" for word in change.split())])
+
+
 def measure_autoencoder(opened, x, x_hat, kl, rows):
     """One line of the table: size, rates, reconstruction, and the baselines beside it."""
     vae, channels, probe = opened.model.vae, opened.model.channels, screen_probe(opened)
     encode, decode = rates(vae, x)
     numbers = vae.to_latent(x[:1].to(device())).numel()
-    small = train_vae.shrunk(x, numbers)
+    small = shrunk(x, numbers)
     some = np.random.default_rng(1).permutation(opened.train)[:15 * at_once(x)]
     f = opened.settings.downsampling
     pca = PatchPCA(real_images(opened, some), f, numbers // (x[0, 0].numel() // f ** 2))
@@ -2805,9 +2813,11 @@ def benchmark(opened, args, out):
         args.images, args.train_steps = min(args.images, 96), 300
     smiles, treatment, usable = treatments(opened, args.checkpoint)
     pixel = args.pixel_model and Model.load(args.pixel_model)
-    if pixel and (pixel.channels, pixel.intensity) != (model.channels, model.intensity):
-        raise UserError(f"{args.pixel_model} has other channels or intensities than "
-                        f"{args.checkpoint}: train both on the same data with the same settings")
+    if pixel:
+        train_ldm.check_manifest(pixel, m)
+        if (pixel.channels, pixel.intensity) != (model.channels, model.intensity):
+            raise UserError(f"{args.pixel_model} has other channels or intensities than "
+                            f"{args.checkpoint}: train both on the same data, same settings")
     distinct = sorted(set(smiles) - {""})
     graphs = MOLECULE_ENCODERS["graph"]({}, 8, 8).featurise(distinct)
     number = {s: k for k, s in enumerate(distinct)}

@@ -550,7 +550,7 @@ def read_control(model, place, given):
         columns = blank_unseen(model.fields, {
             f.name: [given.get(f.name, "")] for f in model.fields
             if f.group != treatment_group(model.fields)})
-    if len(image) == len(wanted["intensity"]["low"]):  # else it is refused below
+    if len(image) == len(wanted["intensity"]["low"]):  # else generate refuses it
         image = data.scale_intensity(image, wanted["intensity"])
     return torch.from_numpy(np.ascontiguousarray(image))[None], columns
 

@@ -135,10 +135,11 @@ def settings(config, argv=None):
         parser.set_defaults(**PRESETS[values["preset"]])
         values = vars(parser.parse_args(argv))
     for setting in dataclasses.fields(config):
-        value, least = values[setting.name], min(1, setting.default) if setting.type is int else 0
+        value = values[setting.name]
+        least = min(1, setting.default) if setting.type is int else 0
         if setting.type in (int, float) and not least <= value < 2 ** 63:  # nan is neither
-            parser.error(f"--{setting.name} " + (f"must be at least {least}" if value < least else
-                                                 f"{value} is out of range"))
+            fault = f"must be at least {least}" if value < least else f"{value} is out of range"
+            parser.error(f"--{setting.name} {fault}")
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -459,6 +460,11 @@ CHANGES = {"manifest": "the manifest has changed", "intensity": "the intensities
            "controlnet": "the control images have changed"}
 
 
+def same_weights(one, other):
+    return one.keys() == other.keys() and all(
+        torch.equal(one[k].cpu(), other[k].cpu()) for k in one)
+
+
 def open_resume(config, kind, constant):
     """`out`/model.pt, to go on from; refused under other settings or where what is to be saved in
     it, `constant`, says that the data or the autoencoder have changed."""
@@ -467,8 +473,7 @@ def open_resume(config, kind, constant):
     changed = changed_settings(config, content) + [
         says for key, says in CHANGES.items()
         if content.get(key, constant.get(key)) != constant.get(key)]
-    weights = constant["vae"]["weights"] if kind == "ldm" else {}
-    if any(not torch.equal(w.cpu(), content["vae"]["weights"][k]) for k, w in weights.items()):
+    if kind == "ldm" and not same_weights(*(c["vae"]["weights"] for c in (content, constant))):
         changed.append("the autoencoder is another one")
     if changed:
         raise UserError(f"--resume of {path}: {'; '.join(changed)}")
@@ -653,9 +658,9 @@ def prepare(config):
     rows = np.random.default_rng(0).permutation(p.held)  # from all plates
     side = views(p.pixels, rows[:8], config, p.intensity).shape[-1]
     p.looks = looks = max(16, min(256, 2 ** 20 // side ** 2))  # a million pixels of large images
-    p.held = views(p.pixels, rows[:looks], config, p.intensity)
-    if len(p.held) < min(looks, 64):  # few images: several random pieces of each
-        p.held = torch.cat([views(p.pixels, rows, config, p.intensity, np.random.default_rng(k))
+    p.views = views(p.pixels, rows[:looks], config, p.intensity)
+    if len(p.views) < min(looks, 64):  # few images: several random pieces of each
+        p.views = torch.cat([views(p.pixels, rows, config, p.intensity, np.random.default_rng(k))
                             for k in range(math.ceil(min(looks, 64) / len(rows)))])
     p.constant = {"config": asdict(shape), "intensity": p.intensity, "manifest": p.manifest.sha1(),
                   "settings": asdict(config) | {"resume": False}}
@@ -716,11 +721,11 @@ def train(config=Config()):
 
 def fit(vae, p, config, first, slices):
     """Train from the checkpoint `first` on; returns what belongs into the next beside weights."""
-    x = p.held[:1].to(device())
+    x = p.views[:1].to(device())
     noise = torch.zeros_like(vae.encode(x)[0])
     print(f"autoencoder: {sum(w.numel() for w in vae.parameters()) / 1e6:.2f} M parameters, "
           f"{x.numel()} pixel values to {noise.numel()} numbers, {len(p.train)} images to "
-          f"train on, {len(p.held)} views held out")
+          f"train on, {len(p.views)} views held out")
     flops = count_flops(lambda: loss_of(vae, x, noise, config)[0].backward())
     if config.checkpointing:
         save_activations(vae)
@@ -754,7 +759,7 @@ def fit(vae, p, config, first, slices):
 def look(vae, p, config, step, loop):
     """Print and log the losses and how fast it goes."""
     train_l1, speed, said = loop.report()
-    found, line, _ = evaluate(vae.eval(), p.held, p.pixels.manifest.channels)
+    found, line, _ = evaluate(vae.eval(), p.views, p.pixels.manifest.channels)
     vae.train()
     tqdm.write(f"step {step + 1:5d}: train L1 {train_l1:.4f}, held-out {line}; {said}")
     write_log(Path(config.out) / "log.jsonl", step=step + 1, train_l1=train_l1, **speed, **found)
@@ -790,13 +795,13 @@ def finish(vae, p, config, state):
     rng = np.random.default_rng(config.seed)
     measure_latents(vae, [views(p.pixels, rng.choice(p.train, p.looks // 4), config,
                                 p.intensity, rng) for _ in range(8)])
-    found, line, x_hat = evaluate(vae, p.held, channels)
-    numbers = vae.to_latent(p.held[:1].to(device())).numel()
-    baseline = reconstruction_metrics(p.held, shrunk(p.held, numbers))
+    found, line, x_hat = evaluate(vae, p.views, channels)
+    numbers = vae.to_latent(p.views[:1].to(device())).numel()
+    baseline = reconstruction_metrics(p.views, shrunk(p.views, numbers))
     print(f"held-out {line}\nan image shrunk to as many numbers and enlarged again: "
           f"L1 {baseline['l1']:.4f}, PSNR {baseline['psnr']:.1f} dB; peak memory "
           f"{peak_memory():.1f} GB")
-    draw_reconstruction(out / "reconstruction.png", p.held, x_hat, channels)
+    draw_reconstruction(out / "reconstruction.png", p.views, x_hat, channels)
     (out / "result.json").write_text(json.dumps(
         {"held_out": found, "small_image": baseline, "peak_memory_gb": peak_memory(),
          "settings": asdict(config)}, indent=1))

@@ -325,6 +325,8 @@ def test_latent_spaces_command(screen, cli, tmp_path, monkeypatch):
 
 def test_latent_spaces_refuse_unknown_settings(refused, screen, tmp_path):
     for word, says in (("depth=3", "unrecognized"), ("width=wide", "invalid int value"),
+                       ("out=here", "no setting"), ("data=m.csv", "no setting"),
+                       ("overwrite", "no setting"),
                        ("preset=64x64", "one of 64x64x8, 128x128x1")):
         lines = refused(evaluate, "vae", "--data", screen, "--configs", "width=8", word, "--out",
                         tmp_path / "o", says=[word.partition("=")[0], says])

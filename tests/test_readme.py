@@ -35,7 +35,7 @@ SHORT = [
     ("sample.py", "--edit", ["--steps", "2"]),
     ("sample.py", ["--steps", "1", "-n", "1"]),
     ("evaluate.py", "quality", "--by", ["--steps", "1", "--quick"]),
-    ("evaluate.py", "quality", ["--images", "24", "--steps", "1"]),
+    ("evaluate.py", "quality", ["--images", "24", "--steps", "1", "--sets", "val"]),
     ("evaluate.py", "conditions", "--encoders", ["--steps", "1", "--seeds", "0", "--molecules", "3",
                                                  "--series", "1", "--train_steps", "2", "--names",
                                                  "fingerprint"]),
