@@ -344,7 +344,7 @@ def correlations(p, q):
 
 def open_model(args):
     """The model and the data its autoencoder was trained on (or --data)."""
-    model = Model.load(args.checkpoint)
+    model = Model.load_for_use(args.checkpoint)
     settings = model.content["vae"]["settings"] | {
         "data": args.data or model.content["settings"]["data"]}
     if not 1 <= args.steps <= model.schedule.T:

@@ -96,6 +96,15 @@ class Model:
     def load(cls, path, weights="ema"):
         return cls(load_checkpoint(path, "ldm", "run python train_ldm.py"), weights)
 
+    @classmethod
+    def load_for_use(cls, path):
+        """As `load`, and says so where the training was not finished."""
+        model = cls.load(path)
+        step, steps = model.content["step"], model.content["settings"]["steps"]
+        if step < steps:
+            print(f"{path}: step {step} of a training of {steps}")
+        return model
+
     def weights(self, guidance=None, controlled=False):
         """{group: weight} in nested order: the experiment first, then the control image where one
         is given (`controlled`; 1 unless asked otherwise), then biology given both."""
@@ -714,7 +723,7 @@ def generate_images(model, args, fixed, swept, weights):
     requests = [{k: v for k, v in (fixed | place).items() if k} for place in places]
     unknown = [f.name for f in model.fields if requests[0].get(f.name, "") == ""]
     if unknown:
-        print(f"unknown to the model: {', '.join(unknown)}")
+        print(f"not given, so unknown: {', '.join(unknown)}")
     columns = {name: [r[name] for r in requests] for name in requests[0]}
     options = dict(form=args.form, steps=args.steps, interval=args.interval, rescale=args.rescale,
                    eta=args.eta, sampler=args.sampler)
@@ -831,7 +840,7 @@ def check_arguments(args, model, weights):
 
 def main():
     args = arguments()
-    model = Model.load(args.checkpoint)
+    model = Model.load_for_use(args.checkpoint)
     fixed, swept, weights = parse_request(model, args.conditions, args.grid, args.guidance)
     check_arguments(args, model, weights)
     with warnings.catch_warnings():

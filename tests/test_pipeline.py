@@ -360,7 +360,17 @@ def test_a_number_outside_its_range_is_warned_of(ldm_path, tmp_path, cli):
     assert status == 0 and "outside the training range 0 to 10" in out
     record = json.loads((tmp_path / "samples.json").read_text())  # as asked, and as it was read
     assert record["requests"][0]["dose"] == "900" and record["used"][0]["dose"] == "10"
-    assert record["used"][0]["batch"] == "" and "unknown to the model: smiles, batch" in out
+    assert record["used"][0]["batch"] == "" and "not given, so unknown: smiles, batch" in out
+
+
+def test_a_training_that_was_not_finished_is_told(ldm_path, tmp_path, cli):
+    content = torch.load(ldm_path, weights_only=True)
+    content["settings"]["steps"] = content["step"] + 7
+    torch.save(content, tmp_path / "half.pt")
+    for path, told in ((tmp_path / "half.pt", True), (ldm_path, False)):
+        status, out, _ = cli(sample, "dose=1", "-n", 1, "--steps", 1, "--checkpoint", path,
+                             "--out", tmp_path)
+        assert status == 0 and (f"{path}: step 3 of a training of 10" in out) == told
 
 
 # --- evaluation -----------------------------------------------------------------------------------
