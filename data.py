@@ -1341,10 +1341,20 @@ def summary(values):
 
 
 def read_all(pixels):
-    """Decode every image and warn of those that are zero everywhere. Returns at most 20 faults."""
-    n = len(pixels)
-    images = tqdm(pixels.many(range(n)), desc="reading images", total=n, delay=3)
-    blank = [i + 2 for i, image in enumerate(images) if image is not None and not image.any()]
+    """Decode every image, say how large they are and which values each channel takes, and warn of
+    those that are zero everywhere. Returns at most 20 faults."""
+    n, sizes, blank = len(pixels), Counter(), []
+    low, high = np.inf, 0
+    for i, image in enumerate(tqdm(pixels.many(range(n)), desc="reading images", total=n, delay=3)):
+        if image is not None:
+            sizes[f"{image.shape[2]} x {image.shape[1]} pixels, {image.dtype}"] += 1
+            low, high = np.minimum(low, image.min((1, 2))), np.maximum(high, image.max((1, 2)))
+            blank += [] if image.any() else [i + 2]
+    for size, count in sizes.items():
+        print(f"  {count} images of {size}")
+    if sizes:
+        print("  values " + ", ".join(f"{name} {a:g} to {b:g}" for name, a, b in zip(
+            pixels.manifest.channels, low, high)))
     if blank:
         print(f"warning: {len(blank)} of {n} images are zero everywhere: row "
               + ", ".join(map(str, blank[:10])) + (" ..." if len(blank) > 10 else ""))

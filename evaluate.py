@@ -1068,8 +1068,12 @@ class Truth:
         return {k: hit.float().view(self.a.shape[:3]) for k, hit in hits.items()}
 
 
+SAME_CELLS = ("transfer", "attribution")     # studies that ask no probe, but for the same cells
+
+
 def simulated_truth(opened, args):
-    return Truth(SimulatedFactorial(opened, args.images), screen_probe(opened))
+    return Truth(SimulatedFactorial(opened, args.images),
+                 None if args.study in SAME_CELLS else screen_probe(opened))
 
 
 def named_run(model, factorial):
@@ -1162,10 +1166,14 @@ def disentangle(args):
         lines = study_arms(args, results)
     else:
         opened = open_model(args)
+        if args.by and args.study in SAME_CELLS:
+            raise UserError(f"--study {args.study} needs the simulator: the same cells elsewhere")
         truth = Truth(RealFactorial(opened, args.by, args.images), radius=args.nucleus_radius) \
             if args.by else simulated_truth(opened, args)
         if args.study == "transfer":
             study_transfer(opened, truth, results, args)
+        elif args.study == "attribution":
+            study_attribution(opened, truth, results, args)
         else:
             lines = study_checkpoint(opened, truth, results, args)
     if lines:
@@ -1460,8 +1468,6 @@ def study_transfer(opened, truth, results, args, steps=50):
     right); drift: how far the features of the other side moved, in deviations of the training set.
     """
     f, model = truth.factorial, opened.model
-    if not f.blocked:
-        raise UserError("--study transfer needs the simulator: the same cells elsewhere")
     b, e, n = len(f.biology), len(f.experiment), f.seeds
     rows, place = f.rows(), np.arange(b * e * n).reshape(b, e, n)[:, :, 0]
     biological = truth.omega["biology"] > truth.omega["experiment"]      # (F,)
@@ -1493,6 +1499,36 @@ def study_transfer(opened, truth, results, args, steps=50):
                               "drift": ".2f", "(true)": ".2f"}, [
         (e["task"], *(e[k] for k in ("l1_before", "l1_after", "moved", "drift", "true_drift")))
         for e in lines])
+
+
+# --- attribution: do the maps lie where the difference truly is? -----------------------------------
+
+def study_attribution(opened, truth, results, args, levels=(.2, .4, .6, .8)):
+    """Maps of where each group acts (`Model.attribution`) in treated images, against the true
+    difference from the same cells untreated: correlation over the pixels of an image, by mechanism
+    and noise level. The experiment's is the floor: maps are brighter wherever there are cells."""
+    f, model = truth.factorial, opened.model
+    shape = (len(f.biology), len(f.experiment), f.seeds)
+    images = truth.images.unflatten(0, shape)                            # (b, e, n, C, H, W)
+    place = np.arange(math.prod(shape)).reshape(*shape)
+    rows = f.rows()
+
+    def measured(b):
+        true = (images[b] - images[0]).abs().mean(2).flatten(0, 1)       # (e n, H, W)
+        maps = model.attribution(images[b].flatten(0, 1), columns_of(
+            [rows[i] for i in place[b].ravel()], model.fields), levels)
+        return {"mechanism": f.biology[b], "levels": levels} | {
+            group: [correlations(x.flatten(1).T, true.flatten(1).T).tolist() for x in by_level]
+            for group, by_level in maps.items()}                         # (levels, e n)
+
+    lines = [results.get({"attribution": f.biology[b], "checkpoint": finger(args.checkpoint),
+                          "images": args.images}, lambda: measured(b)) for b in range(1, shape[0])]
+    whole = {"mechanism": "all"} | {g: np.concatenate([e[g] for e in lines], 1)
+                                    for g in model.groups}
+    print_table("correlation with the true difference (5-95 % of images)", {
+        f"{g}, t/T = {level:g}": ".2f" for g in model.groups for level in levels}, [
+        (e["mechanism"], *((np.nanmean(r), np.nanpercentile(r, (5, 95)))
+                           for g in model.groups for r in e[g])) for e in (*lines, whole)])
 
 
 # --- real plates: pairs left out in turn ----------------------------------------------------------
@@ -2924,10 +2960,10 @@ COMMANDS = {
         study=("model", "one checkpoint as it is; at several guidance weights; under the forms of "
                "guidance; with each sampler in few steps and in many; along its training; the "
                "arms, told one group or both (trains them); the shortcut of a classifier (trains "
-               "it); real images edited; real plates with one pair left out in turn (trains them)",
-               dict(choices=(
+               "it); real images edited; where in an image each group acts; real plates with one "
+               "pair left out in turn (trains them)", dict(choices=(
                    "model", "weights", "forms", "samplers", "training", "arms", "shortcut",
-                   "transfer", "pairs"))),
+                   "transfer", "attribution", "pairs"))),
         images=(756, "of the whole factorial"),
         rescale=(0., "share of guidance's extra spread taken back"),
         vae=("runs/vae/model.pt", "of the arms: one for all"),

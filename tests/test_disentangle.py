@@ -189,7 +189,8 @@ def test_disentangle_writes_its_keys_and_skips_what_is_done(ldm_path, cli, tmp_p
     assert len((tmp_path / "d" / "results.jsonl").read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("study", ["model", "forms", "samplers", "training", "transfer"])
+@pytest.mark.parametrize("study", ["model", "forms", "samplers", "training", "transfer",
+                                   "attribution"])
 def test_studies_of_one_checkpoint(study, ldm_path, cli, tmp_path, monkeypatch, shared_truth):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "screen_probe", lambda *_: None)
@@ -208,11 +209,35 @@ def test_studies_of_one_checkpoint(study, ldm_path, cli, tmp_path, monkeypatch, 
     assert status == 0, error
     lines = [json.loads(line) for line in (tmp_path / "d" / "results.jsonl").open()]
     assert len(lines) == {"model": 1, "forms": len(evaluate.FORMS_TRIED), "samplers": 3,
-                          "training": 1, "transfer": 2}[study]
+                          "training": 1, "transfer": 2, "attribution": 8}[study]
     if study == "samplers":  # each is drawn with its own
         assert [line["label"] for line in lines] == ["3 steps, ddim", "3 steps, ddpm",
                                                      "3 steps, dpm"]
         assert len({line["distance_seen"] for line in lines}) == 3
+    if study == "attribution":
+        assert {line["mechanism"] for line in lines} == set(data.MECHANISMS)
+        assert np.shape(lines[0]["biology"]) == (4, 12)  # levels, batches x seeds
+
+
+def test_attribution_is_read_pixel_by_pixel(monkeypatch, tmp_path, capsys):
+    """A map that is the true difference correlates by 1, whatever its scale; its opposite by -1."""
+    rng = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, 2, 5, 8, 8, generator=rng)                  # none and one mechanism
+    true = (images[1] - images[0]).abs().mean(2).flatten(0, 1)           # (6, 8, 8)
+    model = SimpleNamespace(fields=[], groups=["biology", "experiment"], attribution=lambda x, *_: {
+        "biology": torch.stack([true, 3 * true]), "experiment": torch.stack([-true, true.flip(0)])})
+    factorial = SimpleNamespace(biology=["none", "m"], experiment=["B1", "B2", "B3"], seeds=2,
+                                rows=lambda: [{}] * 12)
+    monkeypatch.setattr(evaluate, "finger", lambda _: "0")
+    results = evaluate.Results(tmp_path / "results.jsonl")
+    evaluate.study_attribution(SimpleNamespace(model=model), SimpleNamespace(
+        factorial=factorial, images=images.flatten(0, 2)), results, SimpleNamespace(
+        checkpoint="", images=12), levels=(.2, .4))
+    line, = results.done.values()
+    assert_close(torch.tensor(line["biology"]), torch.ones(2, 6))
+    assert_close(torch.tensor(line["experiment"][0]), -torch.ones(6))
+    assert abs(np.mean(line["experiment"][1])) < .9
+    assert "1.00 (1.00 to 1.00)" in capsys.readouterr().out
 
 
 def test_pair_shares_draw_every_pair_alike():
