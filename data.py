@@ -1347,11 +1347,11 @@ def read_all(pixels):
     low, high = np.inf, 0
     for i, image in enumerate(tqdm(pixels.many(range(n)), desc="reading images", total=n, delay=3)):
         if image is not None:
-            sizes[f"{image.shape[2]} x {image.shape[1]} pixels, {image.dtype}"] += 1
+            sizes[f"{image.shape[2]} x {image.shape[1]}"] += 1
             low, high = np.minimum(low, image.min((1, 2))), np.maximum(high, image.max((1, 2)))
             blank += [] if image.any() else [i + 2]
     for size, count in sizes.items():
-        print(f"  {count} images of {size}")
+        print(f"  {count} images of {size} pixels")
     if sizes:
         print("  values " + ", ".join(f"{name} {a:g} to {b:g}" for name, a, b in zip(
             pixels.manifest.channels, low, high)))

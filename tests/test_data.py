@@ -401,7 +401,7 @@ def test_show_prints_counts_and_draws(screen, tmp_path, cli):
     status, out, _ = cli(data, "show", screen, "--out", tmp_path / "sheet.png")
     assert status == 0 and "images, channels DNA" in out and "control (96)" in out
     images = np.load(screen.parent / "image.npy")
-    assert f"{len(images)} images of {images.shape[3]} x {images.shape[2]} pixels, uint8" in out
+    assert f"{len(images)} images of {images.shape[3]} x {images.shape[2]} pixels\n" in out
     assert f"DNA {images[:, 0].min()} to {images[:, 0].max()}, ER" in out
     assert f"Mito {images[:, 4].min()} to {images[:, 4].max()}\n" in out
     with Image.open(tmp_path / "sheet.png") as sheet:
