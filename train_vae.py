@@ -144,9 +144,13 @@ def settings(config, argv=None):
 
 
 def command(config):
-    """The command line that goes on with this run; --overfit saves nothing, and starts again."""
+    """The command line that goes on with this run; --overfit saves nothing, and starts again. A
+    script that trains more than one network goes on by itself."""
+    script, started = Path(inspect.getfile(type(config))).name, Path(sys.argv[0]).name
+    if started != script and started in ("train_ldm.py", "evaluate.py"):
+        return "the same command again"
     resume = "" if getattr(config, "overfit", False) else " --resume"
-    words = [f"python {Path(inspect.getfile(type(config))).name}{resume}"]
+    words = [f"python {script}{resume}"]
     for setting in dataclasses.fields(config):
         name, value = setting.name, getattr(config, setting.name)
         if value == setting.default or name in ("resume", "overwrite"):

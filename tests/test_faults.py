@@ -626,10 +626,16 @@ def test_the_next_batch_is_drawn_during_the_step(tmp_path):
     assert slow.report()[1]["data_wait"] > .5
 
 
-def test_the_command_to_go_on_with():
+def test_the_command_to_go_on_with(monkeypatch):
     config = train_ldm.Config(out="my runs/a", biology=("smiles", "dose"), zero_snr=False,
                               target="noise", keep=2, resume=False)
     words = shlex.split(train_vae.command(config))
     assert words[:3] == ["python", "train_ldm.py", "--resume"]
     assert train_vae.settings(train_ldm.Config, words[2:]) == replace(config, resume=True)
     assert "--no-zero_snr" in words and "--steps" not in words
+    # a script that trains several networks is started again, and goes on where it was
+    monkeypatch.setattr(sys, "argv", ["some/train_ldm.py", "--steps", "9"])
+    assert train_vae.command(config).startswith("python train_ldm.py --resume")
+    assert train_vae.command(train_vae.Config()) == "the same command again"
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "disentangle", "--study", "arms"])
+    assert train_vae.command(config) == "the same command again"
