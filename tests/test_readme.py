@@ -1,5 +1,6 @@
 """Every command in the README is run, in the order of the text, on a small screen and for a few
 steps, so that none can rot."""
+import contextlib
 import functools
 import re
 import runpy
@@ -48,6 +49,8 @@ SHORT = [
     ("evaluate.py", "vae", ["--train_steps", "2", "--ldm_steps", "2", "--images", "32", "--steps",
                             "1", "--configs", "width=16 blocks=1"]),
 ]
+# what these draw and print takes 25 s, and has tests of its own in test_vae.py and test_diffusion.py
+SHOWN_ELSEWHERE = {"vae.py": ["--help"], "diffusion.py": ["--help"]}
 NOT_RUN = ("pip", "pytest", "torchrun")      # by every run of the tests, and in test_faults.py
 # what stands for itself in the text, and how it is called here
 SMALL = {"B1,B2,B3,B4,B5,B6": "B1,B2,B3", "balanced-0.9-0-1500": "balanced-0.9-0-2",
@@ -88,6 +91,10 @@ def workplace(screen, tmp_path, monkeypatch):
     probe, classifier = evaluate.train_probe, dict(images=108, test_images=60, steps=2)
     monkeypatch.setattr(evaluate, "identity", functools.partial(
         lambda inverted, opened, steps: inverted(opened, (2,), 2), evaluate.identity))
+    monkeypatch.setattr(evaluate, "study_transfer", functools.partial(
+        evaluate.study_transfer, steps=2))
+    monkeypatch.setattr(evaluate, "study_attribution", functools.partial(
+        evaluate.study_attribution, levels=(.4,)))
     monkeypatch.setattr(evaluate, "CLASSIFIER", classifier)
     monkeypatch.setattr(evaluate, "train_probe", lambda images, answers, labels, steps, *a, **k:
                         probe(images, answers, labels, 2, *a, **k))
@@ -119,8 +126,10 @@ def test_every_command_runs(workplace, cli, monkeypatch):
         for name, small in SMALL.items():
             words = [w.replace(name, small) for w in words]
         if words[1] not in SCRIPTS:  # a file of the ground floor by itself
-            monkeypatch.setattr(sys, "argv", words[1:])
-            runpy.run_path(str(conftest.ROOT / words[1]), run_name="__main__")
+            shown = SHOWN_ELSEWHERE.get(words[1], [])
+            monkeypatch.setattr(sys, "argv", words[1:] + shown)
+            with pytest.raises(SystemExit) if shown else contextlib.nullcontext():
+                runpy.run_path(str(conftest.ROOT / words[1]), run_name="__main__")
             continue
         words = shortened(words[1:])
         status, _, error = cli(SCRIPTS[words[0]], *words[1:])
