@@ -1107,7 +1107,8 @@ def disentangle_one(model, truth, request):
     entry |= {f"{k}_interval": v for k, v in over_seeds(figures, f.seeds).items()}
     entry["effect_biology"] = effect_size(y, truth.a, truth.b)
     entry["effect_experiment"] = effect_size(*(x.transpose(0, 1) for x in (y, truth.a, truth.b)))
-    entry |= {f"probe_{k}_heldout": hit[target].mean().item() for k, hit in hits.items()}
+    entry |= {f"probe_{k}_{name}": hit[where].mean().item() for k, hit in hits.items()
+              for name, where in (("seen", seen), ("heldout", target))}
     entry |= {f"probe_{k}_real": hit.mean().item() for k, hit in truth.scores.items()}
     entry |= {"distance_seen": truth.distance(y, seen),
               "distance_val": truth.distance(y, held["val"]),
@@ -1117,7 +1118,8 @@ def disentangle_one(model, truth, request):
 
 
 TABLE = ("leak_e_to_b", "leak_b_to_e", "effect_biology", "effect_experiment", "probe_mechanism",
-         "probe_batch", "distance_seen", "distance_heldout")
+         "probe_mechanism_seen", "probe_mechanism_heldout", "probe_batch", "distance_seen",
+         "distance_heldout")
 
 
 def print_lines(lines):
@@ -1501,7 +1503,7 @@ def study_transfer(opened, truth, results, args, steps=50):
         for e in lines])
 
 
-# --- attribution: do the maps lie where the difference truly is? -----------------------------------
+# --- attribution: do the maps lie where the difference truly is? ----------------------------------
 
 def study_attribution(opened, truth, results, args, levels=(.2, .4, .6, .8)):
     """Maps of where each group acts (`Model.attribution`) in treated images, against the true
@@ -2925,7 +2927,8 @@ def common(steps=15, sampler="ddim", out=None):
         data=(None, "another manifest than the model's own"),
         guidance=([], "GROUP=WEIGHT for each group", dict(nargs="+")),
         form=("nested", "of guidance", dict(choices=FORMS)),
-        interval=(INTERVAL, "noise levels between which guidance acts", dict(nargs=2, type=float)),
+        interval=(INTERVAL, "noise levels between which guidance acts",
+                  dict(nargs=2, type=float, metavar=("LOW", "HIGH"))),
         steps=(steps, "of the sampler"),
         sampler=(sampler, "dpm is DPM-Solver++ 2M", dict(choices=SAMPLERS)),
         out=(out, "folder for JSON and figures (None: the checkpoint's)"),

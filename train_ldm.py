@@ -762,7 +762,8 @@ def train(config=Config()):
                 "optimiser": optimiser.state_dict(), "step": step + 1, "losses": loop.losses},
                 config.keep)
     if config.overfit:
-        return print("one batch overfitted: the loss should be far below its first value")
+        return print("this was one batch, and nothing is kept: within some hundred steps its "
+                     "training loss should be near 0")
     if is_main():
         finish(average, held, schedule, p, config)
     return out / "model.pt"
