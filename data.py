@@ -1295,7 +1295,8 @@ def is_dose(text):
 
 
 def show(manifest_path, channels=CHANNELS, out=None):
-    """Check every file and value, print a summary of each column and draw a contact sheet.
+    """Check every file and value, print a summary of each column and of the images' sizes and
+    values, and draw a contact sheet.
 
     Faults are listed after the summary (DataError).
     """
@@ -1349,9 +1350,12 @@ def read_all(pixels):
         if image is not None:
             sizes[f"{image.shape[2]} x {image.shape[1]}"] += 1
             low, high = np.minimum(low, image.min((1, 2))), np.maximum(high, image.max((1, 2)))
-            blank += [] if image.any() else [i + 2]
-    for size, count in sizes.items():
+            if not image.any():
+                blank.append(i + 2)
+    for size, count in sizes.most_common(8):
         print(f"  {count} images of {size} pixels")
+    if len(sizes) > 8:
+        print(f"  {len(sizes) - 8} more sizes")
     if sizes:
         print("  values " + ", ".join(f"{name} {a:g} to {b:g}" for name, a, b in zip(
             pixels.manifest.channels, low, high)))

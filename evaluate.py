@@ -1068,12 +1068,8 @@ class Truth:
         return {k: hit.float().view(self.a.shape[:3]) for k, hit in hits.items()}
 
 
-SAME_CELLS = ("transfer", "attribution")     # studies that ask no probe, but for the same cells
-
-
-def simulated_truth(opened, args):
-    return Truth(SimulatedFactorial(opened, args.images),
-                 None if args.study in SAME_CELLS else screen_probe(opened))
+def simulated_truth(opened, args, probe=True):
+    return Truth(SimulatedFactorial(opened, args.images), screen_probe(opened) if probe else None)
 
 
 def named_run(model, factorial):
@@ -1107,8 +1103,10 @@ def disentangle_one(model, truth, request):
     entry |= {f"{k}_interval": v for k, v in over_seeds(figures, f.seeds).items()}
     entry["effect_biology"] = effect_size(y, truth.a, truth.b)
     entry["effect_experiment"] = effect_size(*(x.transpose(0, 1) for x in (y, truth.a, truth.b)))
-    entry |= {f"probe_{k}_{name}": hit[where].mean().item() for k, hit in hits.items()
-              for name, where in (("seen", seen), ("heldout", target))}
+    for name, where in (("seen", seen), ("heldout", target)):
+        entry |= {f"probe_{k}_{name}": hit[where].mean().item() for k, hit in hits.items()}
+        entry |= {f"probe_{k}_{name}_real": hit[where].mean().item()
+                  for k, hit in truth.scores.items()}
     entry |= {f"probe_{k}_real": hit.mean().item() for k, hit in truth.scores.items()}
     entry |= {"distance_seen": truth.distance(y, seen),
               "distance_val": truth.distance(y, held["val"]),
@@ -1126,8 +1124,8 @@ def print_lines(lines):
     """A table: one line per measurement, leaks, effects, probes and kernel distances."""
     e = lines[0]
     truth = {"leak_e_to_b": 0., "leak_b_to_e": 0., "effect_biology": 1., "effect_experiment": 1.,
-             "probe_mechanism": e.get("probe_mechanism_real"),
-             "probe_batch": e.get("probe_batch_real"), "distance_heldout": e["floor"]}
+             "distance_heldout": e["floor"]} | {
+        name: e.get(f"{name}_real") for name in TABLE if name.startswith("probe_")}
     every = [(line["label"], line) for line in lines] + [
         ("the truth itself (floor)", truth),
         ("wrong places (ceiling)", {"distance_heldout": e["ceiling"]})]
@@ -1168,16 +1166,16 @@ def disentangle(args):
         lines = study_arms(args, results)
     else:
         opened = open_model(args)
-        if args.by and args.study in SAME_CELLS:
+        if args.by and args.study in ("transfer", "attribution"):
             raise UserError(f"--study {args.study} needs the simulator: the same cells elsewhere")
-        truth = Truth(RealFactorial(opened, args.by, args.images), radius=args.nucleus_radius) \
-            if args.by else simulated_truth(opened, args)
         if args.study == "transfer":
-            study_transfer(opened, truth, results, args)
+            study_transfer(opened, simulated_truth(opened, args, probe=False), results, args)
         elif args.study == "attribution":
-            study_attribution(opened, truth, results, args)
+            study_attribution(opened, SimulatedFactorial(opened, args.images), results, args)
         else:
-            lines = study_checkpoint(opened, truth, results, args)
+            lines = study_checkpoint(opened, Truth(
+                RealFactorial(opened, args.by, args.images), radius=args.nucleus_radius)
+                if args.by else simulated_truth(opened, args), results, args)
     if lines:
         print_lines(lines)
         draw_lines(out / f"{args.study}.png", lines)
@@ -1505,26 +1503,27 @@ def study_transfer(opened, truth, results, args, steps=50):
 
 # --- attribution: do the maps lie where the difference truly is? ----------------------------------
 
-def study_attribution(opened, truth, results, args, levels=(.2, .4, .6, .8)):
+def study_attribution(opened, factorial, results, args, levels=(.2, .4, .6, .8)):
     """Maps of where each group acts (`Model.attribution`) in treated images, against the true
     difference from the same cells untreated: correlation over the pixels of an image, by mechanism
-    and noise level. The experiment's is the floor: maps are brighter wherever there are cells."""
-    f, model = truth.factorial, opened.model
+    and noise level. The experiment's is the floor: maps are brighter wherever there are cells.
+    Predictions are compared as they come: guidance and sampler have no say."""
+    f, model = factorial, opened.model
     shape = (len(f.biology), len(f.experiment), f.seeds)
-    images = truth.images.unflatten(0, shape)                            # (b, e, n, C, H, W)
-    place = np.arange(math.prod(shape)).reshape(*shape)
-    rows = f.rows()
+    images = f.truth(0).unflatten(0, shape)                              # (b, e, n, C, H, W)
+    place, rows = np.arange(math.prod(shape)).reshape(*shape), f.rows()
 
     def measured(b):
         true = (images[b] - images[0]).abs().mean(2).flatten(0, 1)       # (e n, H, W)
         maps = model.attribution(images[b].flatten(0, 1), columns_of(
             [rows[i] for i in place[b].ravel()], model.fields), levels)
-        return {"mechanism": f.biology[b], "levels": levels} | {
+        return {"mechanism": f.biology[b]} | {
             group: [correlations(x.flatten(1).T, true.flatten(1).T).tolist() for x in by_level]
             for group, by_level in maps.items()}                         # (levels, e n)
 
     lines = [results.get({"attribution": f.biology[b], "checkpoint": finger(args.checkpoint),
-                          "images": args.images}, lambda: measured(b)) for b in range(1, shape[0])]
+                          "images": args.images, "levels": levels}, lambda: measured(b))
+             for b in range(1, shape[0])]
     whole = {"mechanism": "all"} | {g: np.concatenate([e[g] for e in lines], 1)
                                     for g in model.groups}
     print_table("correlation with the true difference (5-95 % of images)", {

@@ -3,7 +3,7 @@
     python sample.py smiles="CC1CCC(B(O)O)CC1" dose=3 batch=B2 -n 8 --guidance biology=2
     python sample.py --grid dose=0,0.3,1,3,10 batch=B1,B2,B3 smiles="CC1CCC(B(O)O)CC1"
     python sample.py --edit runs/data/manifest.csv:2 batch=B3          # the same cells, elsewhere
-    python sample.py --attribution runs/data/manifest.csv:500          # where biology acts
+    python sample.py --attribution runs/data/manifest.csv:706          # where biology acts
     python sample.py --checkpoint runs/brightfield/model.pt --control field.tif batch=B3
 
 A field that is not given is unknown, not zero. The same seed gives the same cells, whatever else

@@ -762,8 +762,8 @@ def train(config=Config()):
                 "optimiser": optimiser.state_dict(), "step": step + 1, "losses": loop.losses},
                 config.keep)
     if config.overfit:
-        return print("this was one batch, and nothing is kept: within some hundred steps its "
-                     "training loss should be near 0")
+        return print("this was one batch, nothing is saved: within some hundred steps its loss "
+                     "should be near 0")
     if is_main():
         finish(average, held, schedule, p, config)
     return out / "model.pt"

@@ -144,8 +144,8 @@ def settings(config, argv=None):
 
 
 def command(config):
-    """The command line that goes on with this run; --overfit saves nothing, and starts again. A
-    script that trains more than one network goes on by itself."""
+    """How to go on with this run: its command line (--overfit saves nothing, and starts again), or
+    words where the script that was started trains other networks as well and goes on by itself."""
     script, started = Path(inspect.getfile(type(config))).name, Path(sys.argv[0]).name
     if started != script and started in ("train_ldm.py", "evaluate.py"):
         return "the same command again"

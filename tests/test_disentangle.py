@@ -160,9 +160,9 @@ def test_generated_places_share_their_noise_and_follow_the_request(opened):
 @pytest.fixture
 def shared_truth(monkeypatch):
     """One truth for the studies of one checkpoint, drawn by the first of them."""
-    def truth(opened, args, real=evaluate.simulated_truth):
+    def truth(opened, args, probe=True, real=evaluate.simulated_truth):
         if args.images not in TRUTHS:
-            TRUTHS[args.images] = real(opened, args)
+            TRUTHS[args.images] = real(opened, args, probe)
         return TRUTHS[args.images]
     monkeypatch.setattr(evaluate, "simulated_truth", truth)
 
@@ -219,24 +219,58 @@ def test_studies_of_one_checkpoint(study, ldm_path, cli, tmp_path, monkeypatch, 
         assert np.shape(lines[0]["biology"]) == (4, 12)  # levels, batches x seeds
 
 
+@pytest.mark.parametrize("study", ["transfer", "attribution"])
+def test_studies_of_the_same_cells_want_the_simulator(study, ldm_path, tmp_path, refused):
+    refused(evaluate, "disentangle", "--checkpoint", ldm_path, "--study", study, "--by", "smiles",
+            "batch", "--out", tmp_path, says=["needs the simulator"])
+
+
+def test_probes_are_told_apart_by_seen_and_heldout_pairs(opened, monkeypatch):
+    """A model that draws what it should on seen pairs only; real images are read everywhere."""
+    truth = evaluate.Truth(evaluate.SimulatedFactorial(opened, 108), more=1)
+    seen = ~(truth.factorial.held("val") | truth.factorial.held("test"))
+    hits = seen[:, :, None].float().expand(*seen.shape, truth.factorial.seeds)
+    truth.named_right = lambda images: {"mechanism": hits}
+    truth.scores = {"mechanism": torch.ones_like(hits)}
+    monkeypatch.setattr(evaluate, "generate_places", lambda *_: truth.images)
+    line = evaluate.disentangle_one(opened.model, truth, dict(
+        form="nested", guidance={}, interval=(0, 1), rescale=0.))
+    assert (line["probe_mechanism_seen"], line["probe_mechanism_heldout"]) == (1., 0.)
+    assert line["probe_mechanism_seen_real"] == line["probe_mechanism_heldout_real"] == 1.
+    assert 0 < line["probe_mechanism"] < 1
+
+
 def test_attribution_is_read_pixel_by_pixel(monkeypatch, tmp_path, capsys):
     """A map that is the true difference correlates by 1, whatever its scale; its opposite by -1."""
-    rng = torch.Generator().manual_seed(0)
-    images = torch.rand(2, 3, 2, 5, 8, 8, generator=rng)                  # none and one mechanism
-    true = (images[1] - images[0]).abs().mean(2).flatten(0, 1)           # (6, 8, 8)
-    model = SimpleNamespace(fields=[], groups=["biology", "experiment"], attribution=lambda x, *_: {
-        "biology": torch.stack([true, 3 * true]), "experiment": torch.stack([-true, true.flip(0)])})
-    factorial = SimpleNamespace(biology=["none", "m"], experiment=["B1", "B2", "B3"], seeds=2,
-                                rows=lambda: [{}] * 12)
+    images = torch.rand(3, 3, 2, 5, 8, 8, generator=torch.Generator().manual_seed(0))
+    true = {m: (images[b] - images[0]).abs().mean(2).flatten(0, 1)       # (6, 8, 8)
+            for b, m in ((1, "first"), (2, "second"))}
+    biology = ["none", "first", "second"]
+
+    def attribution(x, columns, levels):
+        name, *others = set(columns["mechanism"])
+        assert x.equal(images[biology.index(name)].flatten(0, 1)) and not others
+        assert levels == (.2, .4) and columns["batch"] == ["B1", "B1", "B2", "B2", "B3", "B3"]
+        return {"biology": torch.stack([true[name], 3 * true[name]]),
+                "experiment": torch.stack([-true[name], true[name].flip(0)])}
+    model = SimpleNamespace(fields=[SimpleNamespace(name="mechanism"), SimpleNamespace(
+        name="batch")], groups=["biology", "experiment"], attribution=attribution)
+    rows = [dict(mechanism=m, batch=f"B{e}") for m in biology for e in (1, 2, 3) for _ in range(2)]
+    factorial = SimpleNamespace(biology=biology, experiment=["B1", "B2", "B3"], seeds=2,
+                                rows=lambda: rows, truth=lambda half: images.flatten(0, 2))
     monkeypatch.setattr(evaluate, "finger", lambda _: "0")
     results = evaluate.Results(tmp_path / "results.jsonl")
-    evaluate.study_attribution(SimpleNamespace(model=model), SimpleNamespace(
-        factorial=factorial, images=images.flatten(0, 2)), results, SimpleNamespace(
-        checkpoint="", images=12), levels=(.2, .4))
-    line, = results.done.values()
-    assert_close(torch.tensor(line["biology"]), torch.ones(2, 6))
-    assert_close(torch.tensor(line["experiment"][0]), -torch.ones(6))
-    assert abs(np.mean(line["experiment"][1])) < .9
+    evaluate.study_attribution(SimpleNamespace(model=model), factorial, results, SimpleNamespace(
+        checkpoint="", images=18), levels=(.2, .4))
+    lines = list(results.done.values())
+    assert [line["mechanism"] for line in lines] == ["first", "second"]
+    for line in lines:
+        assert_close(torch.tensor(line["biology"]), torch.ones(2, 6))
+        assert_close(torch.tensor(line["experiment"][0]), -torch.ones(6))
+        maps = true[line["mechanism"]].flatten(1)
+        wanted = [np.corrcoef(x, y)[0, 1] for x, y in zip(maps.flip(0), maps)]
+        assert_close(torch.tensor(line["experiment"][1]).double(), torch.tensor(wanted),
+                     atol=1e-5, rtol=0)
     assert "1.00 (1.00 to 1.00)" in capsys.readouterr().out
 
 

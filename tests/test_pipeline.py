@@ -144,7 +144,9 @@ def test_overfit_collapses_and_saves_nothing(ldm_config, tmp_path, capsys):
     (tmp_path / "log.jsonl").write_text("kept")
     train_ldm.train(replace(ldm_config, out=str(tmp_path), overfit=True, steps=60, eval_every=30,
                             lr=5e-3))
-    lines = [line for line in capsys.readouterr().out.splitlines() if "training loss" in line]
+    out = capsys.readouterr().out
+    assert "nothing is saved" in out
+    lines = [line for line in out.splitlines() if "training loss" in line]
     first, last = (float(line.split("training loss ")[1].split(",")[0]) for line in lines)
     assert last < .8 * first and not (tmp_path / "model.pt").exists()
     assert (tmp_path / "log.jsonl").read_text() == "kept"
