@@ -25,7 +25,7 @@ SCRIPTS = {"data.py": data, "train_vae.py": train_vae, "train_ldm.py": train_ldm
 # The first row whose words are all in the command is taken.
 FEW = ["--images", "108", "--steps", "1"]
 SHORT = [
-    ("data.py", "simulate", ["--size", "32", "--replicates", "1", "--sites", "1"]),
+    ("data.py", "simulate", ["--size", "16", "--replicates", "1", "--sites", "1"]),
     ("data.py", []),
     ("train_vae.py", ["--steps", "2", "--width", "16", "--blocks", "1", "--overwrite"]),
     ("train_ldm.py", "--control_column", ["--steps", "2", "--batch", "4", "--views", "1",
