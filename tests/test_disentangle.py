@@ -161,9 +161,9 @@ def test_generated_places_share_their_noise_and_follow_the_request(opened):
 def shared_truth(monkeypatch):
     """One truth for the studies of one checkpoint, drawn by the first of them."""
     def truth(opened, args, probe=True, real=evaluate.simulated_truth):
-        if args.images not in TRUTHS:
-            TRUTHS[args.images] = real(opened, args, probe)
-        return TRUTHS[args.images]
+        if (args.images, probe) not in TRUTHS:
+            TRUTHS[args.images, probe] = real(opened, args, probe)
+        return TRUTHS[args.images, probe]
     monkeypatch.setattr(evaluate, "simulated_truth", truth)
 
 
@@ -193,7 +193,8 @@ def test_disentangle_writes_its_keys_and_skips_what_is_done(ldm_path, cli, tmp_p
                                    "attribution"])
 def test_studies_of_one_checkpoint(study, ldm_path, cli, tmp_path, monkeypatch, shared_truth):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "screen_probe", lambda *_: None)
+    monkeypatch.setattr(evaluate, "screen_probe", lambda *_: None if study not in (
+        "transfer", "attribution") else pytest.fail("these ask no probe"))
     if study == "training":
         (tmp_path / "step-3.pt").write_bytes(ldm_path.read_bytes())
         (tmp_path / "model.pt").write_bytes(ldm_path.read_bytes())
