@@ -991,6 +991,33 @@ def take_view(image, crop, rng=None, flips=True):
     return view[:, :, ::-1] if rng.random() < .5 else view
 
 
+def plate_style(images):
+    """How a plate shows untreated cells: mean (C, 1, 1) and power spectrum (C, H, W // 2 + 1), the
+    same in all directions, of images (N, C, H, W) of its negative controls."""
+    h, w = images.shape[2:]
+    mean = images.mean((0, 2, 3))[:, None, None]
+    power = (abs(np.fft.rfft2(images - mean)) ** 2).mean(0)
+    fy, fx = np.fft.fftfreq(h)[:, None], np.fft.rfftfreq(w)[None]
+    ring = np.rint(np.hypot(fy, fx) * max(h, w)).astype(int)
+    count = np.bincount(ring.ravel())
+    rings = np.stack([np.bincount(ring.ravel(), p.ravel()) / count for p in power])
+    return mean, rings[:, ring]
+
+
+def restain(image, own, other):
+    """A photograph (C, H, W) in [-1, 1] from the plate of style `own` as that of style `other`
+    would show it (styles: from plate_style).
+
+    Every frequency is scaled by sqrt(P_other / P_own). For stationary Gaussian textures this is
+    the map that carries one to the other at the least cost (Xia et al. 2014, SIAM J. Imaging
+    Sciences 7). It moves gain, background and blur; what a treatment did to the cells stays.
+    """
+    (own_mean, own_power), (other_mean, other_power) = own, other
+    scale = np.sqrt((other_power + 1e-6) / (own_power + 1e-6))
+    moved = np.fft.irfft2(np.fft.rfft2(image - own_mean) * scale, s=image.shape[1:])
+    return (moved + other_mean).clip(-1, 1).astype(np.float32)
+
+
 def split_rows(manifest, how="auto", fraction=.1, seed=0):
     """Rows for training and rows held out: two arrays of row numbers.
 

@@ -1233,15 +1233,17 @@ def study_checkpoint(opened, truth, results, args):
 
 # --- the comparison: told the perturbation, the experiment, or both -------------------------------
 
-# balanced: told both, rare pairs of molecule and batch drawn as often as common ones
+# told both; balanced: rare pairs of molecule and batch drawn as often as common ones; restained:
+# the same, and three of four treated images seen as another plate would show them
 ARMS = {"perturbations": dict(experiment=()), "experiment": dict(biology=()), "both": {},
-        "balanced": dict(balance=1.)}
+        "balanced": dict(balance=1.), "restained": dict(balance=1., restain=.75)}
 RUNS = [(0., 0), (.5, 0), (.9, 0), (.9, 1), (.9, 2)]     # confounding and seed
 WEIGHTS_BOTH = [(1, 1), (1.5, 1.5), (2, 2), (2.5, 2.5), (3, 2), (3, 3)]
 # forms and weights that are tried for each arm. Where rare pairs are not balanced v(biology) holds
-# the home batch as well, so only the balanced arm may do without nesting
+# the home batch as well, so only the balanced arms may do without nesting
 TRIED = {"both": [("nested", b, e) for b, e in WEIGHTS_BOTH],
-         "balanced": [(form, b, e) for form in ("nested", "independent") for b, e in WEIGHTS_BOTH],
+         **{arm: [(form, b, e) for form in ("nested", "independent") for b, e in WEIGHTS_BOTH]
+            for arm in ("balanced", "restained")},
          "perturbations": [("nested", b, 0) for b in (1, 1.5, 2, 3)],
          "experiment": [("nested", 0, e) for e in (1, 1.5, 2, 3)]}
 

@@ -67,6 +67,7 @@ class Config:
     lr: float = 2e-3                      # peak learning rate, after warm-up, before decay
     ema: float = 0.999                    # decay of the averaged weights that sampling uses
     balance: float = 0.0                  # 1 draws rare pairs of conditions as often as common ones
+    restain: float = 0.0                  # share of treated images seen as another plate shows them
     views: int = 2                        # random views of each image in the latent cache
     seed: int = 0                         # of weights, order, noise and dropout
     eval_every: int = 500                 # steps between held-out losses and checkpoints
@@ -81,6 +82,8 @@ class Config:
     max_corrupt: float = 0.01             # share of images that may be unreadable and are left out
 
 
+CONTROLS_SEEN = 96  # at most so many negative controls of a plate say how it shows cells
+
 # --- latents ------------------------------------------------------------------------------------
 
 def batches_of_views(pixels, rows, config, intensity, views_each, first=0, state=None):
@@ -94,19 +97,24 @@ def batches_of_views(pixels, rows, config, intensity, views_each, first=0, state
     return ahead(batch, range(first, len(rows), 64))
 
 
-def cache_latents(vae, pixels, rows, config, intensity, views_each, folder, name):
+def cache_latents(vae, pixels, rows, config, intensity, views_each, folder, name, restained=None):
     """Posterior means and log variances of `views_each` random views of each row, as a memory-
     mapped float16 array (rows * views, 2, Z, h, w). Caching keeps the augmentation: many views.
+    The last rows may be `restained` ones.
 
     The file lies beside the autoencoder, where other runs find it too; its name holds what it
     depends on: number of views, autoencoder, manifest and rows.
     """
     weights = b"".join(tensor.cpu().numpy().tobytes() for tensor in vae.state_dict().values())
-    key = cache_key(pixels, rows, config, intensity, weights)
+    moves = repr(restained.moves).encode() if restained else b""
+    key = cache_key(pixels, rows, config, intensity, weights + moves)
     path = Path(folder) / f"latents-{name}-{views_each}views-{key}.npy"
 
     @torch.no_grad()
-    def posterior(x):
+    def posterior(x, first):
+        if restained:
+            plain = len(rows) - len(restained.rows)
+            x = restained.apply(x, np.arange(first, first + len(x)) // views_each - plain)
         with autocast():
             return torch.stack(vae.encode(x.to(device())), 1)
     return cache(path, (pixels, rows, config, intensity, views_each), posterior,
@@ -122,7 +130,7 @@ def cache_key(pixels, rows, config, intensity, more=b""):
 
 
 def cache(path, source, encode, what):
-    """encode(views) of all rows as one memory-mapped float16 array (rows * views, ...) in a file,
+    """encode(views, number of the first) of all rows as one memory-mapped float16 array (rows * views, ...) in a file,
     which is used as it stands if it is there and whole. source: as batches_of_views takes it.
 
     Beside it lies a note: how far it is, the state of the random numbers, and the images that
@@ -171,7 +179,7 @@ def fill(part, note, source, encode, total, what):
     with open(part, "r+b") as file:
         file.truncate(file.seek(told["bytes"]))
         for x, state in tqdm(batches, desc=what, initial=done // 64, total=-(-total // 64)):
-            y = encode(x).cpu().numpy().astype(np.float16)
+            y = encode(x, done).cpu().numpy().astype(np.float16)
             if not done:
                 np.lib.format.write_array_header_1_0(file, {
                     "descr": y.dtype.str, "fortran_order": False, "shape": (total, *y.shape[1:])})
@@ -189,15 +197,19 @@ class Latents:
     """One side of the split, ready for training: cached posteriors and encoded metadata."""
 
     def __init__(self, cache, vae, manifest, rows, conditioner, each, balance=0., controls=None,
-                 corrupt=()):
+                 corrupt=(), restained=None):
         self.cache, self.vae, self.rows, self.each = cache, vae, rows, each
         self.controls = controls
         # instead of a row whose image cannot be read, the next one that can be is drawn
         sound = np.flatnonzero(~np.isin(rows, list(corrupt)))
         self.sound = sound[np.searchsorted(sound, np.arange(len(rows))) % len(sound)]
-        self.share = pair_shares(conditioner.fields, manifest, rows, balance)
-        self.codes, self.known, self.molecules = to_device(conditioner.encode(
-            metadata(conditioner.fields, manifest, rows), len(rows)))
+        told = metadata(conditioner.fields, manifest, rows)
+        if restained:
+            restained.tell(told)
+            self.share = restained.shares(conditioner.fields, manifest, rows, balance)
+        else:
+            self.share = pair_shares(conditioner.fields, manifest, rows, balance)
+        self.codes, self.known, self.molecules = to_device(conditioner.encode(told, len(rows)))
 
     def draw(self, places, view, noise_rng):
         """Latents (B, Z, h, w) of these places among the rows, each a fresh posterior sample."""
@@ -209,6 +221,58 @@ class Latents:
 
     def conditions(self, places):
         return {name: code[places] for name, code in self.codes.items()}, self.known[places]
+
+
+class Restained:
+    """Treated training rows once more, each as another plate would show it (data.restain), chosen
+    at random among those whose negative controls are in training: so each molecule is seen in
+    every batch, however the screen was laid out.
+
+    A plate is what all category fields beside the treatment say together (batch B2, plate P04).
+    `rows`: of the manifest; `moves`: from which plate to which, (own, other) for each.
+    """
+
+    def __init__(self, p, rows, share):
+        fields, self.share = p.fields, share
+        self.names = [f.name for f in fields
+                      if f.kind == "category" and f.group != treatment_group(fields)]
+        plates = dict(zip(rows, zip(*(p.manifest.rows(rows, name) for name in self.names))))
+        members = {}
+        for i in untreated(p.manifest, fields, rows):
+            members.setdefault(plates.get(i), []).append(i)
+        if not self.names or len(members) < 2:
+            raise UserError("--restain needs negative controls (dose 0) on two plates or more, and "
+                            "the plate, or the batch, among the --experiment fields")
+        self.styles = {plate: data.plate_style(views(
+            p.pixels, found[:CONTROLS_SEEN], p.settings, p.constant["vae"]["intensity"]).numpy())
+            for plate, found in members.items()}
+        known, rng = list(self.styles), np.random.default_rng(0)
+        treated = ~np.isin(rows, np.concatenate(list(members.values())))
+        self.rows = np.array([i for i in rows[treated] if plates[i] in self.styles], int)
+        away = rng.integers(1, len(known), len(self.rows))
+        self.moves = [(plates[i], known[(known.index(plates[i]) + k) % len(known)])
+                      for i, k in zip(self.rows, away)]
+
+    def apply(self, x, places):
+        """Images (B, C, H, W) of rows counted from the first restained one; those before it, with
+        places below 0, stay as they are."""
+        return torch.from_numpy(np.stack([
+            image if k < 0 else data.restain(image, *(self.styles[q] for q in self.moves[k]))
+            for image, k in zip(x.numpy(), places)]))
+
+    def tell(self, columns):
+        """Metadata of rows of which the last are restained: these are told the other plate."""
+        for name, values in zip(self.names, zip(*(other for _, other in self.moves))):
+            columns[name][-len(self.rows):] = values
+
+    def shares(self, fields, manifest, rows, balance):
+        """How often each row is drawn: of treated images `share` restained, in the proportions of
+        the plain ones."""
+        plain = rows[:-len(self.rows)]
+        share = pair_shares(fields, manifest, plain, balance)
+        share = np.full(len(plain), 1 / len(plain)) if share is None else share
+        able = np.isin(plain, self.rows)
+        return np.concatenate([np.where(able, 1 - self.share, 1) * share, self.share * share[able]])
 
 
 class Controls:
@@ -287,7 +351,7 @@ def open_controls(p, rows, candidates, each, folder, name):
                                            says["by"])
     key = cache_key(p.control_pixels, rows, p.settings, says["intensity"], says["column"].encode())
     images = cache(folder / f"controls-{name}-{each}views-{key}.npy", (
-        p.control_pixels, rows, p.settings, says["intensity"], each), lambda x: x,
+        p.control_pixels, rows, p.settings, says["intensity"], each), lambda x, first: x,
         f"control images, {name}")
     return Controls(images, p.manifest, rows, conditioner, each, partners)
 
@@ -671,13 +735,17 @@ def prepare(config):
     both = np.concatenate([p.train, p.held])
     for name, rows, each, candidates in (("training", p.train, config.views, p.train),
                                          ("held-out", p.held, 1, both)):
+        restained = None
+        if config.restain and name == "training":
+            restained = Restained(p, rows, config.restain)
+            rows = np.concatenate([rows, restained.rows])
         latents = cache_latents(p.vae, p.pixels, rows, p.settings,
-                                p.constant["vae"]["intensity"], each, folder, name)
+                                p.constant["vae"]["intensity"], each, folder, name, restained)
         controls = open_controls(p, rows, candidates, each, folder, name) \
             if config.control_column else None
         p.sides[name] = Latents(latents, p.vae, p.manifest, rows, p.denoiser.conditioner, each,
                                 config.balance, controls,
-                                [*p.pixels.corrupt, *p.control_pixels.corrupt])
+                                [*p.pixels.corrupt, *p.control_pixels.corrupt], restained)
     return p
 
 
@@ -777,7 +845,8 @@ def describe(p, config):
     latents, held = p.sides.values()
     count = sum(w.numel() for w in part.parameters()) / 1e6
     print(f"{name} {config.size}: {count:.2f} M parameters, latents "
-          f"{tuple(latents.cache.shape[2:])}, {len(latents.rows)} images x {config.views} views, "
+          f"{tuple(latents.cache.shape[2:])}, {len(latents.rows)} images x {config.views} views"
+          f"{f' ({len(p.train)} and restained ones)' if config.restain else ''}, "
           f"{len(held.rows)} held out")
     if p.fields:
         keep = draw_keep(p.fields, 100_000, torch.Generator().manual_seed(0)).float()
@@ -862,8 +931,12 @@ def check(config):
         for name in ("base", "control_by", "control_dropout", "unfreeze_decoder"):
             if getattr(config, name) != getattr(Config, name):
                 raise UserError(f"--{name} is for a ControlNet: add --control_column")
-    if not 0 <= config.control_dropout <= 1:
-        raise UserError(f"--control_dropout {config.control_dropout}: a share from 0 to 1")
+    for name in ("control_dropout", "restain"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise UserError(f"--{name} {getattr(config, name)}: a share from 0 to 1")
+    if config.restain and config.control_column:
+        raise UserError("--restain moves images to other plates, their control images stay: train "
+                        "the base with it, not the ControlNet")
     both = {f.partition(":")[0] for f in config.biology} & {f.partition(":")[0]
                                                             for f in config.experiment}
     if both:
