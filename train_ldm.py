@@ -13,6 +13,7 @@ import copy
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import os
 from collections import Counter
@@ -252,6 +253,34 @@ class Restained:
         away = rng.integers(1, len(known), len(self.rows))
         self.moves = [(plates[i], known[(known.index(plates[i]) + k) % len(known)])
                       for i, k in zip(self.rows, away)]
+
+    def report(self, p, count=64, fields_of_view=4):
+        """Print how much one treatment differs between plates as it is, and how much restained:
+        whether this suits the plates."""
+        names = [f.name for f in p.fields if f.group == treatment_group(p.fields)]
+        found = {}                                      # {treatment: {plate: rows}}
+        for i, (plate, _) in zip(self.rows, self.moves):
+            treatment = tuple(p.manifest.columns[name][i] for name in names)
+            found.setdefault(treatment, {}).setdefault(plate, []).append(i)
+        pairs = [(rows, a, b) for rows in found.values() for a, b in itertools.permutations(rows, 2)]
+        if not pairs:
+            return print("restained: no treatment lies on two plates, so nothing shows whether it "
+                         "suits them")
+
+        def contrast(rows, own, shown):                 # (C,) log of the deviation over pixels
+            x = views(p.pixels, rows[:fields_of_view], p.settings,
+                      p.constant["vae"]["intensity"]).numpy()
+            moved = [data.restain(image, self.styles[own], self.styles[shown]) for image in x]
+            return np.log(np.std(moved, (0, 2, 3)) + .01)
+        chosen = np.random.default_rng(0).permutation(len(pairs))[:count]
+        before, after = np.mean([[
+            abs(contrast(rows[a], a, shown) - contrast(rows[b], b, b)).mean() for shown in (a, b)]
+            for rows, a, b in (pairs[k] for k in chosen)], 0)
+        print(f"restained: the channels' contrast differs between plates by {before:.2f} (log, one "
+              f"treatment on two plates, {len(chosen)} pairs), restained by {after:.2f}")
+        if after >= before:
+            print("warning: restained images are no nearer to those of the other plate: more "
+                  "negative controls are needed, or --restain 0")
 
     def apply(self, x, places):
         """Images (B, C, H, W) of rows counted from the first restained one; those before it, with
@@ -738,6 +767,7 @@ def prepare(config):
         restained = None
         if config.restain and name == "training":
             restained = Restained(p, rows, config.restain)
+            restained.report(p)
             rows = np.concatenate([rows, restained.rows])
         latents = cache_latents(p.vae, p.pixels, rows, p.settings,
                                 p.constant["vae"]["intensity"], each, folder, name, restained)

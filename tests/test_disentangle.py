@@ -300,6 +300,7 @@ def test_arms_differ_in_what_they_are_told(screen, vae_path, cli, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "screen_probe", lambda *_: None)
     monkeypatch.setattr(evaluate, "screen_of", lambda confounding: screen)
+    assert evaluate.TRIED.keys() == evaluate.ARMS.keys()
     monkeypatch.setattr(evaluate, "TRIED", {a: [("nested", 1, 1)] for a in evaluate.ARMS})
     monkeypatch.setattr(train_ldm, "Config", make_dataclass("Config", [("size", str, "tiny")],
                                                             bases=(train_ldm.Config,)))

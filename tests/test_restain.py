@@ -1,5 +1,7 @@
 """Treated images as another plate would show them: the map, and what training is told of it."""
+import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -117,11 +119,39 @@ def test_a_model_is_trained_with_restained_images(ldm_config, tmp_path, cli):
                              "--restain", .5, "--out", tmp_path)
     assert status == 0, error
     assert "and restained ones" in out
+    assert "no treatment lies on two plates" in out  # of this screen: every well has its own
     # later, without: other settings than the finished model's
     status, _, error = cli(train_ldm, "--data", ldm_config.data, "--vae", ldm_config.vae,
                            "--size", "tiny", "--views", 1, "--batch", 8, "--steps", 2,
                            "--out", tmp_path)
     assert status == 2 and "restain was 0.5" in error
+
+
+def test_whether_it_suits_the_plates_is_told(capsys, monkeypatch):
+    """Two plates of known optics: 16 negative controls and 4 wells of one treatment on each."""
+    optics = {"sharp": (.6, .2, -.3), "dull": (1.1, .5, .2)}
+    plate, dose = ["sharp", "dull"] * 20, ["0"] * 32 + ["3"] * 8
+    columns = {"plate": plate, "dose": dose}
+    noise = np.random.default_rng(0).standard_normal((40, 1, 64, 64), np.float32)
+    monkeypatch.setattr(train_ldm, "views", lambda pixels, rows, *_: torch.from_numpy(
+        np.stack([filtered(noise[i], *optics[plate[i]]) for i in rows])))
+    p = SimpleNamespace(
+        pixels=None, settings=None, constant={"vae": {"intensity": None}},
+        fields=[SimpleNamespace(name="dose", kind="log", group="biology"),
+                SimpleNamespace(name="plate", kind="category", group="experiment")],
+        manifest=SimpleNamespace(columns=columns, rows=lambda rows, c: [columns[c][i] for i in rows]))
+
+    def told(rows):
+        train_ldm.Restained(p, np.array(rows), .5).report(p)
+        return capsys.readouterr().out
+    before, after = map(float, re.search(r"differs between plates by (\S+) .* by (\S+)\n",
+                                         told(range(40))).groups())
+    wanted = np.log(np.std(filtered(noise, *optics["dull"])) + .01) - np.log(
+        np.std(filtered(noise, *optics["sharp"])) + .01)
+    assert abs(before - wanted) < .03 and after < .03
+    assert "nothing shows whether it suits" in told([*range(32), 32, 34])  # one treated plate
+    monkeypatch.setattr(data, "restain", lambda image, own, other: image)
+    assert "warning: restained images are no nearer" in told(range(40))
 
 
 @pytest.mark.parametrize("words, says", [
