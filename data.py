@@ -1008,12 +1008,13 @@ def restain(image, own, other):
     """A photograph (C, H, W) in [-1, 1] from the plate of style `own` as that of style `other`
     would show it (styles: from plate_style).
 
-    Every frequency is scaled by sqrt(P_other / P_own). For stationary Gaussian textures this is
-    the map that carries one to the other at the least cost (Xia et al. 2014, SIAM J. Imaging
-    Sciences 7). It moves gain, background and blur; what a treatment did to the cells stays.
+    Every frequency is scaled by sqrt(P_other / P_own), 1/8 to 8. For stationary Gaussian textures
+    this is the map that carries one to the other at the least cost (Xia et al. 2014, SIAM J.
+    Imaging Sciences 7). It moves what is linear and alike everywhere: gain, background and blur.
+    Shading, and batches whose cells themselves differ, it does not move.
     """
     (own_mean, own_power), (other_mean, other_power) = own, other
-    scale = np.sqrt((other_power + 1e-6) / (own_power + 1e-6))
+    scale = np.sqrt((other_power + 1e-6) / (own_power + 1e-6)).clip(1 / 8, 8)
     moved = np.fft.irfft2(np.fft.rfft2(image - own_mean) * scale, s=image.shape[1:])
     return (moved + other_mean).clip(-1, 1).astype(np.float32)
 

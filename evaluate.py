@@ -1076,7 +1076,8 @@ def named_run(model, factorial):
     """Which model this is: {"arm", "confounding" (None on real plates), "seed"}."""
     told, settings = set(model.groups), model.content["settings"]
     arm = ("perturbations" if told == {"biology"} else "experiment" if told == {"experiment"}
-           else "balanced" if settings["balance"] else "both")
+           else "restained" if settings.get("restain") else "balanced" if settings["balance"]
+           else "both")
     screen = getattr(factorial, "screen", None)
     return {"arm": arm, "confounding": screen and screen.confounding, "seed": settings["seed"]}
 

@@ -83,8 +83,6 @@ class Config:
     max_corrupt: float = 0.01             # share of images that may be unreadable and are left out
 
 
-CONTROLS_SEEN = 96  # at most so many negative controls of a plate say how it shows cells
-
 # --- latents ------------------------------------------------------------------------------------
 
 def batches_of_views(pixels, rows, config, intensity, views_each, first=0, state=None):
@@ -107,15 +105,14 @@ def cache_latents(vae, pixels, rows, config, intensity, views_each, folder, name
     depends on: number of views, autoencoder, manifest and rows.
     """
     weights = b"".join(tensor.cpu().numpy().tobytes() for tensor in vae.state_dict().values())
-    moves = repr(restained.moves).encode() if restained else b""
+    moves = repr((restained.moves, restained.control_rows)).encode() if restained else b""
     key = cache_key(pixels, rows, config, intensity, weights + moves)
     path = Path(folder) / f"latents-{name}-{views_each}views-{key}.npy"
 
     @torch.no_grad()
     def posterior(x, first):
         if restained:
-            plain = len(rows) - len(restained.rows)
-            x = restained.apply(x, np.arange(first, first + len(x)) // views_each - plain)
+            x = restained.apply(x, np.arange(first, first + len(x)) // views_each)
         with autocast():
             return torch.stack(vae.encode(x.to(device())), 1)
     return cache(path, (pixels, rows, config, intensity, views_each), posterior,
@@ -131,8 +128,9 @@ def cache_key(pixels, rows, config, intensity, more=b""):
 
 
 def cache(path, source, encode, what):
-    """encode(views, number of the first) of all rows as one memory-mapped float16 array (rows * views, ...) in a file,
-    which is used as it stands if it is there and whole. source: as batches_of_views takes it.
+    """encode(views, number of the first) of all rows as one memory-mapped float16 array
+    (rows * views, ...) in a file, which is used as it stands if it is there and whole. source: as
+    batches_of_views takes it.
 
     Beside it lies a note: how far it is, the state of the random numbers, and the images that
     cannot be read, which `pixels.corrupt` then holds. A killed run goes on from there.
@@ -224,84 +222,112 @@ class Latents:
         return {name: code[places] for name, code in self.codes.items()}, self.known[places]
 
 
+CONTROLS_NEEDED, CONTROLS_SEEN = 8, 96  # images of negative controls that tell a plate's style
+
+
 class Restained:
     """Treated training rows once more, each as another plate would show it (data.restain), chosen
-    at random among those whose negative controls are in training: so each molecule is seen in
-    every batch, however the screen was laid out.
+    at random: so a molecule is seen in other batches, however the screen was laid out.
 
-    A plate is what all category fields beside the treatment say together (batch B2, plate P04).
-    `rows`: of the manifest; `moves`: from which plate to which, (own, other) for each.
+    A plate is one combination of the category fields beside the treatment (batch B2, plate P04)
+    that has CONTROLS_NEEDED negative controls or more in training. `rows`: of the manifest;
+    `moves`: from which plate to which, (own, other) for each; `names`: the fields that are told
+    anew, those categories and every number that is one for a whole plate.
     """
 
     def __init__(self, p, rows, share):
-        fields, self.share = p.fields, share
-        self.names = [f.name for f in fields
-                      if f.kind == "category" and f.group != treatment_group(fields)]
-        plates = dict(zip(rows, zip(*(p.manifest.rows(rows, name) for name in self.names))))
-        members = {}
-        for i in untreated(p.manifest, fields, rows):
-            members.setdefault(plates.get(i), []).append(i)
-        if not self.names or len(members) < 2:
-            raise UserError("--restain needs negative controls (dose 0) on two plates or more, and "
-                            "the plate, or the batch, among the --experiment fields")
-        self.styles = {plate: data.plate_style(views(
-            p.pixels, found[:CONTROLS_SEEN], p.settings, p.constant["vae"]["intensity"]).numpy())
-            for plate, found in members.items()}
-        known, rng = list(self.styles), np.random.default_rng(0)
-        treated = ~np.isin(rows, np.concatenate(list(members.values())))
-        self.rows = np.array([i for i in rows[treated] if plates[i] in self.styles], int)
-        away = rng.integers(1, len(known), len(self.rows))
-        self.moves = [(plates[i], known[(known.index(plates[i]) + k) % len(known)])
-                      for i, k in zip(self.rows, away)]
+        self.p, self.share, self.plain, self.control_rows = p, share, len(rows), {}
+        columns, group = p.manifest.columns, treatment_group(p.fields)
+        beside = [f for f in p.fields if f.group != group]
+        names = [f.name for f in beside if f.kind == "category"]
+        plates = {i: tuple(columns[name][i] for name in names) for i in rows}
+        controls = untreated(p.manifest, p.fields, rows)
+        for i in np.random.default_rng(1).permutation(controls).tolist():
+            self.control_rows.setdefault(plates[i], []).append(i)
+        self.control_rows = {plate: found[:CONTROLS_SEEN]
+                             for plate, found in sorted(self.control_rows.items())
+                             if len(found) >= CONTROLS_NEEDED and all(plate)}
+        doses = [f.name for f in dose_fields(p.fields)]
+        self.rows = np.array([i for i in rows[~np.isin(rows, controls)] if plates[i] in
+                              self.control_rows and all(columns[d][i] for d in doses)], int)
+        if not names or len(self.control_rows) < 2 or not len(self.rows):
+            raise UserError(
+                f"--restain needs treated images and {CONTROLS_NEEDED} negative controls (dose 0) "
+                "or more on each of two plates; a plate is what the category fields of "
+                f"--experiment say: {', '.join(names) or 'there is none'}")
+        known, rng = list(self.control_rows), np.random.default_rng(0)
+        place = {plate: k for k, plate in enumerate(known)}
+        ahead_by = rng.integers(1, len(known), len(self.rows))
+        self.moves = [(plates[i], known[(place[plates[i]] + k) % len(known)])
+                      for i, k in zip(self.rows, ahead_by)]
+        values = {f.name: {} for f in beside}                # {field: {plate: its values there}}
+        for (name, by_plate), i in itertools.product(values.items(), rows):
+            by_plate.setdefault(plates[i], set()).add(columns[name][i])
+        self.values = {name: {plate: min(found) for plate, found in by_plate.items()}
+                       for name, by_plate in values.items()
+                       if all(len(found) == 1 for found in by_plate.values())}
+        self.style = functools.cache(lambda plate: data.plate_style(
+            np.stack(self.read(self.control_rows[plate]))))
 
-    def report(self, p, count=64, fields_of_view=4):
-        """Print how much one treatment differs between plates as it is, and how much restained:
-        whether this suits the plates."""
-        names = [f.name for f in p.fields if f.group == treatment_group(p.fields)]
-        found = {}                                      # {treatment: {plate: rows}}
+    def read(self, rows):
+        """Those images (C, H, W) of the rows that can be read, in [-1, 1], or their middle."""
+        return [data.scale_intensity(data.take_view(image, self.p.settings.crop),
+                                     self.p.constant["vae"]["intensity"])
+                for image in self.p.pixels.many(rows) if image is not None]
+
+    def restain(self, image, own, other):
+        return data.restain(image, self.style(own), self.style(other))
+
+    def report(self, count=64, fields_of_view=4):
+        """Print how much the contrast of one treatment differs between plates, and how much when
+        one of the two is restained: a first check whether this suits the plates."""
+        group = treatment_group(self.p.fields)
+        names = [f.name for f in self.p.fields if f.group == group]
+        treatments, rng = {}, np.random.default_rng(0)       # {treatment: {plate: rows}}
         for i, (plate, _) in zip(self.rows, self.moves):
-            treatment = tuple(p.manifest.columns[name][i] for name in names)
-            found.setdefault(treatment, {}).setdefault(plate, []).append(i)
-        pairs = [(rows, a, b) for rows in found.values() for a, b in itertools.permutations(rows, 2)]
-        if not pairs:
-            return print("restained: no treatment lies on two plates, so nothing shows whether it "
-                         "suits them")
+            treatment = tuple(self.p.manifest.columns[name][i] for name in names)
+            treatments.setdefault(treatment, {}).setdefault(plate, []).append(i)
+        treatments = [by_plate for by_plate in treatments.values() if len(by_plate) > 1]
+        print(f"restained: by {', '.join(self.values)}; {len(self.control_rows)} plates, "
+              f"{len(self.rows)} images")
+        if not treatments:
+            return print("no treatment lies on two of them: nothing shows whether it suits them")
 
-        def contrast(rows, own, shown):                 # (C,) log of the deviation over pixels
-            x = views(p.pixels, rows[:fields_of_view], p.settings,
-                      p.constant["vae"]["intensity"]).numpy()
-            moved = [data.restain(image, self.styles[own], self.styles[shown]) for image in x]
-            return np.log(np.std(moved, (0, 2, 3)) + .01)
-        chosen = np.random.default_rng(0).permutation(len(pairs))[:count]
-        before, after = np.mean([[
-            abs(contrast(rows[a], a, shown) - contrast(rows[b], b, b)).mean() for shown in (a, b)]
-            for rows, a, b in (pairs[k] for k in chosen)], 0)
-        print(f"restained: the channels' contrast differs between plates by {before:.2f} (log, one "
-              f"treatment on two plates, {len(chosen)} pairs), restained by {after:.2f}")
+        def contrast(images):                                # (C,) log of the deviation
+            return np.log(np.std(images, (0, 2, 3)) + .01)
+        gaps = []                                            # as it is, restained
+        for k in rng.integers(len(treatments), size=count):
+            on_plates = list(treatments[k].items())
+            (a, own), (b, other) = (on_plates[j] for j in rng.permutation(len(on_plates))[:2])
+            own, other = (self.read(rows[:fields_of_view]) for rows in (own, other))
+            if own and other:
+                moved = [self.restain(image, a, b) for image in own]
+                gaps.append([abs(contrast(x) - contrast(other)).mean() for x in (own, moved)])
+        before, after = np.mean(gaps, 0)
+        print(f"the contrast of one treatment differs between two plates by {before:.2f} (log, "
+              f"mean of {len(gaps)} pairs), restained by {after:.2f}")
         if after >= before:
-            print("warning: restained images are no nearer to those of the other plate: more "
-                  "negative controls are needed, or --restain 0")
+            print("warning: restained images are no nearer to those of the other plate: it needs "
+                  "more negative controls on each, or plates that differ in optics only")
 
     def apply(self, x, places):
-        """Images (B, C, H, W) of rows counted from the first restained one; those before it, with
-        places below 0, stay as they are."""
+        """Images (B, C, H, W), restained where they are; places: their numbers among all rows."""
         return torch.from_numpy(np.stack([
-            image if k < 0 else data.restain(image, *(self.styles[q] for q in self.moves[k]))
+            image if k < self.plain else self.restain(image, *self.moves[k - self.plain])
             for image, k in zip(x.numpy(), places)]))
 
     def tell(self, columns):
-        """Metadata of rows of which the last are restained: these are told the other plate."""
-        for name, values in zip(self.names, zip(*(other for _, other in self.moves))):
-            columns[name][-len(self.rows):] = values
+        """Metadata of all rows: the restained ones, at the end, are told the other plate."""
+        for name, by_plate in self.values.items():
+            columns[name][self.plain:] = [by_plate[other] for _, other in self.moves]
 
     def shares(self, fields, manifest, rows, balance):
-        """How often each row is drawn: of treated images `share` restained, in the proportions of
-        the plain ones."""
-        plain = rows[:-len(self.rows)]
-        share = pair_shares(fields, manifest, plain, balance)
-        share = np.full(len(plain), 1 / len(plain)) if share is None else share
-        able = np.isin(plain, self.rows)
-        return np.concatenate([np.where(able, 1 - self.share, 1) * share, self.share * share[able]])
+        """How often each row is drawn: of those that can be restained `share` restained."""
+        rows = rows[:self.plain]
+        share = pair_shares(fields, manifest, rows, balance)
+        share = np.full(len(rows), 1 / len(rows)) if share is None else share
+        both = np.isin(rows, self.rows)
+        return np.concatenate([share * np.where(both, 1 - self.share, 1), share[both] * self.share])
 
 
 class Controls:
@@ -767,7 +793,7 @@ def prepare(config):
         restained = None
         if config.restain and name == "training":
             restained = Restained(p, rows, config.restain)
-            restained.report(p)
+            restained.report()
             rows = np.concatenate([rows, restained.rows])
         latents = cache_latents(p.vae, p.pixels, rows, p.settings,
                                 p.constant["vae"]["intensity"], each, folder, name, restained)
@@ -875,9 +901,9 @@ def describe(p, config):
     latents, held = p.sides.values()
     count = sum(w.numel() for w in part.parameters()) / 1e6
     print(f"{name} {config.size}: {count:.2f} M parameters, latents "
-          f"{tuple(latents.cache.shape[2:])}, {len(latents.rows)} images x {config.views} views"
-          f"{f' ({len(p.train)} and restained ones)' if config.restain else ''}, "
-          f"{len(held.rows)} held out")
+          f"{tuple(latents.cache.shape[2:])}, {len(p.train)} images"
+          f"{f' and {len(latents.rows) - len(p.train)} restained' if config.restain else ''} x "
+          f"{config.views} views, {len(held.rows)} held out")
     if p.fields:
         keep = draw_keep(p.fields, 100_000, torch.Generator().manual_seed(0)).float()
         print(f"shown in training: every field {keep.prod(1).mean():.2f}, none "

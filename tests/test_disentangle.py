@@ -324,6 +324,14 @@ def test_arms_differ_in_what_they_are_told(screen, vae_path, cli, tmp_path, monk
     assert fields == [["smiles", "dose"], ["batch", "plate", "row", "column"]]
 
 
+def test_a_line_says_which_arm_it_is_of():
+    for arm, settings in evaluate.ARMS.items():
+        groups = [g for g in ("biology", "experiment") if settings.get(g, True)]
+        model = SimpleNamespace(groups=groups, content={"settings": {"seed": 0} | vars(
+            train_ldm.Config(**settings))})
+        assert evaluate.named_run(model, None)["arm"] == arm
+
+
 def test_the_shortcut_is_closed_by_images_without_it(screen, vae_path, cli, tmp_path, monkeypatch):
     """The command end to end, with a classifier that reads the label off the images: each kind of
     training set must reach it with its own images, numbers and weights."""
