@@ -1239,7 +1239,7 @@ def study_checkpoint(opened, truth, results, args):
 ARMS = {"perturbations": dict(experiment=()), "experiment": dict(biology=()), "both": {},
         "balanced": dict(balance=1.), "restained": dict(balance=1., restain=.75)}
 RUNS = [(0., 0), (.5, 0), (.9, 0), (.9, 1), (.9, 2)]     # confounding and seed
-WEIGHTS_BOTH = [(1, 1), (1.5, 1.5), (2, 2), (2.5, 2.5), (3, 2), (3, 3)]
+WEIGHTS_BOTH = [(1, 1), (1.5, 1.5), (2, 1.5), (2, 2), (2.5, 2), (2.5, 2.5), (3, 2), (3, 3)]
 # forms and weights that are tried for each arm. Where rare pairs are not balanced v(biology) holds
 # the home batch as well, so only the balanced arms may do without nesting
 TRIED = {"both": [("nested", b, e) for b, e in WEIGHTS_BOTH],
