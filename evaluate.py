@@ -1154,6 +1154,7 @@ def disentangle(args):
     if args.quick:
         args.images, args.train_steps, args.seeds = 216, 400, args.seeds[:1]
         args.confounding = args.confounding or [.9]
+        args.arms = [arm for arm in args.arms if arm != "both" or len(args.arms) < len(ARMS)]
         CLASSIFIER.update(images=540, steps=200)
     out, lines = Path(args.out), None
     results = Results(out / "results.jsonl")
