@@ -248,8 +248,10 @@ class Restained:
                              for plate, found in sorted(self.control_rows.items())
                              if len(found) >= CONTROLS_NEEDED and all(plate)}
         doses = [f.name for f in dose_fields(p.fields)]
-        self.rows = np.array([i for i in rows[~np.isin(rows, controls)] if plates[i] in
-                              self.control_rows and all(columns[d][i] for d in doses)], int)
+        treated = rows[~np.isin(rows, controls)]
+        self.rows = np.array([i for i in treated if plates[i] in self.control_rows and
+                              all(columns[d][i] for d in doses)], int)
+        self.left = len(treated) - len(self.rows)
         if not names or len(self.control_rows) < 2 or not len(self.rows):
             raise UserError(
                 f"--restain needs treated images and {CONTROLS_NEEDED} negative controls (dose 0) "
@@ -289,7 +291,9 @@ class Restained:
             treatments.setdefault(treatment, {}).setdefault(plate, []).append(i)
         treatments = [by_plate for by_plate in treatments.values() if len(by_plate) > 1]
         print(f"restained: by {', '.join(self.values)}; {len(self.control_rows)} plates, "
-              f"{len(self.rows)} images")
+              f"{len(self.rows)} images"
+              + (f"; {self.left} others stay as they are: no plate or dose is told, or fewer than "
+                 f"{CONTROLS_NEEDED} negative controls are in training" if self.left else ""))
         if not treatments:
             return print("no treatment lies on two of them: nothing shows whether it suits them")
 

@@ -168,6 +168,7 @@ def test_plates_of_known_optics(plates, capsys, monkeypatch):
     out = capsys.readouterr().out
     before, after = map(float, re.search(r"two plates by (\S+) .* by (\S+)\n", out).groups())
     assert before > .2 and after < .04 and "warning" not in out
+    assert "2 plates, 8 images; 1 others stay as they are" in out
     monkeypatch.setattr(data, "restain", lambda image, own, other: image)
     restained.report()
     assert "warning: restained images are no nearer" in capsys.readouterr().out
