@@ -121,8 +121,9 @@ def test_every_command_runs(workplace, cli, monkeypatch):
         text = " ".join(words)
         if words[0] in NOT_RUN or "IMAGES" in words or "--mol2image" in words:
             continue  # the last two need a download, and two wells a treatment: test_benchmark.py
-        if ("plates" in text or "lincs" in text) and not (workplace / "plates").exists():
-            continue
+        of_plates = any(name in text for name in ("plates", "lincs", "negcon"))
+        if of_plates and not (workplace / "plates").exists():
+            continue  # nor what is made of them
         for name, small in SMALL.items():
             words = [w.replace(name, small) for w in words]
         if words[1] not in SCRIPTS:  # a file of the ground floor by itself
