@@ -231,8 +231,8 @@ class Restained:
 
     A plate is one combination of the category fields beside the treatment (batch B2, plate P04)
     that has CONTROLS_NEEDED negative controls or more in training. `rows`: of the manifest;
-    `moves`: from which plate to which, (own, other) for each; `names`: the fields that are told
-    anew, those categories and every number that is one for a whole plate.
+    `moves`: from which plate to which, (own, other) for each; `values`: {field: {plate: value}} of
+    the fields that are told anew, those categories and every number that is one for a whole plate.
     """
 
     def __init__(self, p, rows, share):
