@@ -1332,7 +1332,34 @@ def study_arms(args, results):
             key = key_of(run) | dict(zip(("form", "w_biology", "w_experiment"), best))
             lines.append(results.get(key, lambda: measured(run, *best)))
             print_lines(lines[-1:])
+    draw_heldout_pairs(Path(args.out) / "heldout_pairs.png", lines, args)
     return lines
+
+
+def draw_heldout_pairs(path, lines, args, seed=1):
+    """A column for each held-out pair: the simulator's field of view, and below it what each arm
+    (its first run) draws for the same molecule, dose, batch and well, all on the same noise, that
+    of `seed`."""
+    images, names = [], []
+    for line in lines:
+        name = f"{line['key']['arm']}, {line['confounding']:g}"
+        if name in names:
+            continue
+        opened = open_trained(args, train_arm(args, *(
+            line["key"][k] for k in ("arm", "confounding", "seed"))))
+        model, f = opened.model, SimulatedFactorial(opened, args.images)
+        pairs = f.held("test").flatten().nonzero()[:, 0].tolist()
+        rows = [f.rows()[k * f.seeds + seed] for k in pairs]
+        if not images:
+            images.append(list(photographs(rows, f.screen, model.intensity).numpy()))
+        request = request_of(args, model, form=line["form"], guidance=dict(
+            biology=line["w_biology"], experiment=line["w_experiment"]))
+        columns = blank_unseen(model.fields, columns_of(rows, model.fields))
+        images.append(list(generate(model, columns, [seed] * len(rows), request).numpy()))
+        names.append(name)
+    data.picture(path, images, model.channels, ["the truth", *names], [
+        f"{row['true_mechanism']}\nin {row['batch']}" for row in rows], model.pixel_um)
+    print(f"wrote {path}")
 
 
 # --- the shortcut: does a classifier profit from images drawn without confounding? ----------------

@@ -301,6 +301,10 @@ def test_arms_differ_in_what_they_are_told(screen, vae_path, cli, tmp_path, monk
     monkeypatch.setattr(evaluate, "screen_probe", lambda *_: None)
     monkeypatch.setattr(evaluate, "screen_of", lambda confounding: screen)
     assert evaluate.TRIED.keys() == evaluate.ARMS.keys()
+    pictures, picture = [], data.picture
+    monkeypatch.setattr(data, "picture", lambda path, rows, channels, *labels: (
+        pictures.append((path, rows, *labels[:2])) if "heldout" in str(path) else None,
+        picture(path, rows, channels, *labels)))
     monkeypatch.setattr(evaluate, "TRIED", {a: [("nested", 1, 1)] for a in evaluate.ARMS})
     monkeypatch.setattr(train_ldm, "Config", make_dataclass("Config", [("size", str, "tiny")],
                                                             bases=(train_ldm.Config,)))
@@ -318,6 +322,17 @@ def test_arms_differ_in_what_they_are_told(screen, vae_path, cli, tmp_path, monk
     assert_close(np.array(lines[1]["omega"]["biology"]), np.zeros(55), atol=.03, rtol=0)
     assert [f.name for f in train_vae.step_files(tmp_path / "d" / "experiment-0.9-0-2")] == [
         "step-1.pt", "step-2.pt"]  # all are kept, for --study training
+    [(picture, images, labels, columns)] = pictures    # the truth and two arms, a column a pair
+    assert picture == tmp_path / "d" / "heldout_pairs.png" and picture.exists()
+    assert labels == ["the truth", "perturbations, 0.9", "experiment, 0.9"]
+    batches = evaluate.read_screen(SimpleNamespace(path=screen)).batches
+    pairs = [(m, f"B{b + 1}") for m, b in data.heldout_pairs(batches, "test").items()]
+    assert sorted(columns) == sorted(f"{m}\nin {b}" for m, b in pairs)
+    assert np.shape(images)[:2] == (3, len(pairs)) and np.std(images[0], 0).max() > .1
+    # told the batch only, the same noise in the same well gives the same image in each column
+    drawn = dict(zip((c.split()[-1] for c in columns), images[2]))
+    assert all((drawn[c.split()[-1]] == x).all() for c, x in zip(columns, images[2]))
+    assert len({x.tobytes() for x in images[1]}) == len(pairs) > len(drawn) > 1
     fields = [[f["name"] for f in train_ldm.load_checkpoint(
         tmp_path / "d" / f"{arm}-0.9-0-2" / "model.pt", "ldm", "")["fields"]]
         for arm in ("perturbations", "experiment")]
