@@ -1348,8 +1348,8 @@ def draw_heldout_pairs(path, lines, args, seed=1):
         opened = open_trained(args, train_arm(args, *(
             line["key"][k] for k in ("arm", "confounding", "seed"))))
         model, f = opened.model, SimulatedFactorial(opened, args.images)
-        pairs = f.held("test").flatten().nonzero()[:, 0].tolist()
-        rows = [f.rows()[k * f.seeds + seed] for k in pairs]
+        held = f.held("test").flatten().tolist()
+        rows = list(itertools.compress(f.rows()[seed::f.seeds], held))
         if not images:
             images.append(list(photographs(rows, f.screen, model.intensity).numpy()))
         request = request_of(args, model, form=line["form"], guidance=dict(

@@ -369,8 +369,8 @@ def test_the_shortcut_is_closed_by_images_without_it(screen, vae_path, cli, tmp_
     monkeypatch.setattr(sample.Model, "edit", lambda self, images, source, target, *a, **k: (
         moves.append((source, target)) or edit(self, images, source, target, *a, **k)))
     status, out, error = cli(evaluate, "disentangle", "--study", "shortcut", "--vae", vae_path,
-                             "--seeds", 0, "--train_steps", 2, "--steps", 1, "--arms", "both",
-                             "balanced", "--out", tmp_path / "d")
+                             "--seeds", 0, "--train_steps", 2, "--steps", 1, "--arms",
+                             "balanced", "both", "--out", tmp_path / "d")
     assert status == 0, error
     confounded, generated, both, edited, unconfounded, standardised, reweighted = trained
     assert {len(images) for images, _, _ in trained} == {108}
@@ -385,8 +385,8 @@ def test_the_shortcut_is_closed_by_images_without_it(screen, vae_path, cli, tmp_
     assert not torch.equal(standardised[0], confounded[0])
     assert reweighted[2] is not None and all(w is None for _, _, w in trained[:6])
     line = json.loads((tmp_path / "d" / "results.jsonl").read_text())
-    made = train_ldm.load_checkpoint(tmp_path / "d" / "balanced-0.9-0-2" / "model.pt", "ldm", "")
-    assert line["arm"] == "balanced" and made["settings"]["balance"] == 1
+    assert line["arm"] == "both"  # the last that was named, and no other was trained
+    assert [path.parent.name for path in tmp_path.glob("d/*/model.pt")] == ["both-0.9-0-2"]
     assert set(line["scores"]) == set(line["closed"]) and len(line["scores"]) == 7
 
 
