@@ -1,24 +1,17 @@
 """Metadata and molecules to what the U-Net receives: a vector, and tokens for cross-attention.
 
-A field is a metadata column with a kind (molecule, number, log, category) and a group (biology or
-experiment). As in DiffusionSat (Khanna et al. 2024, arXiv:2312.03606) a number is scaled to the
-timestep's range, goes through the timestep's sinusoid and an MLP of its own, and is added to the
-timestep embedding. Unlike there, absence is a learned null and not the legal value 0, each group
-is mixed by an MLP and normalised, and the combinations that guidance needs are trained on purpose
-(`draw_keep`).
-
-    python conditioning.py      # which fields are dropped how often, and the size of each part
+A field is a metadata column with a kind and a group (biology or experiment). As in DiffusionSat
+(Khanna et al. 2024, arXiv:2312.03606) a number is scaled to the timestep's range, goes through the
+timestep's sinusoid and an MLP of its own, and is added to the timestep embedding. Unlike there,
+absence is a learned null and not the legal value 0, each group is mixed by an MLP and normalised,
+and the combinations that guidance needs are trained on purpose (`draw_keep`).
 """
-import argparse
 import functools
 import itertools
 import math
-import os
 import re
-import warnings
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field as dataclass_field
 
 import numpy as np
@@ -31,12 +24,11 @@ from rdkit.ML.Descriptors.MoleculeDescriptors import MolecularDescriptorCalculat
 from tqdm import tqdm
 
 RDLogger.DisableLog("rdApp.*")
-KINDS = ("molecule", "number", "log", "category")
 OUTCOMES = ("true_", "n_nuclei", "img_cnt_cells")  # measured from the image: telling them leaks it
 
 
 class FieldError(ValueError):
-    """A fault in the fields or in a request, one line each."""
+    """Faults in the fields or in a request, one line each."""
 
 
 # --- fields: what each column means, learned from the training rows ------------------------------
@@ -45,7 +37,7 @@ class FieldError(ValueError):
 class Field:
     """One condition. `low`, `high` and `vocabulary` are learned by `fit` from training rows."""
     name: str
-    kind: str
+    kind: str           # molecule, number, log or category
     group: str
     low: float = 0.     # smallest training value; of a log field the smallest above zero
     high: float = 1.    # largest training value
@@ -63,90 +55,35 @@ class Field:
             self.low, self.high = min(numbers), max(numbers)
         return self
 
-    def scale(self, value):
-        """A number to the timestep's range [0, 1000], shifted, scaled and clipped.
+    def clip(self, value):
+        """The number nearest to `value` in the range of the training rows, dose 0 included."""
+        return min(max(value, 0. if self.kind == "log" else self.low), self.high)
 
-        log: log1p(dose / smallest positive training dose), so that dose 0 is legal and is 0.
-        """
+    def scale(self, value):
+        """A number, clipped, to the timestep's range [0, 1000]. A log field is log1p(dose /
+        smallest positive training dose), so that dose 0 is legal and is 0."""
+        value = self.clip(value)
         if self.kind == "log":
-            share = math.log1p(value / self.low) / math.log1p(self.high / self.low)
-        else:
-            share = (value - self.low) / ((self.high - self.low) or 1.)
-        return 1000 * min(max(share, 0.), 1.)
+            return 1000 * math.log1p(value / self.low) / math.log1p(self.high / self.low)
+        return 1000 * (value - self.low) / ((self.high - self.low) or 1.)
 
     def encode(self, values):
-        """Strings to a tensor (N,) and a mask (N,) of what is known. Numbers are scaled; a
-        category is its place in the vocabulary; molecules are encoded by `Conditioner`."""
-        codes = {value: self.code(value) for value in dict.fromkeys(values)}
-        dtype = torch.long if self.kind == "category" else torch.float32
-        return (torch.tensor([codes[v] for v in values], dtype=dtype),
-                torch.tensor([v != "" for v in values]))
-
-    def code(self, value):
-        if value == "":
-            return 0
-        if self.kind != "category":
-            return self.scale(parse_number(self.name, value))
-        if value not in self.vocabulary:
-            raise FieldError(f"unknown {self.name} {value}: known are "
-                             + ", ".join(self.vocabulary))
-        return self.vocabulary.index(value)
+        """Strings to codes (N,) and a mask (N,) of what is known. A number is scaled; a category is
+        its place in the vocabulary; molecules are encoded by `Conditioner`."""
+        codes, category = {"": 0}, self.kind == "category"
+        for value in dict.fromkeys(v for v in values if v != ""):
+            if category and value not in self.vocabulary:
+                raise FieldError(f"unknown {self.name} {value}: known are "
+                                 + ", ".join(self.vocabulary))
+            codes[value] = (self.vocabulary.index(value) if category
+                            else self.scale(parse_number(self.name, value)))
+        codes = torch.tensor([codes[v] for v in values])
+        return (codes if category else codes.float()), torch.tensor([v != "" for v in values])
 
 
 def natural(text):
-    """Sort key that puts B10 after B2."""
-    return [(0, int(digits), "") if digits.isdigit() else (1, 0, digits)
-            for digits in ("".join(g) for _, g in itertools.groupby(text, str.isdigit))]
-
-
-def parse_number(name, text):
-    try:
-        value = float(text)
-    except ValueError:
-        raise FieldError(f"{name}={text}: not a number") from None
-    if not math.isfinite(value):
-        raise FieldError(f"{name}={text}: not a finite number")
-    return value
-
-
-def is_smiles(text):
-    return parse_smiles(text) is not None
-
-
-def parse_fields(groups, columns, is_molecule=is_smiles):
-    """Field specifications to Fields, not fitted yet.
-
-    groups: {group: ["smiles:molecule", "dose", ...]}, the kind optional where it can be told.
-    columns: {name: list of strings}. is_molecule: the molecule encoder's, which may take other
-    texts than SMILES. All faults are reported together.
-    """
-    fields, faults = [], []
-    for group, specifications in groups.items():
-        for specification in specifications:
-            name, _, kind = specification.partition(":")
-            try:
-                check_name(name, columns, [f.name for f in fields])
-                field = Field(name, kind or guess_kind(name, columns), group)
-                check_values(field, columns[name], is_molecule)
-                fields.append(field)
-            except FieldError as fault:
-                faults.append(str(fault))
-    if faults:
-        raise FieldError("\n".join(faults))
-    return fields
-
-
-def guess_kind(name, columns):
-    """The kind of a column whose name or contents tell it."""
-    if name.lower() == "smiles":
-        return "molecule"
-    if name.lower().startswith(("dose", "conc")):
-        return "log"
-    if not any(columns[name]):
-        raise FieldError(f"column {name} is blank in every row")
-    if any(not is_number(v) for v in columns[name] if v != ""):
-        return "category"
-    raise FieldError(f"column {name} holds numbers: write {name}:category or {name}:number")
+    """Sort key that puts B10 after B2: text and numbers in turn."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", text))]
 
 
 def is_number(text):
@@ -156,52 +93,12 @@ def is_number(text):
         return False
 
 
-def check_name(name, columns, earlier):
-    """Refuse outcomes, repeats and columns that are not there."""
-    if name.lower().removeprefix("metadata_").startswith(OUTCOMES):
-        raise FieldError(f"field {name} is an outcome, measured from the image: as a condition it "
-                         "would give the answer away")
-    if name not in columns:
-        raise FieldError(f"no column {name}: the manifest has {', '.join(columns)} (fields are "
-                         "named by --biology and --experiment)")
-    if name in earlier:
-        raise FieldError(f"field {name} is given twice")
+def parse_number(name, text):
+    """The number of a request NAME=TEXT; FieldError where it is none."""
+    if not is_number(text):
+        raise FieldError(f"{name}={text}: not a finite number")
+    return float(text)
 
-
-def check_values(field, values, is_molecule=is_smiles):
-    """Refuse unknown kinds and values that do not fit the kind; each row is named."""
-    if field.kind not in KINDS:
-        raise FieldError(f"field {field.name}: unknown kind {field.kind}, one of "
-                         + ", ".join(KINDS))
-    fits, complaint = {
-        "molecule": (is_molecule, "is no valid SMILES"),
-        "number": (is_number, "is not a number"),
-        "log": (lambda v: is_number(v) and float(v) >= 0, "is not a number of at least 0"),
-        "category": (lambda v: v.lower() != "nan", "is no category: leave what is unknown blank")
-    }[field.kind]
-    bad = {v for v in set(values) if v != "" and not fits(v)}
-    faults = [f"row {i + 2}, column {field.name}: {v} {complaint}" for i, v in enumerate(values)
-              if v in bad]
-    if faults:
-        more = [f"and {len(faults) - 10} more rows"] if len(faults) > 10 else []
-        raise FieldError("\n".join(faults[:10] + more))
-
-
-@contextmanager
-def of_manifest(path):
-    """Faults of rows that are found inside name the manifest."""
-    try:
-        yield
-    except FieldError as fault:
-        raise FieldError("\n".join(f"{path}, {line}" if line.startswith(("row ", "column "))
-                                   else line for line in str(fault).splitlines())) from None
-
-
-# --- molecule encoders ----------------------------------------------------------------------------
-#
-# An encoder has `fit`, what it learns from the training molecules or is told by an option (a dict
-# that travels in the checkpoint); `featurise`, done once per molecule; and `forward`, at every
-# step: features (B, ...) to a pooled vector (B, E), tokens (B, L, D) and which tokens count (B, L).
 
 def parse_smiles(text):
     """SMILES to an RDKit molecule; None if it is none. A ChemAxon tail (` |c:5|`) is cut off, and
@@ -214,15 +111,122 @@ def parse_smiles(text):
     return molecule
 
 
-@functools.lru_cache(2)  # an encoder is fitted to the molecules that it featurises next
+def is_smiles(text):
+    return parse_smiles(text) is not None
+
+
+def parse_fields(groups, columns, is_molecule=is_smiles, path=""):
+    """Field specifications to Fields, not fitted yet.
+
+    groups: {group: ["smiles:molecule", "dose", ...]}, the kind optional where it can be told.
+    columns: {name: list of strings} of the manifest at `path`. is_molecule: the molecule encoder's,
+    which may take other texts than SMILES. All faults are raised together as one FieldError.
+    """
+    fields = []
+    for group, specifications in groups.items():
+        for name, _, kind in (text.partition(":") for text in specifications):
+            fields.append(Field(name, kind or guess_kind(name, columns.get(name, ())), group))
+    check_columns(fields, columns, is_molecule, path)
+    return fields
+
+
+def guess_kind(name, values):
+    """The kind that a column's name or text tells; "" where it has to be said."""
+    if name.lower() == "smiles":
+        return "molecule"
+    if name.lower().startswith(("dose", "conc")):
+        return "log"
+    return "category" if any(v != "" and not is_number(v) for v in values) else ""
+
+
+def check_columns(fields, columns, is_molecule=is_smiles, path=""):
+    """Refuse columns {name: strings} that lack a field or have unsound values of one. All faults
+    are raised together as one FieldError."""
+    names = [f.name for f in fields]
+    lines = [f"field {n} is given twice" for n in dict.fromkeys(names) if names.count(n) > 1]
+    for field in fields:
+        lines += faults(field, columns, is_molecule, f"{path}, " if path else "")
+    if lines:
+        raise FieldError("\n".join(lines))
+
+
+def faults(field, columns, is_molecule, where):
+    """What is wrong with the column of a field, a line each; of rows at most ten. Rows are counted
+    as in a spreadsheet, where the header is row 1."""
+    name, values = field.name, columns.get(field.name)
+    if name.lower().removeprefix("metadata_").startswith(OUTCOMES):
+        return [f"field {name} is an outcome: as a condition it would give the answer away"]
+    if values is None:
+        return [f"{where}no column {name}: there are {', '.join(columns)} (--biology and "
+                "--experiment name the fields of a model)"]
+    if not field.kind:
+        return [f"{where}column {name} " + (f"holds numbers: write {name}:category or {name}:number"
+                                            if any(values) else "is blank in every row")]
+    fits, complaint = {
+        "molecule": (is_molecule, "is no valid SMILES"),
+        "number": (is_number, "is not a number"),
+        "log": (lambda v: is_number(v) and float(v) >= 0, "is not a number of at least 0"),
+        "category": (lambda v: v.lower() != "nan", "is no category: leave what is unknown blank")
+    }.get(field.kind, (None, ""))
+    if fits is None:
+        return [f"field {name}: unknown kind {field.kind}: molecule, number, log or category"]
+    unfit = {v for v in set(values) if v != "" and not fits(v)}
+    lines = [f"{where}row {i + 2}, column {name}: {v} {complaint}" for i, v in enumerate(values)
+             if v in unfit]
+    more = [f"{where}column {name}: {len(lines) - 10} more such rows"]
+    return lines[:10] + more * (len(lines) > 10)
+
+
+# --- what the fields say of a manifest's rows -----------------------------------------------------
+
+def treatment_group(fields):
+    """The group that says what was done to the cells: that of the first molecule, or dose."""
+    return next((f.group for kind in ("molecule", "log") for f in fields if f.kind == kind), None)
+
+
+def dose_fields(fields):
+    """The fields that are 0 for a negative control: log fields named dose or conc in the molecule's
+    group; else its log fields; else those of that name in any group. May be none."""
+    logs = [f for f in fields if f.kind == "log"]
+    named = [f for f in logs if f.name.lower().startswith(("dose", "conc"))]
+    ours = [f for f in logs if f.group == treatment_group(fields)]
+    return [f for f in named if f in ours] or ours or named
+
+
+def negative_controls(fields, columns, rows):
+    """Those of the rows whose doses (dose_fields) are all known and 0."""
+    doses = [columns[f.name] for f in dose_fields(fields)]
+    return [i for i in rows if doses and all(d[i] != "" and float(d[i]) == 0 for d in doses)]
+
+
+def known_columns(fields, columns, rows, hidden=None):
+    """{field: values of these rows} without the fields of the group `hidden`; "" (unknown) where
+    the column is missing or training never saw the category."""
+    known = {}
+    for f in (f for f in fields if f.group != hidden):
+        seen = set(f.vocabulary)
+        values = [columns[f.name][i] if f.name in columns else "" for i in rows]
+        known[f.name] = [v if f.kind != "category" or v in seen else "" for v in values]
+    return known
+
+
+def group_mask(fields, groups):
+    """Which fields belong to these groups, (fields,) bool: a branch of guidance is such a mask."""
+    return torch.tensor([f.group in groups for f in fields], dtype=torch.bool)
+
+
+# --- molecule encoders ----------------------------------------------------------------------------
+#
+# An encoder has `fit`, what it learns from the training molecules or is told by an option (a dict
+# that travels in the checkpoint); `featurise`, done once for each molecule; and `forward`, at every
+# step: features (B, ...) to a pooled vector (B, E), tokens (B, L, D) and which tokens count (B, L).
+
 def each_molecule(function, smiles):
-    """[function(molecule) for each of a tuple of SMILES]; many are shared by all cores, with a
-    progress bar."""
+    """[function(text) for each of the SMILES]; many are shared by all cores."""
     if len(smiles) < 2000:
-        return [function(parse_smiles(s)) for s in smiles]
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        return list(tqdm(pool.map(function, map(parse_smiles, smiles), chunksize=64),
-                         desc="reading molecules", total=len(smiles)))
+        return [function(s) for s in smiles]
+    with ProcessPoolExecutor() as pool:
+        return list(tqdm(pool.map(function, smiles, chunksize=64), "molecules", len(smiles)))
 
 
 def mlp(cin, hidden, cout):
@@ -232,6 +236,7 @@ def mlp(cin, hidden, cout):
 class Encoder(nn.Module):
     """An encoder of fixed vectors: an MLP, and a few tokens split from its output."""
     tokens = 4
+    spellings = 1  # rows of `featurise` for each molecule, the canonical spelling first
     is_molecule = staticmethod(is_smiles)
 
     def __init__(self, settings, embedding, token):
@@ -239,74 +244,62 @@ class Encoder(nn.Module):
         self.settings = settings
         self.build(embedding, token)
 
-    def build(self, embedding, token):
-        self.pool = mlp(self.width(), embedding, embedding)
-        self.split = nn.Linear(embedding, self.tokens * token)
-
-    @staticmethod
-    def fit(smiles, options):
+    @classmethod
+    def fit(cls, smiles, options):
         """Settings from the training molecules and {option: value}, ready for JSON."""
         return {}
 
-    def scale(self, features):
-        return features
+    def build(self, embedding, token):
+        self.pool = mlp(self.width, embedding, embedding)
+        self.split = nn.Linear(embedding, self.tokens * token)
 
     def forward(self, features):                                         # (B, width)
-        pooled = self.pool(self.scale(features))                         # (B, E)
+        pooled = self.pool(features)                                     # (B, E)
         tokens = self.split(F.silu(pooled)).unflatten(1, (self.tokens, -1))
         return pooled, tokens, torch.ones_like(tokens[:, :, 0], dtype=torch.bool)
 
 
 class Fingerprint(Encoder):
     """Morgan counts (Rogers & Hahn 2010), `radius` bonds around each atom, folded to `bits`."""
+    width = property(lambda self: self.settings["bits"])
 
-    @staticmethod
-    def fit(smiles, options):
+    @classmethod
+    def fit(cls, smiles, options):
         return {"bits": int(options.get("bits", 2048)), "radius": int(options.get("radius", 2))}
 
-    def width(self):
-        return self.settings["bits"]
-
     def featurise(self, smiles):
-        """(M, bits): log1p of how often each fragment occurs; chirality and charge are seen."""
+        """(M, bits): log1p of how often each fragment occurs; chirality and charge are seen. Few
+        bits are set: to length sqrt(bits), so that the first layer sees unit-sized input."""
         generator = rdFingerprintGenerator.GetMorganGenerator(
-            radius=self.settings["radius"], fpSize=self.settings["bits"], includeChirality=True)
-        counts = [generator.GetCountFingerprintAsNumPy(parse_smiles(s)) for s in tqdm(
-            smiles, desc="reading molecules", disable=len(smiles) < 2000)]
-        return torch.from_numpy(np.stack(counts).astype("float32")).log1p()
-
-    def scale(self, features):
-        # few bits are set: to length sqrt(bits), so that the first layer sees unit-sized input
-        return F.normalize(features, dim=-1) * features.shape[-1] ** .5
-
-
-def column_statistics(values):
-    """Mean and deviation of each column of (M, width), ready for JSON; not finite: left out."""
-    values = np.where(np.isfinite(values), values, np.nan)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a column that is nowhere finite has no mean
-        mean, std = np.nanmean(values, 0), np.nanstd(values, 0)
-    return {"mean": np.nan_to_num(mean).tolist(), "std": np.where(std > 1e-6, std, 1.).tolist()}
+            radius=self.settings["radius"], fpSize=self.width, includeChirality=True)
+        counts = [generator.GetCountFingerprintAsNumPy(parse_smiles(s)) for s in smiles]
+        features = torch.from_numpy(np.stack(counts).astype("float32")).log1p()
+        return F.normalize(features, dim=1) * self.width ** .5
 
 
 class Standardised(Encoder):
-    """An encoder of vectors that are standardised on the training molecules, not finite: the mean,
-    and clipped to five deviations."""
+    """An encoder of `vectors` that are standardised on the training molecules and clipped to five
+    deviations; a number that is not finite becomes the mean."""
+    width = property(lambda self: len(self.settings["mean"]))
 
-    def width(self):
-        return len(self.settings["mean"])
+    @classmethod
+    def fit(cls, smiles, options):
+        vectors = np.ma.masked_invalid(cls.vectors(smiles, options))
+        mean, std = vectors.mean(0).filled(0.), vectors.std(0).filled(0.)
+        return {"mean": mean.tolist(), "std": np.where(std > 1e-6, std, 1.).tolist()}
 
-    def standardise(self, values):
-        values = (np.array(values) - self.settings["mean"]) / self.settings["std"]
-        return torch.from_numpy(np.nan_to_num(values, posinf=0, neginf=0)).float().clamp(-5, 5)
+    def featurise(self, smiles):                                         # (M, width)
+        x = self.vectors(smiles, self.settings) - np.array(self.settings["mean"])
+        x = np.nan_to_num(x / self.settings["std"], posinf=0, neginf=0)
+        return torch.from_numpy(x).float().clamp(-5, 5)
 
 
 # all but the score of drug-likeness: a function of the others that takes a third of the time
-DESCRIPTORS = MolecularDescriptorCalculator([n for n, _ in Descriptors.descList if n != "qed"])
+CALCULATOR = MolecularDescriptorCalculator([n for n, _ in Descriptors.descList if n != "qed"])
 
 
-def calculate_descriptors(molecule):
-    return DESCRIPTORS.CalcDescriptors(molecule, missingVal=math.nan)
+def descriptors_of(smiles):
+    return CALCULATOR.CalcDescriptors(parse_smiles(smiles), missingVal=math.nan)
 
 
 class DescriptorEncoder(Standardised):
@@ -314,144 +307,127 @@ class DescriptorEncoder(Standardised):
     Blind to handedness."""
 
     @staticmethod
-    def fit(smiles, options):
-        return column_statistics(np.array(each_molecule(calculate_descriptors, tuple(smiles)),
-                                          float))
+    def vectors(smiles, settings):
+        return np.array(each_molecule(descriptors_of, smiles), float)
 
-    def featurise(self, smiles):                                         # (M, descriptors)
-        return self.standardise(each_molecule(calculate_descriptors, tuple(smiles)))
+
+@functools.cache
+def molecule_key(text):
+    """InChIKey, the same for every spelling; a text that is no SMILES is its own key."""
+    molecule = parse_smiles(text)
+    return Chem.MolToInchiKey(molecule) if molecule else text
 
 
 class Table(Standardised):
-    """Vectors of any other encoder, from an .npz (--molecule_table) keyed by SMILES or InChIKey.
-    Those of the training molecules travel in the checkpoint; others are looked up in the file.
-    A text that is no SMILES is looked up as it stands: a gene, say."""
+    """Vectors of any other encoder, from an .npz (--molecule_table) keyed by SMILES as the manifest
+    has them, InChIKey or name (of a gene, say). Those of the training molecules travel in the
+    checkpoint; others are looked up in the file."""
+    is_molecule = staticmethod(lambda text: True)  # what the table lacks is named by `vectors`
 
-    @staticmethod
-    def fit(smiles, options):
+    @classmethod
+    def fit(cls, smiles, options):
         if not options.get("table"):
             raise FieldError("the molecule encoder table needs --molecule_table FILE.npz")
-        vectors = read_table(options["table"], smiles)
-        return {"table": str(options["table"]), "example": smiles[0],
-                "vectors": {key: vector.tolist() for key, vector in vectors.items()},
-                **column_statistics(np.stack(list(vectors.values())))}
+        found = add_vectors({}, options["table"], smiles)
+        known = {"table": str(options["table"]), "example": smiles[0],
+                 "vectors": {key: vector.tolist() for key, vector in found.items()}}
+        return known | super().fit(smiles, known)
 
     @staticmethod
-    def is_molecule(text):
-        return True  # or `fit` names it as missing
-
-    def featurise(self, smiles):                                         # (M, width)
-        known = self.settings["vectors"]
-        new = [s for s in smiles if molecule_key(s) not in known]
-        known = known | (read_table(self.settings["table"], new, self.width()) if new else {})
-        return self.standardise([known[molecule_key(s)] for s in smiles])
+    def vectors(smiles, settings):
+        known = add_vectors(settings["vectors"], settings["table"], smiles)
+        return np.array([known[molecule_key(s)] for s in smiles])
 
 
-def molecule_key(smiles):
-    molecule = parse_smiles(smiles)
-    return Chem.MolToInchiKey(molecule) if molecule else smiles
-
-
-def read_table(path, smiles, width=None):
-    """{molecule_key: vector (width,)} of these molecules; all that are missing are named."""
+def add_vectors(known, path, smiles):
+    """{molecule_key: vector (width,)}, to which those of these molecules are added from a table."""
+    keys = dict(zip(smiles, each_molecule(molecule_key, smiles)))
+    new = [s for s in smiles if keys[s] not in known]
+    if not new:
+        return known
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            found = {}
-            for s in smiles:
-                molecule = parse_smiles(s)
-                ways = (s, Chem.MolToSmiles(molecule) if molecule else s, molecule_key(s))
-                name = next((way for way in ways if way in archive), None)
-                found[s] = None if name is None else archive[name].astype("float64")
+        with np.load(path, allow_pickle=False) as table:
+            known = known | {keys[s]: table[name].astype(float).ravel()
+                             for s in new for name in (keys[s], s) if name in table}
+        np.stack(list(known.values()) or [[]])  # all of one length
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as fault:
-        raise FieldError(f"{path} is no table of vectors (.npz keyed by SMILES, InChIKey or name): "
-                         f"{fault}") from None
-    missing = [s for s, vector in found.items() if vector is None]
+        raise FieldError(f"{path} is no table of vectors of one length (.npz keyed by SMILES, "
+                         f"InChIKey or name): {fault}") from None
+    missing = [s for s in new if keys[s] not in known]
     if missing:
         raise FieldError(f"{path} has no vector for {len(missing)} molecules: "
-                         + ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else ""))
-    shape = (width,) if width else next(iter(found.values())).shape
-    bad = [s for s, v in found.items()
-           if v.ndim != 1 or v.shape != shape or not np.isfinite(v).all()]
-    if bad:
-        raise FieldError(f"{path}: the vector of {bad[0]} is not {shape[0] if shape else 1} finite "
-                         "numbers, as the others are")
-    return {molecule_key(s): vector for s, vector in found.items()}
+                         + ", ".join(missing[:5]) + " ..." * (len(missing) > 5))
+    return known
 
 
 class Identity(Encoder):
     """One vector for each training molecule, one for all that are unseen: what an encoder that
     knows nothing of structure can do. It cannot generalise, and is there to show that."""
 
-    @staticmethod
-    def fit(smiles, options):
-        return {"known": sorted({molecule_key(s) for s in smiles})}
+    @classmethod
+    def fit(cls, smiles, options):
+        return {"known": sorted(set(each_molecule(molecule_key, smiles)))}
 
     def build(self, embedding, token):
         self.vectors = nn.Embedding(len(self.settings["known"]) + 1, embedding)  # 0: unseen
         self.split = nn.Linear(embedding, self.tokens * token)
 
-    def featurise(self, smiles):
+    def featurise(self, smiles):                                         # (M,)
         place = {key: i + 1 for i, key in enumerate(self.settings["known"])}
-        return torch.tensor([place.get(molecule_key(s), 0) for s in smiles])
+        return torch.tensor([place.get(key, 0) for key in each_molecule(molecule_key, smiles)])
 
     def pool(self, place):                                               # (B,)
         return self.vectors(place)
 
 
-BONDS = {"SINGLE": 1, "DOUBLE": 2, "TRIPLE": 3, "AROMATIC": 4}   # 5, 6: a double bond, E or Z
-ATOM_FEATURES = 6
+BONDS = {"SINGLE": 1, "DOUBLE": 2, "TRIPLE": 3, "AROMATIC": 4, "STEREOE": 5, "STEREOZ": 6}
+ATOM_SIZES = (100, 8, 8, 3, 2, 2)  # element, charge, hydrogens, handedness, aromatic, ring
 
 
-def read_graph(molecule):
-    """Atoms (A, 6: element, charge, hydrogens, handedness, aromatic, ring), bonds (A, A)."""
+def read_graph(smiles):
+    """Atoms (A, 6), the places in ATOM_SIZES, and bonds (A, A), 0 where there is none."""
+    molecule = parse_smiles(smiles)
     Chem.AssignStereochemistry(molecule, cleanIt=True, force=True)
     hand = {"R": 1, "S": 2}
     atoms = [[min(a.GetAtomicNum(), 99), a.GetFormalCharge() % 8, min(a.GetTotalNumHs(), 7),
               hand.get(a.GetPropsAsDict(True, True).get("_CIPCode"), 0), a.GetIsAromatic(),
               a.IsInRing()] for a in molecule.GetAtoms()]
-    bonds = np.zeros((len(atoms), len(atoms)), np.int64)
+    bonds = np.zeros((len(atoms), len(atoms)), np.uint8)
     for bond in molecule.GetBonds():
-        kind = {"STEREOE": 5, "STEREOZ": 6}.get(str(bond.GetStereo()),
-                                                BONDS.get(str(bond.GetBondType()), 1))
         i, j = bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()
-        bonds[i, j] = bonds[j, i] = kind
-    return np.array(atoms, np.int64), bonds
+        bonds[i, j] = bonds[j, i] = BONDS.get(str(bond.GetStereo()),
+                                              BONDS.get(str(bond.GetBondType()), 1))
+    return np.array(atoms, np.uint8), bonds
 
 
 class Graph(Encoder):
     """Message passing over atoms and bonds: a graph isomorphism network (Xu et al. 2019,
-    arXiv:1810.00826) with one weight per type of bond. Chosen over directed-bond messages (D-MPNN)
-    because its states live on atoms, which are the tokens. Handedness and E/Z enter by their
-    labels, so neither depends on the order of atoms."""
+    arXiv:1810.00826) with one weight per type of bond. Its states live on atoms, which are the
+    tokens. Handedness and E/Z enter by their labels, so neither depends on the order of atoms."""
     rounds, hidden = 4, 128
 
     def build(self, embedding, token):
-        self.atom = nn.ModuleList(nn.Embedding(n, self.hidden) for n in (100, 8, 8, 3, 2, 2))
-        self.bond = nn.ModuleList(nn.Linear(self.hidden, 6 * self.hidden)
-                                  for _ in range(self.rounds))
-        self.update = nn.ModuleList(mlp(self.hidden, 2 * self.hidden, self.hidden)
-                                    for _ in range(self.rounds))
-        self.pool = mlp(self.hidden, embedding, embedding)
-        self.split = nn.Linear(self.hidden, token)
+        width = self.hidden
+        self.atom = nn.ModuleList(nn.Embedding(n, width) for n in ATOM_SIZES)
+        self.bond = nn.ModuleList(nn.Linear(width, 6 * width) for _ in range(self.rounds))
+        self.update = nn.ModuleList(mlp(width, 2 * width, width) for _ in range(self.rounds))
+        self.pool = mlp(width, embedding, embedding)
+        self.split = nn.Linear(width, token)
 
     def featurise(self, smiles):
-        """(M, A, 6 + A): the atoms' features plus one (0: no atom), and their bonds."""
-        graphs = each_molecule(read_graph, tuple(smiles))
+        """(M, A, 6 + A): the atoms' features, of which the element is 0 for none, and bonds."""
+        graphs = each_molecule(read_graph, smiles)
         size = max(len(atoms) for atoms, _ in graphs)
-        packed = np.zeros((len(graphs), size, ATOM_FEATURES + size), np.uint8)
+        packed = np.zeros((len(graphs), size, 6 + size), np.uint8)
         for row, (atoms, bonds) in zip(packed, graphs):
-            row[:len(atoms), :ATOM_FEATURES] = atoms
-            row[:len(atoms), 0] += 1
-            row[:len(atoms), ATOM_FEATURES:ATOM_FEATURES + len(atoms)] = bonds
+            row[:len(atoms), :6 + len(atoms)] = np.concatenate([atoms, bonds], 1)
         return torch.from_numpy(packed)
 
     def forward(self, graph):                                            # (B, A, 6 + A)
-        graph = graph.long()
-        there = graph[:, :, 0] > 0                                       # (B, A)
-        element = (graph[:, :, 0] - 1).clamp(min=0)
-        codes = [element, *graph[:, :, 1:ATOM_FEATURES].unbind(2)]
-        h = sum(table(code) for table, code in zip(self.atom, codes))    # (B, A, hidden)
-        bonds = F.one_hot(graph[:, :, ATOM_FEATURES:], 7)[..., 1:].to(h)  # (B, A, A, 6)
+        atoms, bonds = graph.long().tensor_split([6], 2)
+        there = atoms[:, :, 0] > 0                                       # (B, A)
+        h = sum(table(code) for table, code in zip(self.atom, atoms.unbind(2)))  # (B, A, hidden)
+        bonds = F.one_hot(bonds, 7)[..., 1:].to(h)                       # (B, A, A, 6)
         for messages, update in zip(self.bond, self.update):
             sent = messages(h).unflatten(2, (6, self.hidden))            # (B, A, 6, hidden)
             h = h + update(F.layer_norm(h + torch.einsum("bijk,bjkc->bic", bonds, sent),
@@ -461,58 +437,53 @@ class Graph(Encoder):
         return pooled, self.split(h), there                              # tokens are atoms
 
 
-SMILES_TOKEN = re.compile(r"\[[^\]]+\]|Br|Cl|%\d\d|.")
+def spell(smiles, ways=8):
+    """The tokens of a molecule's canonical SMILES, then of random but reproducible spellings."""
+    molecule = parse_smiles(smiles)
+    random = Chem.MolToRandomSmilesVect(molecule, ways - 1, randomSeed=1)
+    return [re.findall(r"\[[^\]]+\]|Br|Cl|%\d\d|.", text)
+            for text in (Chem.MolToSmiles(molecule), *random)]
 
 
 class SmilesTransformer(Encoder):
     """A small transformer over the tokens of SMILES. In training each molecule is spelt at random
     in one of several ways (Bjerrum 2017, arXiv:1703.07076), otherwise in the canonical one."""
-    spellings, longest, width_, layers = 8, 96, 128, 2
+    spellings, longest, width, layers = 8, 96, 128, 2
 
-    @staticmethod
-    def fit(smiles, options):
-        return {"vocabulary": sorted({token for s in smiles for spelling in spell(s, 8)
-                                      for token in SMILES_TOKEN.findall(spelling)})}
+    @classmethod
+    def fit(cls, smiles, options):
+        return {"vocabulary": sorted({token for ways in each_molecule(spell, smiles)
+                                      for spelling in ways for token in spelling})}
 
     def build(self, embedding, token):
         words = len(self.settings["vocabulary"]) + 2                     # 0 none, 1 unknown
-        self.embed = nn.Embedding(words, self.width_)
-        self.place = nn.Parameter(torch.randn(self.longest, self.width_) * .02)
-        layer = nn.TransformerEncoderLayer(self.width_, 4, 2 * self.width_, 0., "gelu",
+        self.embed = nn.Embedding(words, self.width)
+        self.place = nn.Parameter(torch.randn(self.longest, self.width) * .02)
+        layer = nn.TransformerEncoderLayer(self.width, 4, 2 * self.width, 0., "gelu",
                                            batch_first=True, norm_first=True)
         self.body = nn.TransformerEncoder(layer, self.layers, enable_nested_tensor=False)
-        self.pool = mlp(self.width_, embedding, embedding)
-        self.split = nn.Linear(self.width_, token)
+        self.pool = mlp(self.width, embedding, embedding)
+        self.split = nn.Linear(self.width, token)
 
     def featurise(self, smiles):
-        """(M, spellings, longest): places in the vocabulary; the first spelling is canonical."""
+        """(M * spellings, L): places in the vocabulary, a molecule's spellings one after another.
+        Those of more than `longest` tokens are cut, which is said."""
         place = {t: i + 2 for i, t in enumerate(self.settings["vocabulary"])}
-        packed = torch.zeros(len(smiles), self.spellings, self.longest, dtype=torch.long)
-        for row, s in zip(packed, smiles):
-            for line, spelling in zip(row, spell(s, self.spellings)):
-                codes = [place.get(t, 1) for t in SMILES_TOKEN.findall(spelling)][:self.longest]
-                line[:len(codes)] = torch.tensor(codes)
-        longest = int((packed > 0).sum(2).max())
-        return packed[:, :, :longest]
+        spelt = each_molecule(spell, smiles)
+        if cut := sum(len(ways[0]) > self.longest for ways in spelt):
+            print(f"{cut} of {len(smiles)} SMILES have more than {self.longest} tokens: the "
+                  "encoder reads no further")
+        lines = [torch.tensor([place.get(t, 1) for t in spelling[:self.longest]])
+                 for ways in spelt for spelling in ways]
+        return nn.utils.rnn.pad_sequence(lines, batch_first=True)
 
-    def forward(self, spellings):                                        # (B, spellings, L)
-        n = len(spellings)
-        chosen = (torch.randint(self.spellings, (n,)) if self.training
-                  else torch.zeros(n, dtype=torch.long)).to(spellings.device)
-        codes = spellings[torch.arange(n, device=spellings.device), chosen]
-        there = codes > 0                                                # (B, L)
+    def forward(self, codes):                                            # (B, L)
+        there = codes > 0
         h = self.embed(codes) + self.place[:codes.shape[1]]
         h = self.body(h, src_key_padding_mask=~there)                    # (B, L, width)
         h = h * there[..., None]
         pooled = self.pool(h.sum(1) / there.sum(1, keepdim=True).clamp(min=1))
         return pooled, self.split(h), there
-
-
-def spell(smiles, ways):
-    """A molecule's canonical SMILES, then `ways` - 1 random but reproducible spellings of it."""
-    molecule = parse_smiles(smiles)
-    canonical = Chem.MolToSmiles(molecule)
-    return [canonical, *Chem.MolToRandomSmilesVect(molecule, ways - 1, randomSeed=1)]
 
 
 MOLECULE_ENCODERS = {"fingerprint": Fingerprint, "descriptors": DescriptorEncoder, "graph": Graph,
@@ -521,22 +492,17 @@ MOLECULE_ENCODERS = {"fingerprint": Fingerprint, "descriptors": DescriptorEncode
 
 # --- the conditioner ------------------------------------------------------------------------------
 
-def sinusoid(t, dim=256, period=10_000):
-    """The timestep's own sinusoid (as in unet.py): [0, 1000] to (B, dim), cosines first."""
-    frequency = torch.exp(-math.log(period) * torch.arange(dim // 2, device=t.device) / (dim // 2))
-    angle = t.float()[:, None] * frequency[None]
-    return torch.cat([angle.cos(), angle.sin()], 1)
-
-
 class NumberEncoder(nn.Module):
-    """Sinusoid of a number in [0, 1000], then an MLP of its own."""
+    """The timestep's own sinusoid of a number in [0, 1000] (as in unet.py), then an MLP."""
 
     def __init__(self, embedding):
         super().__init__()
         self.mlp = mlp(256, embedding, embedding)
 
-    def forward(self, value):
-        return self.mlp(sinusoid(value))
+    def forward(self, value):                                            # (B,)
+        frequency = torch.exp(-math.log(10_000) * torch.arange(128, device=value.device) / 128)
+        angle = value.float()[:, None] * frequency
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], 1))        # (B, E)
 
 
 class Conditioner(nn.Module):
@@ -560,7 +526,7 @@ class Conditioner(nn.Module):
         self.mix = nn.ModuleList(mlp(embedding, 2 * embedding, embedding) for _ in self.groups)
         self.gain = nn.Parameter(torch.ones(len(self.groups), embedding))
         self.null_token = nn.Parameter(torch.randn(1, 1, token) * .02)
-        self.empty = nn.Parameter(torch.zeros(embedding), requires_grad=False)
+        self.empty = nn.Parameter(torch.zeros(embedding), requires_grad=False)  # of no field
 
     def encoder_of(self, field, embedding, token):
         if field.kind == "molecule":
@@ -570,27 +536,24 @@ class Conditioner(nn.Module):
         return NumberEncoder(embedding)
 
     def encode(self, columns, n):
-        """Strings {name: [n values]} to codes {name: tensor} and known (n, fields).
-
-        A column that is missing is unknown. A molecule's code is its place in `molecules[name]`,
-        its features (M, ...), one row for each distinct SMILES. Returns (codes, known, molecules).
-        """
+        """Strings {name: [n values]} to (codes {name: (n,)}, known (n, fields) bool, molecules
+        {name: features (M, ...)}). A column that is missing is unknown. `molecules` has `spellings`
+        rows for each distinct molecule; its code is the first of them, the canonical one."""
         codes, known, molecules = {}, torch.zeros(n, len(self.fields), dtype=torch.bool), {}
         for i, field in enumerate(self.fields):
             values = columns.get(field.name, [""] * n)
-            if field.kind == "molecule":
-                # where no molecule is known, any that can be encoded stands in; it is not shown
-                example = self.molecule_settings.get("example", "C")
-                distinct = sorted(set(values) - {""}) or [example]
-                for smiles in distinct:
-                    if not self.encoder_class.is_molecule(smiles):
-                        raise FieldError(f"{field.name}={smiles}: no valid SMILES")
-                place = {s: k for k, s in enumerate(distinct)} | {"": 0}
-                codes[field.name] = torch.tensor([place[v] for v in values])
-                known[:, i] = torch.tensor([v != "" for v in values])
-                molecules[field.name] = self.encoders[i].featurise(distinct)
-            else:
+            if field.kind != "molecule":
                 codes[field.name], known[:, i] = field.encode(values)
+                continue
+            # where no molecule is known, any that can be encoded stands in; it is not shown
+            distinct = sorted(set(values) - {""}) or [self.molecule_settings.get("example", "C")]
+            for smiles in distinct:
+                if not self.encoder_class.is_molecule(smiles):
+                    raise FieldError(f"{field.name}={smiles}: no valid SMILES")
+            places = dict(zip(distinct, itertools.count(0, self.encoder_class.spellings)))
+            codes[field.name] = torch.tensor([places.get(v, 0) for v in values])
+            known[:, i] = torch.tensor([v != "" for v in values])
+            molecules[field.name] = self.encoders[i].featurise(distinct)
         return codes, known, molecules
 
     def parts(self, codes, keep, molecules):
@@ -619,7 +582,7 @@ class Conditioner(nn.Module):
         return vector, tokens, mask            # (B, E), (B, L, D), (B, L); one null token stays
 
 
-# --- what is dropped in training ------------------------------------------------------------------
+# --- what training hides and redraws --------------------------------------------------------------
 
 def draw_keep(fields, n, rng, single=.2, each=.3):
     """The dropout plan: which fields each of n samples is shown, (n, fields) bool.
@@ -641,11 +604,11 @@ def draw_keep(fields, n, rng, single=.2, each=.3):
 
 
 def hide_molecule_of_controls(fields, codes, keep, molecules, rng, share=.5):
-    """At dose 0 the molecule cannot matter: show half of the controls with a random molecule.
+    """At dose 0 the molecule cannot matter: show half of the controls with a random molecule, so
+    that a dose sweep from 0 stays inside what was learned. Returns codes with some replaced.
 
-    So a dose sweep from 0 stays inside what was learned. A control is a sample that is *shown*
-    all its doses (dose_fields) at 0: where one is hidden or unknown, another molecule would be a
-    lie. keep (n, fields) bool. Returns codes with some molecule places replaced.
+    A control is a sample that is *shown* all its doses (dose_fields) at 0: where one is hidden or
+    unknown, another molecule would be a lie. keep (n, fields) bool.
     """
     doses = [keep[:, fields.index(f)] & (codes[f.name] == 0) for f in dose_fields(fields)]
     if not doses:
@@ -659,57 +622,10 @@ def hide_molecule_of_controls(fields, codes, keep, molecules, rng, share=.5):
     return codes
 
 
-def treatment_group(fields):
-    """The group that says what was done to the cells: that of the first molecule, or dose."""
-    return next((f.group for kind in ("molecule", "log") for f in fields if f.kind == kind), None)
-
-
-def dose_fields(fields):
-    """The fields that are 0 for a negative control: log fields named dose or conc in the molecule's
-    group; else its log fields; else those of that name in any group. May be none."""
-    logs = [f for f in fields if f.kind == "log"]
-    named = [f for f in logs if f.name.lower().startswith(("dose", "conc"))]
-    ours = [f for f in logs if f.group == treatment_group(fields)]
-    return [f for f in named if f in ours] or ours or named
-
-
-def blank_unseen(fields, columns):
-    """Columns {name: strings} with categories that training never saw made blank: unknown."""
-    seen = {f.name: {*f.vocabulary, ""} for f in fields if f.kind == "category"}
-    return {name: [v if name not in seen or v in seen[name] else "" for v in values]
-            for name, values in columns.items()}
-
-
-# --- what was dropped, and the embedding's parts, to be seen --------------------------------------
-
-def show():
-    """One request under every subset of fields that training draws: how often it comes, and the
-    size of what the U-Net receives."""
-    torch.manual_seed(0)
-    wells = {"smiles": ["CCO", "CS(C)=O"], "dose": ["10", "0"], "batch": ["B1", "B2"]}
-    fields = [f.fit(wells[f.name]) for f in parse_fields(
-        {"biology": ["smiles", "dose"], "experiment": ["batch"]}, wells)]
-    conditioner = Conditioner(fields, embedding=64, token=32)
-    drawn = draw_keep(fields, 100_000, torch.Generator().manual_seed(0))
-    subsets, counts = drawn.unique(dim=0, return_counts=True)
-    n = len(subsets)
-    codes, _, molecules = conditioner.encode({k: v[:1] * n for k, v in wells.items()}, n)
-    parts, _, mask = conditioner.parts(codes, subsets, molecules)
-    vector, _, _ = conditioner(codes, subsets, molecules)
-    other, _, _ = conditioner(codes | {"dose": codes["dose"] / 2}, subsets, molecules)
-    print("".join(f"{f.name:9s}" for f in fields)
-          + "share  |biology|  |experiment|  |vector|  tokens  moved by another dose")
-    for i in counts.argsort(descending=True):
-        shown = "".join(f"{wells[f.name][0] if kept else 'dropped':9s}"
-                        for f, kept in zip(fields, subsets[i]))
-        print(f"{shown}{counts[i] / len(drawn):.3f}{parts['biology'][i].norm():11.2f}"
-              f"{parts['experiment'][i].norm():14.2f}{vector[i].norm():10.2f}"
-              f"{mask[i].sum():8d}{(other - vector)[i].norm():12.2f}")
-    print("each group's part has length sqrt(64) = 8, so that none drowns another; one null token "
-          "stays")
-
-
-if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    show()
+def draw_spelling(fields, codes, encoder, rng):
+    """Codes with one of the `spellings` of each molecule drawn at random; encoder: its class."""
+    ways = encoder.spellings
+    return codes if ways == 1 else codes | {
+        f.name: codes[f.name] // ways * ways + torch.randint(ways, codes[f.name].shape,
+                                                             generator=rng)
+        for f in fields if f.kind == "molecule"}

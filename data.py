@@ -8,6 +8,8 @@ as a real plate; because it is simulated, what biology and experiment did to eac
     python data.py show runs/data/manifest.csv   # check every file, summarise, draw a contact sheet
     python data.py mol2image IMAGES train.csv test.csv    # Mol2Image's data set, as a manifest
     python data.py load_data load_data.csv       # CellProfiler's tables (JUMP, LINCS), likewise
+    python data.py restain MANIFEST --by batch plate --out DIR    # images as other plates show them
+    python data.py controls MANIFEST --by plate --out NEW.csv     # each row's negative controls
     python data.py                               # the same cells under each mechanism, as a picture
 """
 import argparse
@@ -21,41 +23,35 @@ import logging
 import os
 import re
 import signal
-import struct
 import sys
-import threading
-import time
-import weakref
-import zipfile
-import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import cache, cached_property, partial
-from itertools import chain, islice
-from operator import itemgetter
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
+from itertools import combinations, islice, product, repeat
 from pathlib import Path
 
 import numpy as np
 import tifffile
-from PIL import Image, ImageSequence
+import torch
+from PIL import Image
 from rdkit import Chem, RDLogger
 from tqdm import tqdm
 
 RDLogger.DisableLog("rdApp.*")  # we name the row of a bad SMILES ourselves
-logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # and of a damaged TIFF
-# The simulated stains, each with its colour in pictures. A stain more is a line here, and one in
-# draw_stains.
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # and of an unreadable TIFF
+# The simulated stains and their colours. To add one: an entry here and one in draw_stains.
 COLOURS = {"DNA": (.2, .4, 1), "ER": (0, .7, .3), "RNA": (.5, .5, .1), "AGP": (1, .4, .05),
            "Mito": (.8, .1, .5)}
 CHANNELS = tuple(COLOURS)
+# Random numbers have a key, (seed, purpose, row ...), of one length per purpose: numpy pads keys
+# with zeros, so that [5, 3] and [5, 3, 0] give the same numbers.
+VIEW, ROWS, CONTROLS, OTHER_PLATE, CHECK = 1, 2, 12, 13, 14
 
 
-def comments(settings):
-    """{setting: the comment beside it} of a dataclass of settings: the help of its options."""
-    return dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(settings), re.M))
+class UserError(ValueError):
+    """A user's mistake. One line a fault, each naming the file, row and column."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -69,8 +65,21 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-class DataError(ValueError):
-    """A fault in the user's files. One line a fault, each naming the file, row and column."""
+def comments(settings):
+    """{setting: the comment beside it} of a dataclass of settings: the help of its options."""
+    return {name: text for base in reversed(settings.__mro__[:-1]) for name, text in re.findall(
+        r"^    (\w+): .*?  # (.+)$", inspect.getsource(base), re.M)}
+
+
+def keyed_rng(*key):
+    return np.random.default_rng([int(k) for k in key])
+
+
+def report(path, faults):
+    """Raise a UserError with all faults, at most twenty by name. Without any do nothing."""
+    if faults := list(faults):
+        more = [f"and {len(faults) - 20} more faults"] if len(faults) > 20 else []
+        raise UserError("\n".join([f"{path}, {fault}" for fault in faults[:20]] + more))
 
 
 # --- 1. The simulated screen: molecules, dose, batches, plates, wells -----------------------------
@@ -128,16 +137,17 @@ def molecules():
     """Every molecule: dicts of compound, smiles (canonical), mechanism, scaffold, substituent,
     ec50 (micromolar) and kind: train, test_substituent or test_scaffold."""
     found = []
-    for mechanism, effect in MECHANISMS.items():
-        for scaffold, factor in SCAFFOLDS.items():
-            held = scaffold == HELDOUT_SCAFFOLD
-            for substituent in HELDOUT_SCAFFOLD_SUBSTITUENTS if held else SUBSTITUENTS:
-                smiles = scaffold.replace("{R}", substituent).replace("{M}", effect["motif"])
-                kind = ("test_scaffold" if held else "test_substituent"
-                        if substituent in HELDOUT_SUBSTITUENTS else "train")
-                found.append(dict(compound=f"NP{len(found) + 1:04d}", smiles=canonical(smiles),
-                                  mechanism=mechanism, scaffold=scaffold, kind=kind,
-                                  substituent=substituent, ec50=factor * SUBSTITUENTS[substituent]))
+    for mechanism, scaffold, substituent in product(MECHANISMS, SCAFFOLDS, SUBSTITUENTS):
+        kind = "test_substituent" if substituent in HELDOUT_SUBSTITUENTS else "train"
+        if scaffold == HELDOUT_SCAFFOLD:
+            kind = "test_scaffold"
+            if substituent not in HELDOUT_SCAFFOLD_SUBSTITUENTS:
+                continue
+        smiles = scaffold.replace("{R}", substituent).replace("{M}", MECHANISMS[mechanism]["motif"])
+        found.append(dict(
+            compound=f"NP{len(found) + 1:04d}", smiles=canonical(smiles), mechanism=mechanism,
+            scaffold=scaffold, kind=kind, substituent=substituent,
+            ec50=SCAFFOLDS[scaffold] * SUBSTITUENTS[substituent]))
     return found
 
 
@@ -146,45 +156,39 @@ def hill(dose, ec50):
     return round(dose ** HILL / (dose ** HILL + ec50 ** HILL), 4)
 
 
-def home_batch(mechanism, batches):
-    """Where a confounded screen puts a mechanism: its number modulo the number of batches."""
-    return list(MECHANISMS).index(mechanism) % batches
-
-
-def heldout_pairs(batches, kind):
-    """{mechanism: batch}, pairs kept out of training at any confounding. kind: "test", half of the
-    batches away from home, or "val", one away. A single batch leaves no pair to hold out."""
-    away = {"test": (batches + 1) // 2, "val": 1}[kind]
-    return {m: (home_batch(m, batches) + away) % batches for m in MECHANISMS if batches > 1}
+def heldout_combinations(batches, kind):
+    """{mechanism: batch} kept out of training at any confounding. kind: "test", half of the
+    batches away from home, or "val", one away. The home batch of a mechanism is its number modulo
+    the number of batches. A single batch leaves nothing to hold out."""
+    away = {"home": 0, "test": (batches + 1) // 2, "val": 1}[kind]
+    return {m: (k + away) % batches for k, m in enumerate(MECHANISMS) if batches > 1 or not away}
 
 
 def layout(screen):
-    """The wells of a screen, before anything is drawn.
-
-    Returns a list of dicts, one per image. Every well's molecule, dose, batch, plate and position
-    is decided here, and so is its split: train, val (wells like those of training), val_pair and
-    test_pair (mechanism and batch never seen together), test_substituent, test_scaffold.
-    """
+    """The images of a screen before they are drawn, a list of dicts: molecule, dose, batch, plate,
+    well, and split: train, val (wells like those of training), val_pair and test_pair (mechanism
+    and batch never seen together), test_substituent, test_scaffold."""
     if not 0 <= screen.confounding <= 1 or min(
             screen.batches, screen.plates_per_batch, screen.controls_per_plate, screen.replicates,
             screen.sites, screen.size) < 1 or min(screen.seed, screen.draw) < 0:
-        raise DataError("a screen has a confounding between 0 and 1, at least one of everything, "
+        raise UserError("a screen has a confounding between 0 and 1, at least one of everything, "
                         "and seeds from 0 on")
-    rng = np.random.default_rng([screen.seed, screen.draw, 1])
-    pairs = {f"{kind}_pair": heldout_pairs(screen.batches, kind) for kind in ("test", "val")}
-    rows = []
+    rng, rows = keyed_rng(screen.seed, screen.draw, 1), []
+    heldout = [(k, heldout_combinations(screen.batches, k)) for k in ("test", "val")]
     for p, wells in enumerate(fill_plates(screen, rng)):
         if len(wells) > 384:
-            raise DataError(f"plate {p + 1} would need {len(wells)} of its 384 wells: use more "
+            raise UserError(f"plate {p + 1} would need {len(wells)} of its 384 wells: use more "
                             "plates per batch or fewer replicates")
         batch = p // screen.plates_per_batch
         for position, (molecule, dose) in zip(rng.permutation(384), wells):
             r, c = divmod(int(position), 24)
             well = dict(compound=molecule["compound"], smiles=molecule["smiles"], dose=dose,
                         batch=f"B{batch + 1}", plate=f"P{p + 1:02d}",
-                        well=f"{'ABCDEFGHIJKLMNOP'[r]}{c + 1:02d}", row=r + 1, column=c + 1)
-            after = dict(role="treated" if dose else "control",
-                         split=split_of(molecule, batch, pairs, rng), pixel_um=1.2,
+                        well=f"{chr(ord('A') + r)}{c + 1:02d}", row=r + 1, column=c + 1)
+            pairs = [f"{k}_pair" for k, h in heldout if h.get(molecule["mechanism"]) == batch]
+            split = (molecule["kind"] if molecule["kind"] != "train" else pairs[0] if pairs
+                     else "val" if rng.random() < .1 else "train")
+            after = dict(role="treated" if dose else "control", split=split, pixel_um=1.2,
                          **{f"true_{k}": molecule[k] for k in (
                              "mechanism", "scaffold", "substituent", "ec50")},
                          true_effect=hill(dose, molecule["ec50"]))
@@ -193,27 +197,15 @@ def layout(screen):
 
 
 def fill_plates(screen, rng):
-    """Which wells go on which plate: a list of (molecule, dose) for each, controls first."""
-    plates = [[(CONTROL, 0.)] * screen.controls_per_plate
-              for _ in range(screen.batches * screen.plates_per_batch)]
-    for molecule in molecules():
-        for dose in DOSES * screen.replicates:
-            at_home = rng.random() < screen.confounding
-            batch = (home_batch(molecule["mechanism"], screen.batches) if at_home
-                     else int(rng.integers(screen.batches)))
-            first = batch * screen.plates_per_batch
-            min(plates[first:first + screen.plates_per_batch], key=len).append((molecule, dose))
+    """Which wells go on which plate: a list of (molecule, dose) for each, negative controls first.
+    A treated well goes to its home batch with probability `confounding`."""
+    n, home = screen.plates_per_batch, heldout_combinations(screen.batches, "home")
+    plates = [[(CONTROL, 0.)] * screen.controls_per_plate for _ in range(screen.batches * n)]
+    for molecule, dose in product(molecules(), DOSES * screen.replicates):
+        at_home = rng.random() < screen.confounding
+        batch = home[molecule["mechanism"]] if at_home else int(rng.integers(screen.batches))
+        min(plates[batch * n:(batch + 1) * n], key=len).append((molecule, dose))
     return plates
-
-
-def split_of(molecule, batch, pairs, rng):
-    """The split of a well: of its molecule, of its pair of mechanism and batch, or by chance."""
-    if molecule["kind"] != "train":
-        return molecule["kind"]
-    for name, pair in pairs.items():
-        if pair.get(molecule["mechanism"]) == batch:
-            return name
-    return "val" if rng.random() < .1 else "train"
 
 
 # --- 2. The simulated microscope: cells, perturbations, experiment effects ------------------------
@@ -228,20 +220,10 @@ CELLS_PER_PIXEL = 11 / 64 ** 2  # eleven nuclei in a 64x64 field of view
 MARGIN = 8                      # pixels drawn around the field, so that cells are cut by its border
 
 
-def treated_cell(mechanism, effect):
-    """The parameters of UNTREATED after a mechanism has acted with `effect` in [0, 1]."""
-    changes = MECHANISMS.get(mechanism, {})
-    return {name: float(value * np.exp(effect * changes.get(name, 0.)))
-            for name, value in UNTREATED.items()}
-
-
 def microscope(screen):
-    """Experiment effects, drawn once per seed.
-
-    Returns {batch: dict} and {plate: gain}: batch gains (C,), background (C,) and blur (sigma in
-    pixels), plate gains (C,).
-    """
-    rng, n = np.random.default_rng([screen.seed, 2]), len(CHANNELS)
+    """Experiment effects, drawn once per seed: {batch: dict} of gain (C,), background (C,) and blur
+    (sigma in pixels), and {plate: gain (C,)}."""
+    rng, n = keyed_rng(screen.seed, 2), len(CHANNELS)
     batches = {f"B{b + 1}": dict(gain=np.exp(rng.normal(0, .28, n)),
                                  background=rng.uniform(.01, .08, n), blur=rng.uniform(.6, 1.2))
                for b in range(screen.batches)}
@@ -264,104 +246,96 @@ def textures(noise, sigmas):
     return fields / fields.std((1, 2), keepdims=True)
 
 
-def spread_out(centres, spacing, side):
-    """Push (n, 2) points apart until few lie closer than `spacing` pixels."""
+def cell_randomness(rng, cell_density, size):
+    """The random numbers that make these cells these cells: drawn with other parameters, the same
+    cells are seen treated. Centres are pushed apart until few lie closer than 13 pixels."""
+    side = size + 2 * MARGIN
+    n = rng.poisson(CELLS_PER_PIXEL * side ** 2 * cell_density)
+    centres = rng.uniform(0, side, (n, 2))
     for _ in range(12):
         gap = centres[:, None] - centres[None]
         distance = np.sqrt((gap ** 2).sum(-1)) + 1e-6
-        push = np.where(distance < spacing, (spacing - distance) / distance / 2, 0.)
+        push = np.where(distance < 13, (13 - distance) / distance / 2, 0.)
         centres = np.clip(centres + (gap * push[..., None]).sum(1), 0, side)
-    return centres
+    return dict(centres=centres.astype(np.float32), survival=rng.random(n),
+                normal=rng.standard_normal((n, 5 + len(CHANNELS)), np.float32),
+                angle=rng.uniform(0, np.pi, n).astype(np.float32), binucleate=rng.random(n),
+                nucleoli=rng.uniform(-1, 1, (n, 5, 2)).astype(np.float32),
+                nucleolus_rank=rng.permuted(np.tile(np.arange(5) / 5, (n, 1)), axis=1),
+                noise=rng.standard_normal((7, side, side), np.float32))
 
 
-def draw_cells(cell, identity, size):
-    """Draw one field of view, before any optics.
-
-    cell: parameters as in UNTREATED. identity: the random numbers that make these cells these
-    cells, so that the same identity with other parameters shows the same cells, treated.
-    Returns stains (C, S, S) in CHANNELS order with S = size + 2 * MARGIN, height (S, S), and
-    the centres of all nuclei (n, 2) as (y, x) in the coordinates of the cropped field.
-    """
+def draw_cells(cell, randomness, size):
+    """One field of view before any optics, from parameters as in UNTREATED: stains (C, S, S) in
+    CHANNELS order, S = size + 2 * MARGIN, height (S, S), and the centres of all nuclei, (n, 2) as
+    (y, x) in the cropped field. Cells are ellipses in a grid that ruffling displaces. A pixel
+    belongs to the cell whose scaled distance d is least (0 at the centre, 1 at the outline): cells
+    that meet share a border and do not add up."""
     side = size + 2 * MARGIN
-    alive = identity["survival"] < cell["cell_count"]
-    cells = {name: v[alive] for name, v in identity.items() if name != "noise"}
+    alive = randomness["survival"] < cell["cell_count"]
+    cells = {name: v[alive] for name, v in randomness.items() if name != "noise"}
     if not alive.any():
         return np.zeros((len(CHANNELS), side, side)), np.zeros((side, side)), np.zeros((0, 2))
     y, x = np.mgrid[:side, :side].astype(np.float32)
-    shift_y, shift_x = cell["ruffling"] * textures(identity["noise"][:2], [2, 2])
-    owner, d, second = draw_territories(cell, cells, y + shift_y, x + shift_x)
-    in_nucleus, spots, beside, nuclei = draw_nuclei(cell, cells, owner, y, x)
-    golgi = blob(y, x, beside[owner], cell["golgi_spread"])
+    shift_y, shift_x = cell["ruffling"] * textures(randomness["noise"][:2], [2, 2])
+    stretch = np.exp(cell["elongation"] * abs(cells["normal"][:, 1]))
+    mean_axis = cell["cell_radius"] * np.exp(.15 * cells["normal"][:, 0])
+    distances = ellipse_distance(
+        y + shift_y, x + shift_x, cells["centres"][:, :, None, None],
+        *(v[:, None, None] for v in (cells["angle"], mean_axis * stretch, mean_axis / stretch)))
+    beyond = np.full_like(distances[:1], np.inf)  # a cell alone has no neighbour
+    d, next_d = np.partition(np.concatenate([distances, beyond]), 1, axis=0)[:2]
+    owner = distances.argmin(0)                                                      # (S, S)
+    in_nucleus, spots, golgi_centres, nuclei = draw_nuclei(cell, cells, owner, y, x)
+    golgi = blob(y, x, golgi_centres[owner], cell["golgi_spread"])
     inside = soft_step(1 - d, .07)
-    stains = draw_stains(cell, identity["noise"][2:], d, second, inside, in_nucleus, spots, golgi)
+    stains = draw_stains(cell, randomness["noise"][2:], d, next_d, inside, in_nucleus, spots, golgi)
     stains = stains.clip(0) * np.exp(.12 * cells["normal"][:, 5:])[owner].transpose(2, 0, 1)
     height = inside * np.sqrt((1.05 - d ** 2).clip(.02)) + (.45 + .3 * spots) * in_nucleus
     return stains, height, nuclei - MARGIN
 
 
-def draw_territories(cell, cells, y, x):
-    """Which cell a pixel belongs to. Cells are ellipses in a grid (y, x) that ruffling displaces,
-    so outlines are wobbly. A pixel belongs to the cell whose scaled distance is least (0 at the
-    centre, 1 at the outline), so where cells meet they share a border, instead of adding up.
-
-    Returns owner, its distance and that of the second nearest cell, (S, S) each.
-    """
-    stretch = np.exp(cell["elongation"] * abs(cells["normal"][:, 1]))
-    mean_axis = cell["cell_radius"] * np.exp(.15 * cells["normal"][:, 0])
-    distances = ellipse_distance(y, x, cells["centres"][:, :, None, None], *(
-        v[:, None, None] for v in (cells["angle"], mean_axis * stretch, mean_axis / stretch)))
-    beyond = np.full_like(distances[:1], np.inf)  # a cell alone has no neighbour
-    nearest, second = np.partition(np.concatenate([distances, beyond]), 1, axis=0)[:2]
-    return distances.argmin(0), nearest, second
-
-
 def draw_nuclei(cell, cells, owner, y, x):
     """Nuclei are ellipses, in a binucleated cell two smaller ones side by side; nucleoli are round
-    spots in them, of which nucleolus_count says how many are seen.
-
-    v[owner] spreads one number of each cell over the pixels that it owns. Returns in_nucleus and
-    spots, (S, S) from 0 to 1; the places beside the nuclei, (n, 2), and all nuclei's centres.
-    """
+    spots in them. Returns in_nucleus and spots, (S, S) from 0 to 1, the places of the Golgi (n, 2)
+    and all nuclei's centres. v[owner] spreads a number of each cell over the pixels it owns."""
     centres, angle, normal = (cells[name] for name in ("centres", "angle", "normal"))
     double = (cells["binucleate"] < cell["binucleation"]).astype(np.float32)
     radius = cell["nucleus_radius"] * np.exp(.1 * normal[:, 2]) * (1 - .2 * double)
     squash = np.exp(cell["eccentricity"] * abs(normal[:, 3]))
     axes = [v[owner] for v in (angle, radius * squash, radius / squash)]
-    towards = np.stack([np.sin(angle), np.cos(angle)], 1)                        # (n, 2)
+    major_axis = np.stack([np.sin(angle), np.cos(angle)], 1)                         # (n, 2)
     apart = (1.2 * double * radius)[:, None]
-    lobes = [centres + sign * apart * towards for sign in (-1, 1)]
+    lobes = [centres + sign * apart * major_axis for sign in (-1, 1)]
     in_nucleus = soft_step(1 - np.minimum(*(
         ellipse_distance(y, x, lobe[owner].transpose(2, 0, 1), *axes) for lobe in lobes)), .11)
     spots = np.zeros_like(in_nucleus)
     for k in range(5):
-        place = centres + cells["nucleoli"][:, k] * .55 * radius[:, None]
+        centre = centres + cells["nucleoli"][:, k] * .55 * radius[:, None]
         seen = cells["nucleolus_rank"][:, k] < cell["nucleolus_count"] / 5
-        spots = np.maximum(spots, seen[owner] * blob(y, x, place[owner], cell["nucleolus_radius"]))
-    beside = centres + 1.25 * (radius * np.sign(normal[:, 4]))[:, None] * towards[:, ::-1]
+        spots = np.maximum(spots, seen[owner] * blob(y, x, centre[owner], cell["nucleolus_radius"]))
+    beside = centres + 1.25 * (radius * np.sign(normal[:, 4]))[:, None] * major_axis[:, ::-1]
     return in_nucleus, spots, beside, np.concatenate([
         centres[double == 0], *(lobe[double == 1] for lobe in lobes)])
 
 
-def draw_stains(cell, noise, d, second, inside, in_nucleus, spots, golgi):
-    """What each stain shows, (C, S, S) in CHANNELS order, from white noise (5, S, S) and the masks
-    and distances of the cells, (S, S) each."""
+def draw_stains(cell, noise, d, next_d, inside, in_nucleus, spots, golgi):
+    """What each stain shows, (C, S, S) in CHANNELS order, from white noise (5, S, S), the scaled
+    distances of the nearest and the next cell, and the masks of the cells, (S, S) each."""
     patchy, strands, chromatin, reticulum, fibres = textures(
         noise, [1.5, cell["mito_granularity"], 1.6, 2.2, 2.5])
     fluid = inside * (1 - .8 * in_nucleus)
     # a cell ends at its outline, and where the two nearest cells are equally near
-    border = np.exp(-(np.minimum(abs(1 - d), .8 * (second - d)) / .11) ** 2) * inside
+    border = np.exp(-(np.minimum(abs(1 - d), .8 * (next_d - d)) / .11) ** 2) * inside
     filament = np.exp(-(strands / .6) ** 2)  # the zero lines of a smooth random field
-
-    def fade(spread):  # from the nucleus outwards
-        return np.exp(-(d / spread) ** 2)
-
+    er_fades, mito_fades = (np.exp(-(d / cell[k]) ** 2) for k in ("er_spread", "mito_spread"))
     return np.stack([
         cell["dna"] * in_nucleus * (1 + .1 * chromatin),
-        cell["er"] * fluid * fade(cell["er_spread"]) * (1 + .15 * reticulum),
+        cell["er"] * fluid * er_fades * (1 + .15 * reticulum),
         cell["rna"] * inside * (1 - .4 * d.clip(0, 1)) + cell["nucleoli"] * spots * in_nucleus,
         cell["golgi"] * (golgi * (1 + .25 * patchy)) * fluid + cell["membrane"] * border
         + cell["actin"] * inside * (1 + .15 * fibres),
-        cell["mito"] * fluid * fade(cell["mito_spread"]) * filament])
+        cell["mito"] * fluid * mito_fades * filament])
 
 
 def soft_step(x, width):
@@ -375,10 +349,8 @@ def blob(y, x, centre, sigma):
 
 
 def ellipse_distance(y, x, centre, angle, long_axis, short_axis):
-    """Distance from ellipses' centres, scaled so that it is 1 on their outlines.
-
-    centre: (2, S, S), or (n, 2, 1, 1) for n ellipses at once; the axes in pixels, broadcastable.
-    """
+    """Distance from ellipses' centres, (2, S, S) or (n, 2, 1, 1) for n at once, scaled so that it
+    is 1 on their outlines; angle and axes (in pixels) broadcastable."""
     dy, dx = y - centre[..., 0, :, :], x - centre[..., 1, :, :]
     cos, sin = np.cos(angle), np.sin(angle)
     # the quadratic form of the rotated ellipse: one pass over the pixels instead of a rotation
@@ -388,30 +360,14 @@ def ellipse_distance(y, x, centre, angle, long_axis, short_axis):
     return np.sqrt(xx * dx * dx + xy * dx * dy + yy * dy * dy)
 
 
-def identities(rng, cell_density, size):
-    """The random numbers behind the cells of one field (see draw_cells)."""
-    side = size + 2 * MARGIN
-    n = rng.poisson(CELLS_PER_PIXEL * side ** 2 * cell_density)
-    return dict(centres=spread_out(rng.uniform(0, side, (n, 2)), 13, side).astype(np.float32),
-                survival=rng.random(n),
-                normal=rng.standard_normal((n, 5 + len(CHANNELS)), np.float32),
-                angle=rng.uniform(0, np.pi, n).astype(np.float32), binucleate=rng.random(n),
-                nucleoli=rng.uniform(-1, 1, (n, 5, 2)).astype(np.float32),
-                nucleolus_rank=rng.permuted(np.tile(np.arange(5) / 5, (n, 1)), axis=1),
-                noise=rng.standard_normal((7, side, side), np.float32))
-
-
 def expose(stains, row, optics, noise_rng):
-    """What the camera records: (C, S, S) stains to uint8 (C, size, size).
-
-    Batch: gain, background and blur. Plate: a small gain. Edge wells: brighter cell rims (the
-    membrane is in AGP). Site: the light falls off away from a point that depends on the site.
-    """
+    """What the camera records of stains (C, S, S): uint8 (C, size, size). Batch: gain, background
+    and blur. Plate: a small gain. Site: the point away from which the light falls off."""
     batches, plates = optics
     batch, side = batches[row["batch"]], stains.shape[-1]
     y, x = np.mgrid[-1:1:side * 1j, -1:1:side * 1j]
-    towards = .35 * np.array([[-1, -1], [-1, 1], [1, -1], [1, 1]])[(row["site"] - 1) % 4]
-    light = 1 - .12 * ((y - towards[0]) ** 2 + (x - towards[1]) ** 2).astype(np.float32)
+    brightest = .35 * np.array([[-1, -1], [-1, 1], [1, -1], [1, 1]])[(row["site"] - 1) % 4]
+    light = 1 - .12 * ((y - brightest[0]) ** 2 + (x - brightest[1]) ** 2).astype(np.float32)
     gain, background = ((v[:, None, None]).astype(np.float32) for v in (
         batch["gain"] * plates[row["plate"]], batch["background"]))
     image = smooth(stains, batch["blur"]) * gain * light + background
@@ -432,26 +388,25 @@ def phase_contrast(height, row, optics, noise_rng):
 
 
 def draw_field(row, screen, optics, seed, counterpart=True):
-    """Draw one row of a layout. seed: a list of integers; the same seed gives the same cells.
-
-    Returns a dict: image (C, s, s), untreated (the same cells before treatment) and brightfield
-    (1, s, s), all uint8, and the drawn truth (the `true_*` values of the row). Without
-    `counterpart` the untreated cells are not drawn. Rows that share a number `cells` show the same
-    cells from the same well, whatever was done to them and wherever they are photographed.
-    """
+    """Draw one row of a layout; the same seed, a list of integers, gives the same cells. A dict:
+    image (C, s, s), untreated (the same cells before treatment, drawn only with `counterpart`) and
+    brightfield (1, s, s), all uint8, and the drawn truth (`true_*`). Rows that share a number
+    `cells` show the same cells from the same well, whatever was done to them and wherever they are
+    photographed. Wells at the edge have fewer cells with brighter membranes."""
     edge = row["row"] in (1, 16) or row["column"] in (1, 24)
-    place = [row["cells"]] if "cells" in row else [row["row"], row["column"],
-                                                   int(row["plate"][1:])]
-    well = np.random.default_rng([screen.seed, screen.draw, 3, *place])
+    position = [row["cells"]] if "cells" in row else [row["row"], row["column"], row["plate"][1:]]
+    well = keyed_rng(screen.seed, screen.draw, 3, *position)
     density, well_effect = np.exp(well.normal(0, .12)) * (.75 if edge else 1.), well.normal(0, .08)
-    cells = identities(np.random.default_rng(seed), density, screen.size)
+    randomness = cell_randomness(keyed_rng(*seed), density, screen.size)
     effect = min(1., row["true_effect"] * np.exp(well_effect))
+    changes = MECHANISMS.get(row["true_mechanism"], {})
 
     def photograph(strength):
-        cell = treated_cell(row["true_mechanism"], strength)
+        cell = {name: float(value * np.exp(strength * changes.get(name, 0.)))
+                for name, value in UNTREATED.items()}
         cell["membrane"] *= 1.5 if edge else 1.
-        stains, height, nuclei = draw_cells(cell, cells, screen.size)
-        camera_noise = np.random.default_rng([*seed, 1])
+        stains, height, nuclei = draw_cells(cell, randomness, screen.size)
+        camera_noise = keyed_rng(*seed, 1)
         image = expose(stains, row, optics, camera_noise)
         return image, phase_contrast(height, row, optics, camera_noise), cell, nuclei
 
@@ -463,75 +418,133 @@ def draw_field(row, screen, optics, seed, counterpart=True):
                 brightfield=brightfield, truth=truth)
 
 
-def draw_numbered(i, row, screen, optics, counterpart):
-    seed = [screen.seed, screen.draw, 4, row.get("cells", i)]
-    return draw_field(row, screen, optics, seed, counterpart)
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def draw_fields(rows, screen, counterpart=True):
     """Draw many rows on all cores, in order. Yields what draw_field returns."""
-    draw = partial(draw_numbered, screen=screen, optics=microscope(screen), counterpart=counterpart)
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        yield from tqdm(pool.map(draw, range(len(rows)), rows, chunksize=64),
-                        desc="drawing cells", unit="image", total=len(rows))
+    seeds = [[screen.seed, screen.draw, 4, row.get("cells", i)] for i, row in enumerate(rows)]
+    with ProcessPoolExecutor(cores()) as pool:
+        drawn = pool.map(draw_field, rows, repeat(screen), repeat(microscope(screen)), seeds,
+                         repeat(counterpart), chunksize=64)
+        yield from tqdm(drawn, desc="drawing cells", unit="image", total=len(rows))
 
 
-def simulate(out, screen=Screen()):
-    """Draw a screen into folder `out`; returns the path of its manifest, which is written last."""
-    out = Path(out)
+def simulate(out="runs/data", screen=Screen()):
+    """Draw a data set into a folder, its manifest at last. Returns the manifest's path."""
+    out, rows, square = Path(out), layout(screen), (screen.size, screen.size, np.uint8)
+    if (out / "manifest.csv").exists():
+        raise UserError(f"{out}/manifest.csv exists: choose another --out or remove it")
+    shapes = {"image": (len(CHANNELS), *square), "untreated": (len(CHANNELS), *square),
+              "brightfield": (1, *square)}
+    rows = write_stack(out, rows, shapes, draw_fields(rows, screen))
+    (out / "simulation.json").write_text(json.dumps(asdict(screen), indent=1))
+    return write_manifest(out / "manifest.csv", rows)
+
+
+def write_stack(out, rows, shapes, fields, name="{}.npy"):
+    """Write images into folder `out`, one stack (N, C, H, W) for each column of the shapes {column:
+    (C, H, W, dtype)}. fields: for each row {column: (C, H, W)} and, under `truth`, what else is
+    known. Returns the rows with the columns of files, `index` and the truth, for write_manifest."""
     out.mkdir(parents=True, exist_ok=True)
-    rows = layout(screen)
-    stacks = {name: np.lib.format.open_memmap(out / f"{name}.npy", "w+", np.uint8, (
-        len(rows), channels, screen.size, screen.size)) for name, channels in (
-            ("image", len(CHANNELS)), ("untreated", len(CHANNELS)), ("brightfield", 1))}
-    for i, field in enumerate(draw_fields(rows, screen)):
-        for name, stack in stacks.items():
-            stack[i] = field[name]
-        rows[i] = {"image": "image.npy", "index": i, **rows[i], "untreated": "untreated.npy",
-                   "brightfield": "brightfield.npy", **field["truth"]}
+    files = {column: name.format(column) for column in shapes}
+    stacks = {column: np.lib.format.open_memmap(out / files[column], "w+", dtype, (
+        len(rows), *shape)) for column, (*shape, dtype) in shapes.items()}
+    first, written = next(iter(files)), []
+    for i, (row, images) in enumerate(zip(rows, fields)):
+        for column, stack in stacks.items():
+            stack[i] = images[column]
+        written.append({first: "", "index": ""} | row | files | {"index": i}
+                       | images.get("truth", {}))
     for stack in stacks.values():
         stack.flush()
-    (out / "simulation.json").write_text(json.dumps(asdict(screen), indent=1))
-    write_manifest(out / "manifest.csv", rows)
-    return out / "manifest.csv"
+    return written
 
 
 def parse_smiles(text):
-    """SMILES to an RDKit molecule, a ChemAxon tail (` |c:5|`) cut off; None if it is none."""
+    """SMILES to an RDKit molecule, without a ChemAxon tail (` |c:5|`); None if it is invalid."""
     words = text.split()
     return Chem.MolFromSmiles(words[0]) if words else None
 
 
-def without_counter_ion(molecule):
-    """Of a salt the largest part (of equal ones always the same): what acts on the cells."""
-    parts = Chem.GetMolFrags(molecule, asMols=True)
-    return max(parts, key=lambda part: (part.GetNumHeavyAtoms(), Chem.MolToSmiles(part))) \
-        if len(parts) > 1 else molecule
-
-
 def canonical(smiles):
-    """Canonical SMILES, or None if it is no molecule."""
+    """Canonical SMILES, or None if it is invalid."""
     molecule = parse_smiles(smiles)
     return Chem.MolToSmiles(molecule) if molecule else None
 
 
+@cache
+def molecule_key(smiles):
+    """One string for one molecule, however it is written and whatever its counter-ion: its InChIKey
+    but for the last letter, which tells of protons; else canonical SMILES; else the text."""
+    molecule = parse_smiles(smiles)
+    if not molecule:
+        return smiles
+    largest = max(Chem.GetMolFrags(molecule, asMols=True), key=lambda fragment: (
+        fragment.GetNumHeavyAtoms(), Chem.MolToSmiles(fragment)))
+    return Chem.MolToInchiKey(largest)[:-2] or Chem.MolToSmiles(largest)
+
+
 # --- 3. The manifest: one row per image -----------------------------------------------------------
+
+def read_table(path):
+    """A table (.csv, or .txt and .tsv with tabs; .gz of either) as {column: list of texts}, a
+    million rows in seconds: a text that repeats is held once. All rows of another length are named;
+    empty lines may stand at the end alone, so that rows have the numbers of a spreadsheet."""
+    header, columns, faults = attempt(lambda: parse_table(Path(path)), path)
+    faults += [f"more than one column {c}" for c, k in Counter(header).items() if c and k > 1]
+    report(path, faults or ([] if columns and columns[0] else ["the table has no rows"]))
+    return {name: values for name, values in zip(header, columns) if name}
+
+
+def parse_table(path):
+    opener, tabs = gzip.open if path.suffix == ".gz" else open, {".txt", ".tsv"} & {*path.suffixes}
+    with opener(path, "rt", newline="", encoding="utf-8-sig") as file:
+        lines = enumerate(csv.reader(file, delimiter="\t" if tabs else ","), 1)
+        number, header = next(lines, (1, []))
+        columns, faults = [[] for _ in header], []
+        while block := list(islice(lines, 200)):  # few enough for the processor's cache
+            faults += [f"row {k}: {len(line)} values for {len(header)} columns"
+                       for k, line in block if len(line) != len(header)]
+            good, number = [line for _, line in block if len(line) == len(header)], block[-1][0]
+            for column, values in zip(columns, zip(*good)):
+                repeats = len(set(values)) < len(values)
+                column.extend(map(sys.intern, values) if repeats else values)
+    while faults and faults[-1].startswith(f"row {number}: 0 "):
+        number, _ = number - 1, faults.pop()
+    return header, columns, faults
+
+
+def write_manifest(out, rows):
+    """Rows {column: text} as a manifest, under a temporary name first; a file that is there is not
+    written over. Returns its path."""
+    out = Path(out)
+    if out.exists() or not rows:
+        raise UserError(f"{out} exists: choose another --out or remove it" if rows else
+                        f"no image of these tables was found: {out} is not written")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out.with_suffix(".tmp"), "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row), "")
+        writer.writeheader()
+        writer.writerows(rows)
+    return out.with_suffix(".tmp").replace(out)
+
 
 @dataclass
 class Manifest:
-    """A data set: columns {name: list of strings}, one entry per image. Blank is unknown.
-
-    files[i] lists the image files of row i: one per channel, or one file with all channels.
-    """
+    """A data set: columns {name: list of strings}, one entry per image. Blank is unknown."""
     path: Path
     columns: dict
-    channels: tuple
-    files: list
-    index: list      # place in a stack of images, or None
-    sizes: dict      # {(H, W): "row 2"}, each size with the first row that has it
+    channels: tuple      # names of the stains; None: as many as a file has
+    file_columns: tuple  # the columns with image files: one per channel, or one with all of them
+    index: list          # place in a .npy stack of images, or None
+    sizes: dict          # {(H, W): "row 2"}, each size with the first row that has it
+    depths: dict = field(default_factory=dict)  # {column: {8: "row 2"}}, bits of its numbers
+    notes: dict = field(default_factory=dict)   # {file: what is odd about it}
 
     def __len__(self):
-        return len(self.files)
+        return len(self.index)
 
     def rows(self, chosen, column):
         """The values of a column in the chosen rows."""
@@ -542,445 +555,336 @@ class Manifest:
         with open(self.path, "rb") as file:
             return hashlib.file_digest(file, "sha1").hexdigest()
 
+    def files(self, i):
+        """The image files of row i, "" where a value is blank."""
+        return tuple(name and os.path.join(self.path.parent, name) for name in (
+            self.columns[column][i] for column in self.file_columns))
 
-class Files:
-    """The files of each row, joined to the manifest's folder when they are asked for: a million
-    rows need no second copy of their paths."""
+    def channels_first(self, i, array, file):
+        """The image (C, H, W) of row i in the array that a file holds."""
+        wanted = 1 if len(self.file_columns) > 1 else self.channels and len(self.channels)
+        place = self.index[i]
+        if array.dtype.newbyteorder("=") not in (np.uint8, np.uint16):
+            raise UserError(f"{file} holds {array.dtype}: uint8 and uint16 images can be read")
+        if place is not None and (not file.endswith(".npy") or place >= len(array)):
+            raise UserError(f"{file}, shape {array.shape}, has no image {place}: the column index "
+                            "names places in a stack, a .npy file")
+        image = array if place is None else array[place]
+        if image.ndim == 3 and (image.shape[2] == wanted != len(image) if wanted else
+                                image.shape[2] < len(image)):
+            image = np.moveaxis(image, 2, 0)
+        image = image[None] if image.ndim == 2 else image
+        if image.ndim != 3 or not image.size or wanted not in (None, len(image)):
+            raise UserError(f"{file} has {len(image)} channels, {wanted or 'some'} expected (shape "
+                            f"{array.shape}): --channels names those of a file, the column index a "
+                            "place in a stack")
+        return image
 
-    def __init__(self, folder, columns):
-        self.folder, self.names, self.columns = folder, list(columns), list(columns.values())
-
-    def __len__(self):
-        return len(self.columns[0])
-
-    def __getitem__(self, i):
-        return tuple(os.path.join(self.folder, c[i]) if c[i] else "" for c in self.columns)
-
-
-def read_columns(path):
-    """A CSV as {column: list of strings}, a million rows in seconds. A value that repeats is held
-    once."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            header, lines, seen = next(reader, []), without_blank_end(path, reader), {}
-            twice = sorted({name for name in header if name and header.count(name) > 1})
-            if twice:
-                raise DataError(f"{path} has more than one column {', '.join(twice)}")
-            columns = [[] for _ in header]
-            while rows := list(islice(lines, 200)):  # few enough for the cache
-                if set(map(len, rows)) != {len(header)}:
-                    i, row = next((i, r) for i, r in enumerate(rows) if len(r) != len(header))
-                    raise DataError(f"{path}, row {i + 2 + (len(columns[0]) if columns else 0)}: "
-                                    f"{len(row)} values for {len(header)} columns")
-                for column, values in zip(columns, zip(*rows)):
-                    column.extend(values if len(set(values)) == len(values) else
-                                  map(seen.setdefault, values, values))
-    except (UnicodeDecodeError, csv.Error) as fault:
-        raise DataError(f"{path} is no CSV file: {fault}") from None
-    if not columns or not columns[0]:
-        raise DataError(f"{path} has no rows")
-    return dict(zip(header, columns))
-
-
-def without_blank_end(path, lines):
-    """The lines of a table. Empty ones may stand at its end, not in between, where the numbers of
-    the rows after them would no longer be those of a spreadsheet."""
-    blank = 0
-    for number, line in enumerate(lines, 2):
-        if line and blank:
-            raise DataError(f"{path}, row {blank} is empty: remove the line")
-        if line:
-            yield line
-        else:
-            blank = blank or number
+    def read(self, i, top=None):
+        """Image i, (C, H, W) in the file's units; a UserError names row, column and file. top:
+        bring each file from the range of its numbers to 0..top; without, all have one range."""
+        planes = []
+        for column, file in zip(self.file_columns, self.files(i)):
+            try:
+                blank, decode, _ = open_image(file)
+                array, bits = attempt(decode, file), blank.dtype.itemsize * 8
+                if (array.shape, array.dtype) != (blank.shape, blank.dtype):
+                    raise UserError(f"{file} does not hold what its header says")
+                planes.append(self.channels_first(i, array, file))
+                if top is None and bits != next(iter(self.depths.get(column, [bits]))):
+                    raise UserError(f"{file} has {bits} bits, other rows have not")
+                if planes[-1].shape[1:] != planes[0].shape[1:]:
+                    raise UserError(f"{file} has another size than other channels")
+            except UserError as fault:
+                raise UserError(f"{self.path}, row {i + 2}, column {column}: {fault}") from None
+        return np.concatenate(planes if top is None else [
+            plane * np.float32(top / np.iinfo(plane.dtype).max) for plane in planes])
 
 
-def read_manifest(path, channels=CHANNELS, column="image", check=10_000):
+def read_manifest(path, channels=CHANNELS, column="image", check=10_000, faults=None):
     """Read a manifest and check it; every fault is reported, each with its row and column.
 
     channels: the names of the stains, in file order. They are also the columns to look for; where
-    they are absent, `column` names one file with all channels (("any",): as many as there are).
-    check: up to this many distinct images are opened (header and length; pixels are decoded at
-    first use), of more only that of the first row.
+    they are absent, `column` names one file with all channels (None: as many as there are).
+    check: up to this many distinct images are opened (header and length; pixels are decoded when
+    they are read), of more only that of the first row. faults: a list to gather faults in.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"no manifest at {path}")
-    columns = read_columns(path)
-    missing = [c for c in channels if c not in columns]
-    if column == "image" and (not missing or len(missing) < len(channels)
-                              and "image" not in columns):
-        if missing:
-            raise DataError(f"{path} has no column {', '.join(missing)} (its channels are said by "
-                            f"--channels; its columns are {', '.join(columns)})")
-        names = {c: columns[c] for c in channels}
-    elif column in columns:
-        names = {column: columns[column]}
-    else:
-        raise DataError(f"{path} has no column {column}, nor the channels {', '.join(channels)}: "
-                        f"its columns are {', '.join(columns)}")
-    faults = [f"channel {c} is named twice" for c in sorted(set(channels)) if channels.count(c) > 1]
-    index = columns.get("index", [""] * len(next(iter(names.values()))))
-    faults += [f"row {i + 2}, column index: {value} is no place in a stack (0, 1, ...)"
-               for i, value in enumerate(index) if value and not value.isdecimal()]
-    if faults:
-        raise DataError("\n".join(f"{path}, {fault}" for fault in faults[:20]))
-    index = [int(v) if v else None for v in index]
-    manifest = Manifest(path, columns, tuple(channels), Files(path.parent, names), index, {})
-    distinct, many = set(), check * len(names)
-    for name in chain(*names.values()):
-        distinct.add(name)
-        if len(distinct) > many:
-            break
-    check_files(manifest, range(len(manifest)) if len(distinct) <= many else [0])
+    columns, path, channels = read_table(path), Path(path), channels and tuple(channels)
+    missing = [c for c in channels or () if c not in columns]
+    by_channel = channels and column in ("image", ",".join(channels)) and (
+        not missing or "image" not in columns and len(missing) < len(channels))
+    names = channels if by_channel else (column,)
+    if not set(names) <= set(columns):
+        raise UserError(f"{path} has no column {', '.join(missing if by_channel else names)}: its "
+                        f"columns are {', '.join(columns)} (--channels names the stains)")
+    found = [f"channel {c} is named twice" for c, k in Counter(names).items() if k > 1]
+    for a, b in combinations(dict.fromkeys(names), 2):
+        same = (i for i, (x, y) in enumerate(zip(columns[a], columns[b])) if x and x == y)
+        found += [f"row {i + 2}: columns {a} and {b} name the same file, {columns[a][i]}"
+                  for i in islice(same, 1)]
+    index = columns.get("index", [""] * len(columns[names[0]]))
+    found += [f"row {i + 2}, column index: {value} is no place in a stack (0, 1, ...)"
+              for i, value in enumerate(index) if value and not value.isdecimal()]
+    index = [int(v) if v.isdecimal() else None for v in index]
+    manifest = Manifest(path, columns, channels, names, index, {})
+    few = len(set().union(*(columns[name] for name in names))) <= check * len(names)
+    found += file_faults(manifest, range(len(manifest)) if few else [0])
+    report(path, found) if faults is None else faults.extend(found)
     return manifest
 
 
-def check_files(manifest, rows):
-    """Open the files of these rows; DataError lists all that fail, at most twenty by name."""
-    faults, headers = [], {}
-    for i in tqdm(rows, desc="checking files", delay=3):
-        files, shapes = manifest.files[i], set()
-        for column, file in zip(manifest.files.names, files):
+def file_faults(manifest, rows):
+    """The faults of the files of these rows. Their sizes, depths and notes are noted."""
+    faults, opened = [], {}
+    for i in tqdm(rows, "checking files", delay=3):
+        sizes = set()
+        for column, file in zip(manifest.file_columns, manifest.files(i)):
             try:
-                if file not in headers:
-                    headers[file] = None  # a damaged file is named once
-                    headers[file] = read_header(file)
-                if headers[file]:
-                    shapes.add(image_shape(headers[file], file, manifest.index[i], manifest))
-            except DataError as fault:
-                faults.append(f"{manifest.path}, row {i + 2}, column {column}: {fault}")
-        for shape in shapes:
-            manifest.sizes.setdefault(shape, f"row {i + 2}")
-        if len(shapes) > 1:
-            faults.append(f"{manifest.path}, row {i + 2}: channels of different sizes, "
-                          + ", ".join(f"{w}x{h}" for h, w in sorted(shapes)))
-    if faults:
-        more = [f"and {len(faults) - 20} more faults"] if len(faults) > 20 else []
-        raise DataError("\n".join(faults[:20] + more))
+                if file not in opened:
+                    opened[file] = None  # an unreadable file is named once
+                    opened[file], _, note = open_image(file)
+                    manifest.notes |= {file: note} if note else {}
+                if opened[file] is not None:
+                    sizes.add(manifest.channels_first(i, opened[file], file).shape[1:])
+                    depth = manifest.depths.setdefault(column, {})
+                    depth.setdefault(8 * opened[file].dtype.itemsize, f"row {i + 2}")
+            except UserError as fault:
+                faults.append(f"row {i + 2}, column {column}: {fault}")
+        if len(sizes) > 1:
+            faults.append(f"row {i + 2}: channels of different sizes, "
+                          + ", ".join(f"{w}x{h}" for h, w in sorted(sizes)))
+        manifest.sizes |= {size: f"row {i + 2}" for size in sizes - manifest.sizes.keys()}
+    return faults
 
 
-def check_dtype(dtype, file):
-    if dtype.newbyteorder("=") not in (np.uint8, np.uint16):
-        raise DataError(f"{file} holds {dtype}: uint8 and uint16 images can be read")
+# --- 4. Image files: each format says shape and type at once, and pixels when it is asked ---------
+
+def attempt(action, path):
+    """action(), once more where the system fails. Whatever else is wrong with foreign bytes is a
+    UserError."""
+    for last in (False, True):
+        try:
+            return action()
+        except Exception as fault:
+            if last or not isinstance(fault, OSError):
+                text = " ".join(str(fault).split())[:120] or type(fault).__name__
+                raise UserError(f"{path} is unreadable: {text}") from None
 
 
-def image_shape(header, file, index, manifest):
-    """(H, W) of one row, from a file's (shape, dtype)."""
-    shape, dtype = header
-    check_dtype(dtype, file)
-    if index is not None:
-        if not shape or index >= shape[0]:
-            raise DataError(f"{file} has shape {shape}: index {index} is beyond it")
-        shape = shape[1:]
-    axis = channel_axis(shape, file, manifest)
-    return tuple(n for i, n in enumerate(shape) if i != axis)
+def open_image(file):
+    """(blank, decode, note): an array of the file's shape and type without its pixels, the function
+    that reads them, and what is odd about the file. UserError for one that cannot be read."""
+    suffix = Path(file).suffix.lower()
+    if not os.path.isfile(file):
+        raise UserError(f"there is no image file {file}" if file else "the image file is blank")
+    with open(file, "rb") as opened:
+        if opened.read(64).startswith(b"version https://git-lfs"):
+            raise UserError(f"{file} is a Git LFS pointer, not an image: run git lfs pull")
+    if suffix not in FORMATS:
+        raise UserError(f"{file}: no image format read here ({', '.join(FORMATS)})")
+    shape, dtype, decode, *note = attempt(lambda: FORMATS[suffix](file), file)
+    return np.broadcast_to(np.zeros((), dtype), shape), decode, "".join(note)
 
 
-def channel_axis(shape, file, manifest):
-    """Which axis holds the channels (None for a plain image); one channel per file, or all."""
-    if len(shape) not in (2, 3) or 0 in shape:
-        raise DataError(f"{file} has shape {shape}: an image has two axes, or three with channels")
-    wanted = 1 if len(manifest.files[0]) > 1 else len(manifest.channels)
-    axis = None if len(shape) == 2 else next(
-        (a for a in (0, 2) if shape[a] == wanted), 0 if shape[0] < shape[2] else 2)
-    found = 1 if axis is None else shape[axis]
-    if found != wanted and manifest.channels != ("any",):
-        raise DataError(f"{file} has {found} channels, {wanted} expected"
-                        + (": name those of a file with --channels" if wanted > 1 else ""))
-    return axis
+def open_tiff(path):
+    """The first series of a TIFF. OME files that belong together are read one by one: tifffile
+    fills those that are missing with zeros."""
+    with tifffile.TiffFile(path, is_ome=False) as tif:
+        page, series, count = tif.pages[0], tif.series[0], len(tif.series)
+        ends = [o + n for p in tif.pages for o, n in zip(p.dataoffsets, p.databytecounts)]
+        if series.dataoffset is not None:  # of pages one after the other the first alone tells
+            ends.append(series.dataoffset + series.nbytes)
+        pages, lzw = [p.index for p in series.pages], page.compression == 5
+    axes = [a for a, n in zip(series.axes, series.shape) if n > 1] + re.findall(
+        r'Size([ZT])="(?!1")', page.description)
+    deep = page.samplesperpixel > 1 and (page.planarconfig != 1 or page.dtype != np.uint8)
+    if max(ends) > os.path.getsize(path):
+        raise ValueError("the file ends before its pixels do")
+    if page.photometric not in (1, 2):
+        raise ValueError(f"its numbers are {page.photometric.name}, not intensities")
+    if {"Z", "T"} & set(axes):
+        raise ValueError(f"its axes are {''.join(axes)}: one plane at one time can be read")
+    if page.compression not in tifffile.TIFF.DECOMPRESSORS and not lzw or lzw and deep:
+        raise ValueError(f"{page.compression.name} of {page.dtype} and {page.samplesperpixel} "
+                         "samples a pixel cannot be read here")
 
-
-# --- 4. Reading images ----------------------------------------------------------------------------
-
-READ_FAULTS = (OSError, ValueError, EOFError, KeyError, IndexError, TypeError, SyntaxError,
-               struct.error, zlib.error, zipfile.BadZipFile, tifffile.TiffFileError)
-
-
-def read_header(file):
-    """(shape, dtype) of an image file without decoding it. A missing, truncated or foreign file
-    is a DataError that names it."""
-    path = Path(file)
-    if not path.is_file():
-        raise DataError(f"no image file {file}" if file else "the image file is blank")
-    with open(path, "rb") as opened:
-        start = opened.read(64)
-    if start.startswith(b"version https://git-lfs"):
-        raise DataError(f"{file} is a Git LFS pointer, not an image: run git lfs pull")
-    suffix = path.suffix.lower()
-    if suffix not in HEADERS:
-        raise DataError(f"{file}: a {suffix or 'nameless'} file is no image format read here "
-                        f"({', '.join(HEADERS)})")
-    try:
-        return HEADERS[suffix](path)
-    except READ_FAULTS as fault:
-        raise DataError(f"{file} is damaged or no {suffix[1:]} file: {one_line(fault)}") from None
-
-
-def one_line(fault):
-    return " ".join(str(fault).split())[:120] or type(fault).__name__
-
-
-def tiff_header(path):
-    with tifffile.TiffFile(path) as tif:
-        series = tif.series[0]  # pages one after the other are told of by the first of them alone
-        ends = [o + n for page in tif.pages for o, n in zip(page.dataoffsets, page.databytecounts)]
-        ends += [series.dataoffset + series.nbytes] if series.dataoffset is not None else []
-        if max(ends) > path.stat().st_size:
-            raise ValueError("the file ends before its pixels do")
-        if tif.pages[0].compression != 1:
-            read_tiff(path)  # some compressions cannot be read here: find out now
-        return series.shape, series.dtype
-
-
-def read_tiff(path):
-    """Pixels of a TIFF; tifffile leaves LZW to a package of its own, Pillow brings it along."""
-    with tifffile.TiffFile(path) as tif:
-        if tif.pages[0].compression == 1:
-            return tif.asarray()
-        shape = tif.series[0].shape
-    with Image.open(path) as image:
-        return np.stack([np.array(frame) for frame in ImageSequence.Iterator(image)]).reshape(shape)
+    def decode():
+        if not lzw:
+            return tifffile.imread(path, is_ome=False, series=0)
+        with Image.open(path) as image:  # tifffile leaves LZW to a package of its own
+            frames = [image.seek(k) or np.array(image) for k in pages]
+        return np.stack(frames).reshape(series.shape)
+    note = f"holds {count} series, of which the first is read" if count > 1 else ""
+    return series.shape, series.dtype, decode, note
 
 
 def open_png(path):
-    """A PNG whose pixels are intensities, not places in a palette."""
-    image = Image.open(path)
-    if image.mode not in ("L", "I", "I;16", "RGB", "RGBA"):
-        raise ValueError(f"mode {image.mode}, not grey or RGB")
-    return image
-
-
-def png_header(path):
+    """A PNG of 8 bits, grey or RGB, or of 16 bits, grey: Pillow reads 16-bit RGB as 8 bits."""
     with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - 12))
+        head = file.read(26)
+        file.seek(max(0, os.path.getsize(path) - 12))
         if b"IEND" not in file.read():
             raise ValueError("the file ends before its pixels do")
-    with open_png(path) as image:
-        dtype = np.uint16 if image.mode.startswith("I") else np.uint8
-        bands = len(image.getbands())
-        return (image.height, image.width) + ((bands,) if bands > 1 else ()), np.dtype(dtype)
+    bands = {(8, 0): (), (16, 0): (), (8, 2): (3,), (8, 6): (4,)}.get((head[24], head[25]))
+    if bands is None:
+        raise ValueError(f"PNG of type {head[25]}, {head[24]} bits: grey and 8-bit RGB can be read")
+    width, height = (int.from_bytes(head[k:k + 4], "big") for k in (16, 20))
+    dtype = np.dtype(f"uint{head[24]}")
+    return (height, width, *bands), dtype, lambda: np.array(Image.open(path)).astype(dtype)
 
 
-def npy_header(path):
+def open_npy(path):
     array = np.load(path, mmap_mode="r", allow_pickle=False)
-    return array.shape, array.dtype
+    return array.shape, array.dtype, lambda: array
 
 
-def npz_header(path):
-    with np.load(path, allow_pickle=False) as archive, \
-            archive.zip.open(npz_key(archive) + ".npy") as file:
-        read = {(1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0}[np.lib.format.read_magic(file)]
-        shape, _, dtype = read(file)
-        return shape, dtype
-
-
-def npz_key(archive):
+def open_npz(path):
     """The array of an archive that is the image: `sample` (Hofmarcher et al. 2019) or the only one.
     Other entries may be pickles and are not touched."""
-    names = archive.files
-    if "sample" in names or len(names) == 1:
-        return "sample" if "sample" in names else names[0]
-    raise ValueError(f"which of the arrays {', '.join(names)} is the image? name it sample")
+    with np.load(path, allow_pickle=False) as archive:
+        name = "sample" if "sample" in archive.files else archive.files[0]
+        if name != "sample" and len(archive.files) > 1:
+            raise ValueError(f"which of {', '.join(archive.files)} is the image? name it sample")
+        with archive.zip.open(f"{name}.npy") as file:
+            header = {(1, 0): np.lib.format.read_array_header_1_0,
+                      (2, 0): np.lib.format.read_array_header_2_0}[np.lib.format.read_magic(file)]
+            shape, _, dtype = header(file)
+    return shape, dtype, lambda: np.load(path, allow_pickle=False)[name]
 
 
-HEADERS = {".tif": tiff_header, ".tiff": tiff_header, ".png": png_header, ".npy": npy_header,
-           ".npz": npz_header}
+FORMATS = {".tif": open_tiff, ".tiff": open_tiff, ".png": open_png, ".npy": open_npy,
+           ".npz": open_npz}
 
 
-def read_file(file, index=None):
-    """Decode one file: the array as stored, or image `index` of a stack."""
-    suffix = Path(file).suffix.lower()
-    try:
-        if suffix in (".tif", ".tiff"):
-            array = read_tiff(file)
-        elif suffix == ".png":
-            with open_png(file) as image:
-                array = np.array(image)
-            array = array.astype(np.uint16) if array.dtype == np.int32 else array
-        elif suffix == ".npy":
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
-        else:
-            with np.load(file, allow_pickle=False) as archive:
-                array = archive[npz_key(archive)]
-        return np.asarray(array if index is None else array[index])
-    except READ_FAULTS as fault:
-        raise DataError(f"{file} cannot be read: {one_line(fault)}") from None
+# --- 5. Intensities, views and splits -------------------------------------------------------------
 
+class Views(torch.utils.data.Dataset):
+    """Views of a manifest's images, scaled to [-1, 1], as torch tensors of the shape `shape`.
 
-class Pixels:
-    """The images of a manifest, decoded at first use and kept in memory while they fit.
-
-    pixels[i] is (C, H, W) float32 in the file's own units, after `binning` x `binning` averaging.
-    pixels.many(rows) reads files by `workers` processes and goes on past those that are corrupt, up
-    to the share `max_corrupt` of all images.
+    views[row, view] is (x (C, h, w) float32, ""). view >= 0 is a random crop, flip and turn that
+    depends on the key alone, so that a conditioning image follows its target; -1 is the middle, as
+    it stands. Of an unreadable image, or one of another size, x is NaN and the text says why.
+    intensity None: whole images of any size, in the units of the files (top: see Manifest.read).
     """
 
-    def __init__(self, manifest, binning=1, memory_gb=4., workers=1, max_corrupt=0.):
-        self.manifest, self.binning, self.workers = manifest, binning, workers
-        self.room, self.kept = memory_gb * 1e9, {}
-        self.max_corrupt, self.corrupt = max_corrupt, {}  # {row: what is wrong with it}
+    def __init__(self, manifest, intensity, crop=0, flips=True, binning=1, seed=0, top=None):
+        self.manifest = replace(manifest, columns={  # what a process that reads needs
+            column: manifest.columns[column] for column in manifest.file_columns})
+        self.intensity, self.crop, self.flips = intensity, crop, flips
+        self.binning, self.seed, self.top = binning, seed, top
+        if intensity and intensity["rule"] == "dtype":
+            self.top = intensity["high"][0]
+        sizes, names = list(manifest.sizes), manifest.channels
+        c, h, w = (len(names), *sizes[0]) if sizes and names else manifest.read(0, 1.).shape
+        self.shape = (c, crop or h // binning, crop or w // binning)
 
-    def __len__(self):
-        return len(self.manifest)
-
-    def __getitem__(self, i):
-        return self.keep(i, self.kept[i] if i in self.kept else self.read(i))
-
-    def keep(self, i, image):
-        # a stack is mapped: the system keeps its pages
-        if i not in self.kept and self.manifest.index[i] is None and image.nbytes <= self.room:
-            self.room -= image.nbytes
-            self.kept[i] = image
-        return image.astype(np.float32)
-
-    def many(self, rows):
-        """Yields pixels[i] for each of the rows; None for an image that cannot be read, which is
-        noted in `corrupt`. The same whatever the number of workers."""
-        rows = [int(i) for i in rows]
-        for start in range(0, len(rows), 4 * self.workers):
-            part = rows[start:start + 4 * self.workers]
-            found = {i: self.kept[i] for i in part if i in self.kept}
-            new = [i for i in dict.fromkeys(part) if i not in found and i not in self.corrupt]
-            found |= self.read_new(new)
-            for i in part:
-                yield None if i in self.corrupt else self.keep(i, found[i])
-
-    def read_new(self, rows):
-        """{row: image}; a fault goes to `corrupt`, too many of them are a DataError."""
-        files = rows and self.manifest.index[rows[0]] is None
+    def __getitem__(self, key):
+        row, view = key
         try:
-            if files and self.workers > 1:
-                found = dict(zip(rows, self.readers.map(read_or_fault, rows)))
-            else:
-                found = {i: self.read_or_fault(i) for i in rows}
-        except BrokenProcessPool:  # one was killed, for its memory or along with its group
-            self.workers = 1
-            return self.read_new(rows)
-        self.corrupt |= {i: fault for i, fault in found.items() if isinstance(fault, str)}
-        if len(self.corrupt) > self.max_corrupt * len(self):
-            raise DataError(f"{next(iter(self.corrupt.values()))} ({len(self.corrupt)} of "
-                            f"{len(self)} images cannot be read: more than {self.max_corrupt:.1%})")
-        return found
-
-    def read_or_fault(self, i):
-        try:
-            return self.read(i)
-        except DataError as fault:
-            return str(fault)
-
-    @cached_property
-    def readers(self):
-        """The processes that read, started when they are needed first."""
-        pool = ProcessPoolExecutor(self.workers, initializer=start_reader, initargs=(
-            Pixels(self.manifest, self.binning), os.getpid()))
-        weakref.finalize(self, pool.shutdown)  # or Python, at its own end, may trip over the pool
-        return pool
-
-    def report(self):
-        """Say which images were left out because they cannot be read."""
-        faults = list(self.corrupt.values())
-        if faults:
-            print(f"{len(faults)} of {len(self)} images cannot be read and were left out:\n  "
-                  + "\n  ".join(faults[:5]) + ("\n  ..." if len(faults) > 5 else ""))
-
-    def read(self, i):
-        m = self.manifest
-        planes = []
-        for column, file in zip(m.files.names, m.files[i]):
-            try:
-                array = read_file(file, m.index[i])
-                check_dtype(array.dtype, file)
-                axis = channel_axis(array.shape, file, m)
-            except DataError as fault:
-                raise DataError(f"{m.path}, row {i + 2}, column {column}: {fault}") from None
-            planes.append(array[None] if axis is None else np.moveaxis(array, axis, 0))
-        if len({p.shape[1:] for p in planes}) > 1:
-            raise DataError(f"{m.path}, row {i + 2}: channels of different sizes")
-        return bin_pixels(np.concatenate(planes), self.binning)
-
-    def dtype_range(self, i):
-        """The largest value of the file's number type: 255 or 65535."""
-        m = self.manifest
-        return float(np.iinfo(read_file(m.files[i][0], m.index[i]).dtype).max)
+            image = bin_pixels(self.manifest.read(row, self.top), self.binning)
+            c, h, w = image.shape
+            if self.intensity is None:
+                return torch.from_numpy(image.astype(np.float32)), ""
+            if c != self.shape[0] or (min(h, w) < self.crop if self.crop else
+                                      (h, w) != self.shape[1:]):
+                raise UserError(f"{self.manifest.path}, row {row + 2}: {c} channels of {w}x{h} "
+                                "pixels, where {} of {}x{} are expected".format(*self.shape))
+            rng = keyed_rng(self.seed, VIEW, row, view) if view >= 0 else None
+            x = scale_intensity(take_view(image, self.crop, rng, self.flips), self.intensity)
+            return torch.from_numpy(np.ascontiguousarray(x)), ""
+        except UserError as fault:
+            return torch.full(self.shape, torch.nan), str(fault)
 
 
-def start_reader(pixels, parent):
-    """In a process that reads: Ctrl-C is for the parent, and the end of the parent is its own."""
-    global _reader
-    _reader = pixels
+def start_worker(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def end_with_parent():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-    threading.Thread(target=end_with_parent, daemon=True).start()
+
+def loader(dataset, keys, workers=0, **words):
+    """torch's DataLoader over these keys, in their order; one core is left to the caller. The
+    generator of its own leaves torch's random numbers as they were; Ctrl-C is for training."""
+    return torch.utils.data.DataLoader(dataset, sampler=keys, worker_init_fn=start_worker,
+                                       num_workers=min(workers, max(1, cores() - 1)),
+                                       generator=torch.Generator(), **words)
 
 
-def read_or_fault(i):
-    return _reader.read_or_fault(i)
+def load(views, keys, batch=64, workers=0, max_corrupt=0., what=""):
+    """Yields (x (B, C, h, w), rows (B,)) for the keys (row, view), in their order. x is NaN where
+    an image is unreadable; more of them than the share max_corrupt of the rows asked for is a
+    UserError. Those left out are named at the end."""
+    keys, faults, done = [(int(row), int(view)) for row, view in keys], {}, 0
+    many = len({row for row, _ in keys})
+    for x, texts in tqdm(loader(views, keys, workers, batch_size=batch), what, delay=3):
+        rows, done = [row for row, _ in keys[done:done + len(x)]], done + len(x)
+        faults |= {row: text for row, text in zip(rows, texts) if text}
+        if len(faults) > max_corrupt * many:
+            raise UserError(f"{next(iter(faults.values()))} ({len(faults)} of {many} images are "
+                            f"unreadable: more than {max_corrupt:.1%})")
+        yield x, np.array(rows)
+    if faults:
+        print(f"{len(faults)} of {many} images are unreadable and were left out:",
+              *[*faults.values()][:5], *["..."] * (len(faults) > 5), sep="\n  ")
 
 
 def bin_pixels(image, n):
     """Average n x n pixels of (C, H, W); a rest at the right and lower border is cut off."""
-    if n == 1:
-        return image
     c, h, w = image.shape
     cut = image[:, :h // n * n, :w // n * n].astype(np.float32)
-    return cut.reshape(c, h // n, n, w // n, n).mean((2, 4))
+    return cut.reshape(c, h // n, n, w // n, n).mean((2, 4)) if n > 1 else image
 
 
-# --- 5. Intensities, crops and splits -------------------------------------------------------------
+def mixed_depth(manifest):
+    """A line that names a row of each type of numbers where a column has two, else ""."""
+    return next((f"column {c}: " + ", ".join(f"{row} has {bits} bits" for bits, row in d.items())
+                 for c, d in manifest.depths.items() if len(d) > 1), "")
 
-def fit_intensity(rule, pixels, rows, seed=0):
+
+def fit_intensity(rule, manifest, rows, binning=1, workers=0):
     """How intensities become [-1, 1]: {"rule", "low": [C], "high": [C]}, kept in checkpoints.
 
     rule: "percentile" (0.1 and 99.9 % of each channel over at most 400 training images), "dtype"
-    (0 to 255 or 65535), or a stated range such as "0:4095".
+    (each file's own 0 to 255 or 65535), or a stated range such as "0:4095".
     """
-    n = len(pixels.manifest.channels)
+    if rule != "dtype" and mixed_depth(manifest):
+        raise UserError(f"{manifest.path}, {mixed_depth(manifest)}: convert one of them, or scale "
+                        "each file by its own type with --intensity dtype")
     if rule == "percentile":
-        some = np.random.default_rng(seed).permutation(rows)[:400]
+        keys = [(i, -1) for i in keyed_rng(0).permutation(rows)[:400].tolist()]
+        images = loader(Views(manifest, None, binning=binning), keys, workers, batch_size=None)
         # every 7th pixel is plenty for a percentile, and plates fit in memory
-        images = [image.reshape(n, -1)[:, ::7] for image in tqdm(
-            pixels.many(some), desc="measuring intensities", total=len(some), delay=3)
-            if image is not None]
-        if not images:
-            raise DataError(f"{pixels.manifest.path}: none of {len(some)} images can be read")
-        values = np.concatenate(images, 1)
-        low, high = np.percentile(values, (.1, 99.9), axis=1)
-    elif rule == "dtype":
-        low, high = np.zeros(n), np.full(n, pixels.dtype_range(rows[0]))
+        found = [(x.flatten(1)[:, ::7].clone(), fault) for x, fault in tqdm(
+            images, "measuring intensities", delay=3)]
+        if all(fault for _, fault in found):
+            raise UserError(f"none of {len(found)} images can be read: {found[0][1]}")
+        low, high = np.percentile(torch.cat([x for x, fault in found if not fault], 1).numpy(),
+                                  (.1, 99.9), axis=1).tolist()
     else:
-        try:
-            low, high = (np.full(n, float(v)) for v in rule.split(":"))
-            assert (low < high).all()
-        except (ValueError, AssertionError):
-            raise DataError(f"--intensity {rule}: percentile, dtype, or a range such as 0:4095"
-                            ) from None
-    if (high <= low).any():
-        empty = [c for c, a, b in zip(pixels.manifest.channels, low, high) if b <= a]
-        raise DataError(f"channel {', '.join(empty)} has no contrast: every pixel is the same")
-    return dict(rule=rule, low=[float(v) for v in low], high=[float(v) for v in high])
+        first = manifest.read(int(rows[0]), 1. if rule == "dtype" else None)
+        bits = max([b for found in manifest.depths.values() for b in found], default=8)
+        words = rule.split(":") if rule != "dtype" else ["0", 2 ** bits - 1]
+        low, high = ([number(word)] * len(first) for word in (words[0], words[-1]))
+        if not low < high or len(words) != 2:
+            raise UserError(f"--intensity {rule}: percentile, dtype, or a range such as 0:4095")
+    names = manifest.channels or [f"{k}" for k in range(1, len(low) + 1)]
+    flat = [name for name, a, b in zip(names, low, high) if a >= b]
+    if flat:
+        raise UserError(f"{manifest.path}: channel {', '.join(flat)} has no contrast: 99.8 % of "
+                        "its pixels or more have one value")
+    return dict(rule=rule, low=low, high=high)
 
 
 def scale_intensity(image, intensity):
-    """(..., C, H, W) in file units to [-1, 1], clipped."""
+    """(..., C, H, W) in file units to [-1, 1], clipped, float32."""
     low, high = (np.array(intensity[k], np.float32)[:, None, None] for k in ("low", "high"))
     return ((image - low) / (high - low)).clip(0, 1) * 2 - 1
 
 
 def take_view(image, crop, rng=None, flips=True):
-    """A view of (C, H, W): a crop x crop piece (0: the whole) at random, flipped and turned by
-    quarters; without `rng` the piece in the middle, as it stands."""
+    """A view of (C, H, W): a random crop (0: the whole), flipped and turned by multiples of 90
+    degrees; without `rng` the crop in the middle, as it stands."""
     h, w = image.shape[1:]
     size_h, size_w = crop or h, crop or w
-    if min(h, w) < crop:
-        raise DataError(f"an image is {w}x{h}, smaller than the crop of {crop}")
     y, x = (h - size_h) // 2, (w - size_w) // 2
     if rng is not None:
         y, x = rng.integers(h - size_h + 1), rng.integers(w - size_w + 1)
@@ -990,6 +894,83 @@ def take_view(image, crop, rng=None, flips=True):
     view = np.rot90(view, rng.integers(4) if size_h == size_w else 2 * rng.integers(2), (1, 2))
     return view[:, :, ::-1] if rng.random() < .5 else view
 
+
+def number(text):
+    """The finite number that a text says, else NaN."""
+    try:
+        return float(text) if abs(float(text)) < np.inf else np.nan
+    except ValueError:
+        return np.nan
+
+
+def pixel_size(manifest, binning):
+    """Micrometres of a pixel after binning; None where the column pixel_um is not there, or does
+    not say one size for all."""
+    sizes = manifest.columns.get("pixel_um", [""])
+    report(manifest.path, (f"row {i + 2}, column pixel_um: {text} is no size in micrometres"
+                           for i, text in enumerate(sizes) if text and not number(text) > 0))
+    return float(sizes[0]) * binning if len(set(sizes)) == 1 and sizes[0] else None
+
+
+def doses(columns):
+    """The columns dose* and conc*, {name: values}, but for those without a number, as of a unit."""
+    return {name: values for name, values in columns.items()
+            if re.match("dose|conc", name, re.I) and any(number(v) >= 0 for v in set(values))}
+
+
+def negative_controls(columns):
+    """(n,) bool: the rows whose doses are all known and 0. Without a dose there are none."""
+    zero = [[number(v) == 0 for v in values] for values in doses(columns).values()]
+    return np.all(zero, 0) if zero else np.zeros(len(next(iter(columns.values()))), bool)
+
+
+def split_rows(manifest, how="auto", fraction=.1, seed=0):
+    """Rows for training and rows held out: two arrays of row numbers.
+
+    how: "auto" (the column `split` where there is one: train and val; else by image, those of one
+    well together), "image", "smiles" (by molecule: SMILES that name one molecule stay together),
+    any column ("plate"), two joined ("compound+plate"), or stated values ("plate=SQ00015233",
+    "compound+plate=DMSO+P01"). Where molecules are drawn, negative controls stay in training.
+    """
+    columns, n, (text, _, wanted) = manifest.columns, len(manifest), how.partition("=")
+    if how == "auto" and "split" in columns:
+        label = np.array(columns["split"])
+        if not {"train", "val"} <= set(label):
+            raise UserError(f"{manifest.path}, column split: it must name rows train and val "
+                            "(others are left for tests), or choose another --split")
+        return np.flatnonzero(label == "train"), np.flatnonzero(label == "val")
+    if how == "auto":
+        text = "plate+well" if "plate" in columns and all(columns.get("well", [""])) else "image"
+    names = text.split("+") if text != "image" else []
+    if not set(names) <= set(columns):
+        raise UserError(f"--split {how}: {manifest.path} has no column "
+                        + ", ".join(name for name in names if name not in columns))
+    same = {name: molecule_key if name.lower() == "smiles" else str for name in names}
+    keys = ["+".join(v) for v in zip(*(map(same[name], columns[name]) for name in names))]
+    keys, free = np.array(keys or range(n), str), np.ones(n, bool)
+    if wanted:
+        parts = wanted.rsplit("+", len(names) - 1)  # a molecule, which may hold a +, comes first
+        chosen = ["+".join(same[name](part) for name, part in zip(names, parts))]
+        if chosen[0] not in keys:
+            raise UserError(f"--split {how}: no row has it; there are "
+                            + ", ".join(np.unique(keys)[:20]))
+    else:
+        if {"smiles", "inchikey", "compound"} & {name.lower() for name in names}:
+            free = ~negative_controls(columns)
+        order = sorted(set(keys[free]), key=lambda v: share_of(f"{seed}/{v}"))
+        chosen = order[:max(1, round(fraction * len(order)))]
+    held = np.isin(keys, chosen) & free
+    if held.all():
+        raise UserError(f"--split {how}: nothing is left to train on")
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def share_of(text):
+    """A number from 0 to 1 that is always the same for a text, whatever other texts there are."""
+    return int(hashlib.sha1(text.encode()).hexdigest()[:12], 16) / 16 ** 12
+
+
+# --- 6. Manifests made from manifests: restained images, lists of negative controls ---------------
 
 def plate_style(images):
     """How a plate shows untreated cells: mean (C, 1, 1) and power spectrum (C, H, W // 2 + 1), the
@@ -1005,8 +986,8 @@ def plate_style(images):
 
 
 def restain(image, own, other):
-    """A photograph (C, H, W) in [-1, 1] from the plate of style `own` as that of style `other`
-    would show it (styles: from plate_style).
+    """A photograph (C, H, W), dark at -1 and bright at 1, from the plate of style `own` as that of
+    style `other` would show it (styles: from plate_style).
 
     Every frequency is scaled by sqrt(P_other / P_own), 1/8 to 8. For stationary Gaussian textures
     this is the map that carries one to the other at the least cost (Xia et al. 2014, SIAM J.
@@ -1016,234 +997,311 @@ def restain(image, own, other):
     (own_mean, own_power), (other_mean, other_power) = own, other
     scale = np.sqrt((other_power + 1e-6) / (own_power + 1e-6)).clip(1 / 8, 8)
     moved = np.fft.irfft2(np.fft.rfft2(image - own_mean) * scale, s=image.shape[1:])
-    return (moved + other_mean).clip(-1, 1).astype(np.float32)
+    return (moved + other_mean).astype(np.float32)
 
 
-def split_rows(manifest, how="auto", fraction=.1, seed=0):
-    """Rows for training and rows held out: two arrays of row numbers.
+CONTROLS_NEEDED, CONTROLS_SEEN = 8, 96  # images of negative controls that tell a plate's style
 
-    how: "auto" (the column `split` where there is one: train and val; else by image), "image",
-    "smiles" (by molecule: SMILES that name one molecule stay together), any column ("plate"), two
-    joined ("compound+plate"), or stated values ("plate=SQ00015233", "compound+plate=DMSO+P01").
+
+class Plates:
+    """The plates of the training rows: `of[i]` names that of row i by its values in the columns
+    `by`, `controls` lists the negative controls of those that have enough, and `moves` says which
+    treated images i are shown as which other plate: [(i, plate)]."""
+
+    def __init__(self, manifest, by, train):
+        columns, untreated = manifest.columns, negative_controls(manifest.columns)
+        found, controls = fit_intensity("percentile", manifest, train), defaultdict(list)
+        self.low, self.high = (np.array(found[k])[:, None, None] for k in ("low", "high"))
+        self.manifest, self.style = manifest, cache(self.style)
+        self.of = {i: tuple(columns[name][i] for name in by) for i in train}
+        for i in keyed_rng(0, CONTROLS).permutation(train).tolist():
+            if untreated[i] and all(self.of[i]):
+                controls[self.of[i]].append(i)
+        self.controls = {plate: rows for plate, rows in sorted(controls.items())
+                         if len(rows) >= CONTROLS_NEEDED}
+        treated, known = [i for i in train if not untreated[i]], list(self.controls)
+        chosen = [i for i in treated if self.of[i] in self.controls
+                  and all(values[i] for values in doses(columns).values())]
+        if len(known) < 2 or not chosen:
+            raise UserError(f"{manifest.path}: restaining needs treated images, and two plates "
+                            f"(--by {' '.join(by)}) of {CONTROLS_NEEDED} negative controls or more")
+        ahead = keyed_rng(0, OTHER_PLATE).integers(1, len(known), len(chosen))
+        self.moves = [(i, known[(known.index(self.of[i]) + k) % len(known)])
+                      for i, k in zip(chosen, ahead)]
+        print(f"restained: {len(known)} plates, {len(chosen)} images; {len(treated) - len(chosen)} "
+              "other treated images stay as they are")
+
+    def read(self, i):
+        """Image i, scaled but not clipped, so that low and high of the intensities are -1 and 1."""
+        image = (self.manifest.read(i) - self.low) / (self.high - self.low) * 2 - 1
+        return image.astype(np.float32)
+
+    def style(self, plate):
+        rows = self.controls[plate][:CONTROLS_SEEN]
+        count = max(CONTROLS_NEEDED, 2 ** 26 // self.read(rows[0]).size)  # 256 MB
+        return plate_style(np.stack([self.read(i) for i in rows[:count]]))
+
+    def restained(self, i, other):
+        return restain(self.read(i), self.style(self.of[i]), self.style(other))
+
+    def told(self):
+        """{plate: {column: value}} of the columns that have one value on each whole plate."""
+        columns, first = self.manifest.columns, {p: rows[0] for p, rows in self.controls.items()}
+        constant = [c for c, v in columns.items() if all(
+            v[i] == v[first[plate]] for i, plate in self.of.items() if plate in first)]
+        return {plate: {c: columns[c][i] for c in constant} for plate, i in first.items()}
+
+    def report_contrast(self, count=64, sites=4):
+        """Print how much the contrast of one treatment differs between plates, and how much when
+        one of the two is restained: a first check whether this suits the plates."""
+        columns, alike, gaps = self.manifest.columns, defaultdict(list), []
+        names = [n for n in ("smiles", "compound", *doses(columns)) if n in columns]
+        treatment = {i: tuple(columns[n][i] for n in names) for i, _ in self.moves}
+        for i in treatment:
+            alike[treatment[i], self.of[i]].append(i)
+        pairs = [(i, other) for i, other in self.moves if (treatment[i], other) in alike]
+        for k in keyed_rng(0, CHECK).permutation(len(pairs))[:count]:
+            i, other = pairs[k]
+            own, there = (alike[treatment[i], plate][:sites] for plate in (self.of[i], other))
+            a, b, moved = (np.log(np.std(images, (0, 2, 3)) + .01) for images in (
+                [self.read(j) for j in own], [self.read(j) for j in there],
+                [self.restained(j, other) for j in own]))                            # (C,)
+            gaps.append([abs(a - b).mean(), abs(moved - b).mean()])
+        if not gaps:
+            return print("no treatment lies on two of them: nothing shows whether it suits them")
+        before, after = np.mean(gaps, 0)
+        print(f"the contrast of one treatment differs between two plates by {before:.2f} (log, "
+              f"mean of {len(gaps)} pairs), restained by {after:.2f}")
+        if after >= before:
+            print("warning: restained images are no nearer to those of the other plate: it needs "
+                  "more negative controls on each, or plates that differ in optics only")
+
+
+def write_restained(manifest, by: list = ("plate",), share=.75, balance: list = (),
+                    out="runs/restained"):
+    """Write a manifest with treated images as other plates show them, and sampling weights.
+
+    Each treated training row is copied as another plate, chosen at random, would show it; the copy
+    is told that plate's value of all columns that have one value on a whole plate, and takes
+    `share` of the row's weight. by: the columns that name a plate. share 0: no copies. balance:
+    draw each combination of the values of these columns equally often. out: a folder.
     """
-    columns = manifest.columns
-    if how == "auto" and "split" in columns:
-        label = np.array(columns["split"])
-        if not {"train", "val"} <= set(label):
-            raise DataError(f"{manifest.path}, column split: it must name rows train and val "
-                            "(others are left for tests), or choose another --split")
-        return np.flatnonzero(label == "train"), np.flatnonzero(label == "val")
-    name, _, wanted = how.partition("=")
-    if how in ("auto", "image"):
-        keys = np.arange(len(manifest)).astype(str)
-    else:
-        keys = np.array(joined_keys(manifest, name.split("+"), how))
-    distinct = np.unique(keys)
-    if wanted:
-        names = name.split("+")
-        parts = wanted.rsplit("+", len(names) - 1)  # a molecule, which may hold a +, comes first
-        chosen = ["+".join(molecule_key(part) if column.lower() == "smiles" else part
-                           for column, part in zip(names, parts))]
-        if chosen[0] not in distinct:
-            raise DataError(f"--split {how}: no row has it; there are {', '.join(distinct[:20])}")
-    else:
-        order = sorted(distinct, key=lambda v: hashlib.sha1(f"{seed}/{v}".encode()).hexdigest())
-        chosen = order[:max(1, round(fraction * len(distinct)))]
-    held = np.isin(keys, chosen)
-    if held.all():
-        raise DataError(f"--split {how}: nothing is left to train on")
-    return np.flatnonzero(~held), np.flatnonzero(held)
+    columns, out = manifest.columns, Path(out)
+    report(manifest.path, [f"there is no column {n}" for n in (*by, *balance) if n not in columns]
+           + ["column weight: there are sampling weights already"] * ("weight" in columns)
+           + [f"--share {share} is not between 0 and 1"] * (not 0 <= share <= 1)
+           + ["images of several sizes cannot be restained"] * (len(manifest.sizes) > 1))
+    train, held = (v.tolist() for v in split_rows(manifest))
+    weights, moved = balanced(columns, train, balance), relative_columns(manifest, out)
+    rows, held, copies = table_rows(moved), set(held), []
+    if "split" not in columns:
+        rows = [row | {"split": "val" if i in held else "train"} for i, row in enumerate(rows)]
+    if share:
+        plates = Plates(manifest, by, train)
+        plates.report_contrast()
+        told, blank = plates.told(), {c: "" for c in columns if moved[c] is not columns[c]}
+        for i, other in plates.moves:
+            copies.append(rows[i] | told[other] | blank | {
+                "split": "train", "weight": f"{weights[i] * share:.6g}"})
+            weights[i] *= 1 - share
+        copies = write_stack(out, copies, *draw_restained(plates), "{}_restained.npy")
+    for i, weight in weights.items():
+        rows[i]["weight"] = f"{weight:.6g}"
+    return write_manifest(out / "manifest.csv", rows + copies)
 
 
-def joined_keys(manifest, names, how):
-    """The values of these columns in each row, joined by +; molecules by what they are."""
-    missing = [name for name in names if name not in manifest.columns]
-    if missing:
-        raise DataError(f"--split {how}: {manifest.path} has no column {', '.join(missing)}")
-    columns = [map(molecule_key, manifest.columns[name]) if name.lower() == "smiles"
-               else manifest.columns[name] for name in names]
-    return ["+".join(values) for values in zip(*columns)]
+def draw_restained(plates):
+    """The restained images, in the type of numbers of their files: shapes and fields, as
+    write_stack takes them."""
+    manifest, each = plates.manifest, len(plates.low) // len(plates.manifest.file_columns)
+    depths = {c: np.dtype(f"uint{next(iter(manifest.depths[c]))}") for c in manifest.file_columns}
+
+    def fields():
+        for i, other in tqdm(plates.moves, "restaining"):
+            image = (plates.restained(i, other) + 1) / 2 * (plates.high - plates.low) + plates.low
+            yield {c: image[k * each:(k + 1) * each].round().clip(0, np.iinfo(depth).max)
+                   for k, (c, depth) in enumerate(depths.items())}
+    return {c: (each, *next(iter(manifest.sizes)), depth) for c, depth in depths.items()}, fields()
+
+
+def balanced(columns, rows, names):
+    """Sampling weights {row: weight} of mean 1: 1 / n, n the number of rows with the same values in
+    the columns `names` (this molecule in this batch). Negative controls keep their share.
+
+    A confounded screen shows most combinations rarely. Drawing them more often does not bias a
+    model that is told both: it learns images *given* the combination.
+    """
+    untreated = negative_controls(columns)
+    keys = {i: tuple(columns[n][i] for n in names) for i in rows if names and not untreated[i]}
+    count = Counter(keys.values())
+    scale = len(keys) / max(len(count), 1)
+    return {i: scale / count[keys[i]] if i in keys else 1. for i in rows}
+
+
+def list_controls(manifest, by: list = ("plate",), out="controls.csv"):
+    """Write a manifest with the column control_row: each row's negative controls.
+
+    They are row numbers, as in a spreadsheet, of all negative controls (dose 0) of the same plate,
+    named by the columns `by`, in other wells than the row's own.
+    """
+    columns, controls = manifest.columns, defaultdict(list)
+    report(manifest.path, [f"there is no column {name}" for name in by if name not in columns])
+    plates = list(zip(*(columns[name] for name in by)))
+    wells = columns.get("well") or range(len(manifest))
+    for i in np.flatnonzero(negative_controls(columns)).tolist():
+        controls[plates[i]].append(i)
+
+    @cache
+    def others(plate, well):
+        return " ".join(str(i + 2) for i in controls[plate] if wells[i] != well)
+    found = [all(plate) and others(plate, well) for plate, well in zip(plates, wells)]
+    report(manifest.path, (
+        f"row {i + 2}: plate {' '.join(plates[i]) or 'blank'} has no negative control (dose 0) in "
+        "another well" for i, listed in enumerate(found) if not listed))
+    columns = relative_columns(manifest, Path(out).parent) | {"control_row": found}
+    return write_manifest(out, table_rows(columns))
+
+
+def relative_columns(manifest, folder):
+    """The columns of a manifest, the paths in them as a CSV in `folder` has to write them."""
+    here, columns = manifest.path.parent, dict(manifest.columns)
+
+    @cache
+    def moved(name):
+        return name if not name or os.path.isabs(name) else os.path.relpath(here / name, folder)
+    for name, values in columns.items():
+        first = next(filter(None, values), "")
+        if name in manifest.file_columns or first and os.path.isfile(here / first):
+            columns[name] = list(map(moved, values))
+    return columns
+
+
+# --- 7. Published data sets, as manifests ---------------------------------------------------------
+
+def table_rows(columns):
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
+
+
+def tidy_name(column):
+    return re.sub("^metadata_", "", column.lower())
 
 
 @cache
-def molecule_key(smiles):
-    """One string for one molecule, however it is written and whatever its counter-ion: its
-    InChIKey but for the last letter, which tells of protons; or the text itself."""
-    molecule = parse_smiles(smiles)
-    return Chem.MolToInchiKey(without_counter_ion(molecule))[:-2] if molecule else smiles
+def well_position(text):
+    """A well, however it is written (A1, a01), as (A01, row, column), counted from 1."""
+    found = re.fullmatch(r"(A?)([A-P])(\d\d?)", text.upper())
+    return (f"{found[1]}{found[2]}{int(found[3]):02d}",
+            str(26 * len(found[1]) + ord(found[2]) - ord("A") + 1), str(int(found[3]))) if found \
+        else (text, "", "")
 
 
-# --- 6. Published data sets, as manifests ---------------------------------------------------------
-
-def read_table(path, needed=()):
-    """A published table (.csv, or .txt with tabs; .gz of either) as a list of {column: text}."""
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"no table at {path}")
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", newline="", encoding="utf-8-sig") as file:
-            tabs = ".txt" in path.suffixes or ".tsv" in path.suffixes
-            reader = csv.DictReader(file, delimiter="\t" if tabs else ",")
-            rows = [{k: (v or "").strip() for k, v in row.items() if k} for row in reader]
-    except (UnicodeDecodeError, csv.Error, OSError, EOFError, zlib.error) as fault:
-        raise DataError(f"{path} is no table: {one_line(fault)}") from None
-    missing = [name for name in needed if name not in (reader.fieldnames or [])]
-    if missing or not rows:
-        raise DataError(f"{path} has no " + (f"column {', '.join(missing)}" if missing else "rows"))
-    return rows
-
-
-def write_manifest(out, rows):
-    """Rows {column: text} as a manifest, under a temporary name first; a file that is there is not
-    written over."""
-    out = Path(out)
-    if out.exists():
-        raise DataError(f"{out} exists: choose another --out or remove it")
-    if not rows:
-        raise DataError(f"no image of these tables was found: {out} is not written")
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out.with_suffix(".tmp"), "w", newline="") as file:
-        writer = csv.DictWriter(file, names, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(out.with_suffix(".tmp"), out)
-
-
-def place(well):
-    """{row, column} of a well, counted from 1: C05 is row 3, column 5."""
-    found = re.fullmatch(r"([A-P]|A[A-F])(\d\d?)", well.upper())
-    if not found:
-        return {"row": "", "column": ""}
-    row = 26 * (len(found[1]) - 1) + ord(found[1][-1]) - ord("A") + 1
-    return {"row": str(row), "column": str(int(found[2]))}
+def tidy_table(path, needed=()):
+    """A published table, {column: list of texts}: the names in small letters without Metadata_,
+    plate_id and well_position as plate and well; wells as A01, with row and column where untold."""
+    same = {"plate_id": "plate", "assay_plate_barcode": "plate", "well_position": "well",
+            "broad_id": "compound"}
+    columns = {same.get(tidy_name(name), tidy_name(name)): [v.strip() for v in values]
+               for name, values in read_table(path).items()}
+    report(path, [f"there is no column {name}" for name in needed if name not in columns])
+    if "well" in columns:
+        columns["well"], *places = zip(*map(well_position, columns["well"]))
+        for name, place in zip(("row", "column"), places):
+            columns[name] = [old or new for old, new in zip(columns.get(name, place), place)]
+    return columns
 
 
 def plate_maps(folder):
     """Bray's plate maps, {(plate, well): {dose, role}}: mmoles_per_liter of the *stock*, and
     DMSO wells (no compound) as controls at dose 0."""
-    folder = Path(folder)
-    found, maps = {}, {}
-    for entry in read_table(folder / "barcode_platemap.csv",
-                            ["Plate_Map_Name", "Assay_Plate_Barcode"]):
-        name = entry["Plate_Map_Name"]
-        if name not in maps:
-            maps[name] = read_table(folder / "platemap" / f"{name}.txt", [
-                "well_position", "broad_sample", "mmoles_per_liter"])
-        for well in maps[name]:
+    found, barcodes = {}, Path(folder) / "barcode_platemap.csv"
+    for entry in table_rows(tidy_table(barcodes, ["plate_map_name", "plate"])):
+        path = Path(folder) / "platemap" / f"{entry['plate_map_name']}.txt"
+        for well in table_rows(tidy_table(path, ["well", "broad_sample", "mmoles_per_liter"])):
             control = well["broad_sample"] in ("", "DMSO")
-            found[entry["Assay_Plate_Barcode"], well["well_position"].upper()] = {
+            found[entry["plate"], well["well"]] = {
                 "dose": "0" if control else well["mmoles_per_liter"],
                 "role": "control" if control else "treated"}
     return found
 
 
-MOL2IMAGE = ("SAMPLE_KEY", "BROAD_ID", "PLATE_ID", "WELL_POSITION", "SITE", "SMILES", "INCHIKEY")
-
-
-def mol2image(images, splits, out, platemaps=None, val=.02):
-    """The download of Hofmarcher et al. 2019 under Mol2Image's split tables, as a manifest.
+def mol2image(images, splits: list, out="manifest.csv", platemaps="", val=.02):
+    """Write Mol2Image's data set, the download of Hofmarcher et al. 2019, as a manifest.
 
     images: its folder, searched for {PLATE}-{WELL}-{SITE}.npz; listed files that are missing are
-    counted and left out. The column `split` is each table's name (train, test_easy, test_hard ...);
-    a share `val` of the training images is named val. Cell counts, an outcome, are not taken over.
+    counted and left out. splits: the tables datasplit_gen_*.csv; the column `split` is their name
+    (train, test_easy, test_hard ...), val for a share `val` of the wells of train. platemaps:
+    Bray's, for dose and role: a folder with barcode_platemap.csv and platemap/.
     """
     files = {path.stem.upper(): path for path in Path(images).rglob("*.npz")}
-    wells = plate_maps(platemaps) if platemaps else {}
-    rows, missing, parts = {}, [], defaultdict(set)
+    wells, rows, missing = plate_maps(platemaps) if platemaps else {}, {}, []
     for table in splits:
         split = Path(table).name.partition(".")[0].removeprefix("datasplit_gen_")
-        for entry in read_table(table, MOL2IMAGE):
-            key, well = entry["SAMPLE_KEY"].upper(), entry["WELL_POSITION"]
-            parts[split].add(entry["INCHIKEY"])
+        for row in table_rows(tidy_table(table, ("sample_key", "plate", "well"))):
+            key, well = row.pop("sample_key").upper(), (row["plate"], row["well"])
+            held = split == "train" and share_of("-".join(well)) < val
             if key not in files:
-                missing.append(entry["SAMPLE_KEY"])
+                missing.append(key)
                 continue
-            share = int(hashlib.sha1(key.encode()).hexdigest()[:8], 16) / 16 ** 8
-            name = "val" if split == "train" and share < val else split
-            rows.setdefault((key, name), {
-                "image": os.path.relpath(files[key], Path(out).parent),
-                "compound": entry["BROAD_ID"], "smiles": entry["SMILES"],
-                "inchikey": entry["INCHIKEY"], "plate": entry["PLATE_ID"], "well": well,
-                "site": entry["SITE"], **place(well), "split": name,
-                **wells.get((entry["PLATE_ID"], well.upper()), {})})
+            image = {"image": os.path.relpath(files[key], Path(out).parent)}
+            name = {"split": "val" if held else split}
+            rows[key, split] = image | row | name | wells.get(well, {})
     write_manifest(out, list(rows.values()))
-    print(f"wrote {out}: {len(rows)} images, " + ", ".join(
-        f"{name} {count}" for name, count in Counter(name for _, name in rows).items()))
-    if missing:
-        print(f"{len(missing)} listed images are not in {images}: {', '.join(missing[:5])}"
-              + (" ..." if len(missing) > 5 else ""))
-    for hard in [name for name in parts if "hard" in name]:
-        both = parts[hard] & parts.get("train", set())
-        if both:
-            print(f"warning: {len(both)} molecules of {hard} are in train as well (by InChIKey), "
-                  f"such as {min(both)}")
-    print("its channels, for every command: --channels Mito,ER,RNA,AGP,DNA")
+    print(f"wrote {out}: {len(rows)} images, {summary([row['split'] for row in rows.values()])}\n"
+          f"{len(missing)} listed images are not in {images}: {', '.join(missing[:5])}\n"
+          "its channels, for every command: --channels Mito,ER,RNA,AGP,DNA")
 
 
-def plain_name(column):
-    return column.removeprefix("Metadata_").lower()
+def load_data(tables: list, out="manifest.csv", join: list = (), root=""):
+    """Write CellProfiler's LoadData tables (the form of JUMP, LINCS and Bray) as a manifest.
 
-
-def load_data(tables, out, joins=(), root=None):
-    """CellProfiler's LoadData tables (the form of JUMP, LINCS and Bray) as a manifest.
-
-    FileName_OrigX and PathName_OrigX become channel X; Metadata_Y becomes y. joins: "TABLE:a,b",
+    FileName_OrigX and PathName_OrigX become channel X; Metadata_Y becomes y. join: TABLE:a,b ...,
     tables of wells, plates or compounds joined on the named columns; what does not match stays
-    blank. root: "PUBLISHED=MINE", the start of the published paths and what it is here.
+    blank. root: PUBLISHED=MINE, the start of the published paths and what it is here.
     """
-    published, _, mine = (root or "").partition("=")
-    rows = []
+    (published, _, mine), rows = root.partition("="), []
     for table in tables:
-        entries = read_table(table)
-        stains = {c: re.sub("^FileName_(Orig)?", "", c) for c in entries[0]
-                  if c.startswith("FileName_") and "Illum" not in c}
-        if not stains:
-            raise DataError(f"{table} has no column FileName_...: is it a LoadData table?")
-        for entry in entries:
-            row = {}
-            for column, stain in stains.items():
-                folder = entry.get(column.replace("FileName_", "PathName_"), "")
-                if published and folder.startswith(published):
-                    folder = mine + folder[len(published):]
-                folder = Path(table).parent / folder  # an absolute path stays as it is
-                row[stain] = os.path.relpath(folder / entry[column], Path(out).parent)
-            row |= {plain_name(k): v for k, v in entry.items() if k.startswith("Metadata_")}
-            rows.append(row | (place(row["well"]) if "well" in row else {}))
-    for join in joins:
-        join_table(rows, join)
+        columns, made = read_table(table), {}
+        for column in [c for c in columns if re.match("FileName_(?!.*Illum)", c)]:
+            folders = columns.get(column.replace("FileName_", "PathName_"), repeat(""))
+            paths = [Path(table).parent / re.sub(f"^{re.escape(published)}", lambda _: mine, folder)
+                     for folder, _ in zip(folders, columns[column])]
+            made[re.sub("^FileName_(Orig)?", "", column)] = [
+                name and os.path.relpath(path / name, Path(out).parent)
+                for path, name in zip(paths, columns[column])]
+        if not made:
+            raise UserError(f"{table} has no column FileName_...: is it a LoadData table?")
+        stains, tidy = ", ".join(made), tidy_table(table)
+        told = [*(tidy_name(c) for c in columns if c.startswith("Metadata_")), "row", "column"]
+        rows += table_rows(made | {name: tidy[name] for name in told if name in tidy})
+    for table in join:
+        join_table(rows, table)
     write_manifest(out, rows)
-    print(f"wrote {out}: {len(rows)} images, channels {', '.join(stains.values())}, columns "
-          + ", ".join(c for c in rows[0] if c not in stains.values()))
+    print(f"wrote {out}: {len(rows)} images, channels {stains}, columns {', '.join(rows[0])}")
 
 
 def join_table(rows, join):
     """Fill rows with the columns of one --join, where its named columns agree."""
     path, _, names = join.rpartition(":")
-    if not path:
-        raise DataError(f"--join {join}: write TABLE:COLUMN or TABLE:COLUMN,COLUMN")
-    on = names.lower().split(",")
-    entries = [{plain_name(k): v for k, v in entry.items()} for entry in read_table(path)]
-    absent = [n for n in on if n not in rows[0] or n not in entries[0]]
-    if absent:
-        raise DataError(f"--join {join}: no column {', '.join(absent)} in both tables; there are "
-                        f"{', '.join(rows[0])} and {', '.join(entries[0])}")
-    key = itemgetter(*on)
-    needed, found, missed = set(map(key, rows)), {}, 0
-    for entry in entries:
-        if key(entry) in needed and found.setdefault(key(entry), entry) != entry:
-            raise DataError(f"{path} has two different rows for "
-                            + ", ".join(f"{n} {entry[n]}" for n in on))
-    for row in rows:
-        entry = found.get(key(row))
-        missed += entry is None
-        row.update({n: entry[n] if entry else "" for n in entries[0]
-                    if n not in on and not row.get(n)})
-    print(f"{path}: {len(rows) - missed} of {len(rows)} images matched on {', '.join(on)}")
+    on, columns = list(map(tidy_name, names.split(","))), tidy_table(path) if path else {}
+    if not set(on) <= rows[0].keys() & columns.keys():
+        raise UserError(f"--join {join}: write TABLE:COLUMN or TABLE:COLUMN,COLUMN, those of both: "
+                        f"there are {', '.join(rows[0])} and {', '.join(columns)}")
+    keys, found = [tuple(row[n] for n in on) for row in rows], {}
+    wanted, given = set(keys), list(zip(*(columns[n] for n in on)))
+    for key, entry in zip(given, zip(*columns.values())):
+        if key in wanted and found.setdefault(key, entry) != entry:
+            raise UserError(f"{path} has two different rows for {', '.join(on)} {', '.join(key)}")
+    if not found:
+        raise UserError(f"--join {join}: no image matches; the first has {', '.join(on)} "
+                        f"{', '.join(keys[0])}, the table {', '.join(given[0])}")
+    for key, row in zip(keys, rows):
+        entry = zip(columns, found.get(key, [""] * len(columns)))
+        row.update({n: value for n, value in entry if not row.get(n)})
+    matched = sum(key in found for key in keys)
+    print(f"{path}: {matched} of {len(rows)} images matched on {', '.join(on)}")
 
 
-# --- 7. Pictures ----------------------------------------------------------------------------------
+# --- 8. Pictures ----------------------------------------------------------------------------------
 
 def colours_of(channels):
     """A colour (R, G, B) for each stain; those that are not the simulator's lie round the circle of
@@ -1253,9 +1311,11 @@ def colours_of(channels):
 
 
 def composite(image, channels):
-    """(C, H, W) in [-1, 1] to RGB (H, W, 3) in [0, 1]: each stain in its colour, added up."""
+    """(C, H, W) in [-1, 1] to RGB (H, W, 3) in [0, 1]: each stain in its colour, added up; a plain
+    (H, W) in grey."""
     unit = (np.asarray(image, np.float32) + 1) / 2
-    return np.einsum("chw,ck->hwk", unit, colours_of(channels)).clip(0, 1)
+    colours = colours_of(channels) if unit.ndim == 3 else np.ones((1, 3))
+    return np.einsum("chw,ck->hwk", unit.reshape(-1, *unit.shape[-2:]), colours).clip(0, 1)
 
 
 @contextmanager
@@ -1275,186 +1335,153 @@ def figure(path, *shape, layout=None, **options):
 def picture(path, rows, channels, row_labels=(), column_labels=(), pixel_um=None, title=""):
     """Draw a grid as PNG. rows: list of lists of images, (C, H, W) in [-1, 1] shown in composite
     colour with a legend, or (H, W) in [-1, 1] shown in grey; None leaves a place empty."""
-    n, side = max(len(r) for r in rows), 1.15
-    layout = dict(pad=.3, rect=(0, .03, 1, .96 if title else 1))
-    with figure(path, len(rows), n, figsize=(side * n + 1.1, side * len(rows) + .8),
-                squeeze=False, layout=layout) as axes:
-        fig = axes[0, 0].figure
-        for i, row in enumerate(rows):
-            for j, axis in enumerate(axes[i]):
-                axis.set_xticks([]), axis.set_yticks([])
-                axis.spines[:].set_visible(False)
-                if j < len(row) and row[j] is not None:
-                    image = np.asarray(row[j])
-                    axis.imshow(composite(image, channels) if image.ndim == 3 else (image + 1) / 2,
-                                cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-                if i == 0 and j < len(column_labels):
-                    axis.set_title(column_labels[j], fontsize=7)
-            if i < len(row_labels):
-                axes[i, 0].set_ylabel(row_labels[i], fontsize=7, rotation=0, ha="right",
-                                      va="center")
+    tiles = {(i, j): np.asarray(image) for i, row in enumerate(rows)
+             for j, image in enumerate(row) if image is not None}
+    h, w = (max(tile.shape[k] for tile in tiles.values()) for k in (-2, -1))
+    n, gap = max(map(len, rows)), 1 + w // 32
+    sheet = np.ones((len(rows) * (h + gap) - gap, n * (w + gap) - gap, 3))
+    for (i, j), tile in tiles.items():
+        rgb = composite(tile, channels)
+        sheet[i * (h + gap):, j * (w + gap):][:rgb.shape[0], :rgb.shape[1]] = rgb
+    with figure(path, figsize=(1.15 * n + 1.1, 1.15 * len(rows) * h / w + .8)) as axis:
+        axis.imshow(sheet, interpolation="nearest")
+        axis.spines[:].set_visible(False)
+        axis.tick_params(length=0, labelsize=7, top=True, labeltop=True, labelbottom=False)
+        axis.set_xticks([w / 2 + k * (w + gap) for k in range(len(column_labels))], column_labels)
+        axis.set_yticks([h / 2 + k * (h + gap) for k in range(len(row_labels))], row_labels)
+        axis.set_title(title, fontsize=8)
         if pixel_um:  # a bar of a round number of micrometres, about a third of the width
-            height, width = np.asarray(next(im for im in rows[0] if im is not None)).shape[-2:]
-            length = max((v for v in (1, 2, 5, 10, 20, 50, 100, 200) if v < .5 * width * pixel_um),
-                         default=round(.3 * width * pixel_um, 3))
-            y, first = .94 * height, next((a for a in axes[-1] if a.images), axes[-1, 0])
-            first.plot([3, 3 + length / pixel_um], [y, y], "w", lw=2)
-            first.text(3, y - 3, f"{length} µm", color="w", fontsize=6, va="bottom")
-        if any(np.asarray(im).ndim == 3 for row in rows for im in row if im is not None):
-            for k, (name, colour) in enumerate(zip(channels, colours_of(channels))):
-                fig.text((.1 + .6 * k) / fig.get_figwidth(), .005, name, color=colour, fontsize=8,
-                         weight="bold", bbox=dict(facecolor="black", pad=1.5, lw=0))   # in inches
-        fig.suptitle(title, fontsize=8)
+            length = max((v for v in (1, 2, 5, 10, 20, 50, 100, 200) if v < .5 * w * pixel_um),
+                         default=round(.3 * w * pixel_um, 3))
+            x, y = .05 * w, len(sheet) - .06 * h
+            axis.plot([x, x + length / pixel_um], [y, y], "w", lw=2)
+            axis.text(x, y - .05 * h, f"{length} µm", color="w", fontsize=6, va="bottom")
+        stained = any(tile.ndim == 3 for tile in tiles.values())
+        for k, (name, colour) in enumerate(zip(channels, colours_of(channels)) if stained else ()):
+            axis.annotate(name, (0, 0), (4 + 43 * k, -14), "axes fraction", "offset points",
+                          color=colour, fontsize=8, weight="bold",
+                          bbox=dict(facecolor="black", pad=1.5, lw=0))
 
 
-# --- 8. Commands ----------------------------------------------------------------------------------
-
-def by_value(text):
-    """The key that sorts numbers by size, before other words."""
-    try:
-        return 0, float(text), ""
-    except ValueError:
-        return 1, 0., text
-
-
-def is_dose(text):
-    kind, number, _ = by_value(text)
-    return kind == 0 and 0 <= number < np.inf
-
-
-def show(manifest_path, channels=CHANNELS, out=None):
-    """Check every file and value, print a summary of each column and of the images' sizes and
-    values, and draw a contact sheet.
-
-    Faults are listed after the summary (DataError).
-    """
-    if out and Path(out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".tif", ".pdf", ".svg"):
-        raise DataError(f"--out {out}: name a picture, such as sheet.png")
-    manifest = read_manifest(manifest_path, channels, check=0)
-    print(f"{manifest.path}: {len(manifest)} images, channels {', '.join(channels)}")
-    for name, values in manifest.columns.items():
-        print(f"  {name:26s} {values.count(''):6d} blank   {summary(values)}")
-    faults = [f"{manifest.path}, row {i + 2}, column smiles: {v} is no valid SMILES"
-              for i, v in enumerate(manifest.columns.get("smiles", [])) if v and not canonical(v)]
-    faults += [f"{manifest.path}, row {i + 2}, column {name}: {v} is not a number of at least 0"
-               for name, values in manifest.columns.items()
-               if name.lower().startswith(("dose", "conc")) and any(is_dose(v) for v in values)
-               for i, v in enumerate(values) if v and not is_dose(v)]
-    try:
-        check_files(manifest, range(len(manifest)))
-    except DataError as fault:
-        faults += str(fault).splitlines()
-    pixels = Pixels(manifest, memory_gb=0., workers=os.cpu_count(), max_corrupt=1.)
-    faults = faults or read_all(pixels)  # headers are sound: decode every image
-    if faults:
-        raise DataError("\n".join(faults))
-    some = np.sort(np.random.default_rng(0).permutation(len(manifest))[:24])
-    crop = min(256, *(min(pixels[i].shape[1:]) for i in some))
-    intensity = fit_intensity("percentile", pixels, some)
-    views = [scale_intensity(take_view(pixels[i], crop), intensity) for i in some]
-    out = out or Path("runs") / f"{manifest.path.parent.name}_contact_sheet.png"
-    picture(out, [views[k:k + 8] for k in range(0, len(views), 8)], channels,
-            [f"rows {part[0] + 2}\nto {part[-1] + 2}" for part in np.split(
-                some, range(8, len(some), 8))],
-            title=f"{manifest.path}: {len(some)} of {len(manifest)} images")
-    print(f"no faults; contact sheet: {out}")
-
+# --- 9. Commands ----------------------------------------------------------------------------------
 
 def summary(values):
     """The values of a column in one line: each with its count, or the first and the last."""
     count = Counter(v for v in values if v != "")
-    ordered = sorted(count, key=by_value)
-    if len(count) <= 8:
-        return ", ".join(f"{v} ({count[v]})" for v in ordered)
-    return f"{len(count)} distinct, {ordered[0][:30]} to {ordered[-1][:30]}"
+    ordered = sorted(count, key=lambda v: (np.isnan(number(v)), np.nan_to_num(number(v)), v))
+    return ", ".join(f"{v} ({count[v]})" for v in ordered) if len(count) <= 8 else (
+        f"{len(count)} distinct, {ordered[0][:30]} to {ordered[-1][:30]}")
 
 
-def read_all(pixels):
-    """Decode every image, say how large they are and which values each channel takes, and warn of
-    those that are zero everywhere. Returns at most 20 faults."""
-    n, sizes, blank = len(pixels), Counter(), []
-    low, high = np.inf, 0
-    for i, image in enumerate(tqdm(pixels.many(range(n)), desc="reading images", total=n, delay=3)):
-        if image is not None:
-            sizes[f"{image.shape[2]} x {image.shape[1]}"] += 1
-            low, high = np.minimum(low, image.min((1, 2))), np.maximum(high, image.max((1, 2)))
-            if not image.any():
-                blank.append(i + 2)
+def value_faults(columns):
+    """SMILES that are invalid, and doses that are no number of at least 0."""
+    sound = {name: lambda v: number(v) >= 0 for name in doses(columns)} | {"smiles": canonical}
+    for name in sound.keys() & columns.keys():
+        wrong = {v for v in set(columns[name]) if v and not sound[name](v)}
+        what = "valid SMILES" if name == "smiles" else "number of at least 0"
+        yield from (f"row {i + 2}, column {name}: {v} is no {what}"
+                    for i, v in enumerate(columns[name]) if v in wrong)
+
+
+def show(manifest, channels=",".join(CHANNELS), out=""):
+    """Check every file and value of a manifest, summarise it, and draw a contact sheet.
+
+    channels: the stains, in file order. out: the picture. Faults are listed after the summary.
+    """
+    if out and Path(out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".tif", ".pdf", ".svg"):
+        raise UserError(f"--out {out}: name a picture, such as sheet.png")
+    faults, channels, path = [], channels.split(","), manifest
+    manifest = read_manifest(path, channels, check=np.inf, faults=faults)
+    n, mixed, notes = len(manifest), mixed_depth(manifest), manifest.notes
+    print(f"{path}: {n} images, channels {', '.join(channels)}")
+    for name, values in manifest.columns.items():
+        print(f"  {name:26s} {values.count(''):6d} blank   {summary(values)}")
+    if mixed:
+        print(f"warning: {mixed}: --intensity dtype scales each by its own type")
+    for file, note in islice(notes.items(), 1):
+        print(f"note: {file} {note} (as of {len(notes)} files)")
+    report(path, [*faults, *value_faults(manifest.columns)])
+    report_values(manifest)
+    some = np.sort(keyed_rng(0, CHECK).permutation(n)[:24]).tolist()
+    crop = min(256, *(side for size in manifest.sizes for side in size))
+    views = Views(manifest, fit_intensity("dtype" if mixed else "percentile", manifest, some), crop)
+    out = out or Path("runs") / f"{manifest.path.resolve().parent.name}_contact_sheet.png"
+    parts = [some[k:k + 8] for k in range(0, len(some), 8)]
+    picture(out, [[views[i, -1][0] for i in part] for part in parts], channels,
+            [f"rows {part[0] + 2}\nto {part[-1] + 2}" for part in parts],
+            title=f"{path}: {len(some)} of {n} images")
+    print(f"no faults; contact sheet: {out}")
+
+
+def report_values(manifest):
+    """Decode every image, print how large they are and which values each channel takes, and warn of
+    channels that are zero everywhere."""
+    n, sizes, faults, ranges = len(manifest), Counter(), [], []
+    views = Views(manifest, None, top=65535. if mixed_depth(manifest) else None)
+    for x, fault in tqdm(loader(views, [(i, -1) for i in range(n)], cores() if n > 200 else 0,
+                                batch_size=None), "reading images", delay=3):
+        faults += [fault.removeprefix(f"{manifest.path}, ")] if fault else []
+        sizes[f"{x.shape[2]} x {x.shape[1]}"] += 1
+        ranges.append((x.amin((1, 2)).numpy(), x.amax((1, 2)).numpy()))
+    report(manifest.path, faults)
+    low, high = np.stack(ranges, 1)                                                  # (n, C)
     for size, count in sizes.most_common(8):
         print(f"  {count} images of {size} pixels")
-    if len(sizes) > 8:
-        print(f"  {len(sizes) - 8} more sizes")
-    if sizes:
-        print("  values " + ", ".join(f"{name} {a:g} to {b:g}" for name, a, b in zip(
-            pixels.manifest.channels, low, high)))
-    if blank:
-        print(f"warning: {len(blank)} of {n} images are zero everywhere: row "
-              + ", ".join(map(str, blank[:10])) + (" ..." if len(blank) > 10 else ""))
-    return list(pixels.corrupt.values())[:20]
+    print("  values " + ", ".join(f"{name} {a:g} to {b:g}" for name, a, b in zip(
+        manifest.channels, low.min(0), high.max(0))))
+    for name, top in zip(manifest.channels, high.T):
+        if not all(top):
+            rows = np.flatnonzero(top == 0) + 2
+            print(f"warning: channel {name} is zero everywhere in {len(rows)} of {n} images: row "
+                  + ", ".join(map(str, rows[:10])) + (" ..." if len(rows) > 10 else ""))
 
 
 def draw_mechanisms(path="runs/mechanisms.png", effect=.9):
     """The same cells untreated and under each mechanism: composite, channels, brightfield."""
-    screen = Screen()
-    rows, names = [], ["none", *MECHANISMS]
+    screen, rows, names = Screen(), [], ["none", *MECHANISMS]
     for mechanism in names:
         row = dict(row=5, column=5, site=1, batch="B1", plate="P01", true_mechanism=mechanism,
                    true_effect=effect if mechanism != "none" else 0.)
-        field = draw_field(row, screen, microscope(screen), [3], counterpart=False)
-        image = ((field["image"] / 127.5 - 1) * 1.4 + .4).clip(-1, 1)  # brighter, for the eye
-        rows.append([image, *image, field["brightfield"][0] / 127.5 - 1])
+        drawn = draw_field(row, screen, microscope(screen), [3], counterpart=False)
+        image = ((drawn["image"] / 127.5 - 1) * 1.4 + .4).clip(-1, 1)  # brighter, for the eye
+        rows.append([image, *image, drawn["brightfield"][0] / 127.5 - 1])
     picture(path, rows, CHANNELS, names, ["all", *CHANNELS, "brightfield"], 1.2)
-    print(f"wrote {path}")
+    return path
+
+
+COMMANDS = {"simulate": simulate, "show": show, "mol2image": mol2image, "load_data": load_data,
+            "restain": write_restained, "controls": list_controls}
 
 
 def main():
-    defaults = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """The arguments of a command are those of its function, and its help is the docstring."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command")
-    draw = commands.add_parser("simulate", help="draw a data set with its manifest", **defaults)
-    draw.add_argument("--out", default="runs/data", help="folder for images and manifest.csv")
-    notes = comments(Screen)
-    for name, value in asdict(Screen()).items():
-        draw.add_argument(f"--{name}", type=type(value), default=value, help=notes[name])
-    sheet = commands.add_parser("show", help="check a manifest, summarise it, draw a contact sheet",
-                                **defaults)
-    sheet.add_argument("manifest", help="the CSV")
-    sheet.add_argument("--channels", default=",".join(CHANNELS), help="stains, in file order")
-    sheet.add_argument("--out", default=None, help="the picture")
-    bray = commands.add_parser("mol2image", help="the manifest of Mol2Image's data set and splits",
-                               **defaults)
-    bray.add_argument("images", help="folder with {PLATE}-{WELL}-{SITE}.npz, searched through")
-    bray.add_argument("splits", nargs="+", help="its tables, datasplit_gen_*.csv")
-    bray.add_argument("--platemaps", default=None, help="Bray's plate maps, for dose and role: a "
-                      "folder with barcode_platemap.csv and platemap/")
-    bray.add_argument("--val", type=float, default=.02, help="share of train that is named val")
-    tables = commands.add_parser("load_data", help="a manifest from CellProfiler's LoadData tables",
-                                 **defaults)
-    tables.add_argument("tables", nargs="+", help="load_data.csv of each plate")
-    tables.add_argument("--join", nargs="+", default=[], metavar="TABLE:COLUMNS", help="tables of "
-                        "wells, plates, compounds, such as well.csv.gz:plate,well")
-    tables.add_argument("--root", default=None, metavar="PUBLISHED=MINE", help="the start of the "
-                        "published paths, and what it is here")
-    for made in (bray, tables):
-        made.add_argument("--out", default="manifest.csv", help="the manifest")
-    parser.epilog = "\n".join(p.format_help() for p in (draw, sheet, bray, tables))
+    subparsers, notes = parser.add_subparsers(dest="command"), comments(Screen)
+    for name, run in COMMANDS.items():
+        text = inspect.cleandoc(run.__doc__)
+        command = subparsers.add_parser(name, help=text.partition("\n")[0], description=text,
+                                        formatter_class=argparse.RawDescriptionHelpFormatter)
+        options = [(p.name, p.default, p.annotation is list, None)
+                   for p in inspect.signature(run).parameters.values() if p.name != "screen"]
+        options += [("channels", ",".join(CHANNELS), False, "stains, in file order")] * (
+            run in (write_restained, list_controls))
+        options += [(key, value, False, f"{notes[key]} (default: {value})")
+                    for key, value in asdict(Screen()).items() if run is simulate]
+        for option, default, many, note in options:
+            required = default is inspect.Parameter.empty
+            command.add_argument(option if required else f"--{option}", help=note, **(
+                {"nargs": "+"} if many else {}), **({} if required else {
+                    "default": default, "type": str if many else type(default)}))
     args = vars(parser.parse_args())
     command = args.pop("command")
     try:
-        if command is None:
-            draw_mechanisms()
-        elif command == "simulate":
-            out = args.pop("out")
-            if (Path(out) / "manifest.csv").exists():
-                raise DataError(f"{out}/manifest.csv exists: choose another --out or remove it")
-            print(simulate(out, Screen(**args)))
-        elif command == "mol2image":
-            mol2image(args["images"], args["splits"], args["out"], args["platemaps"], args["val"])
-        elif command == "load_data":
-            load_data(args["tables"], args["out"], args["join"], args["root"])
-        else:
-            show(args["manifest"], tuple(args["channels"].split(",")), args["out"])
-    except (DataError, OSError) as fault:
+        if command == "simulate":
+            args = {"out": args.pop("out"), "screen": Screen(**args)}
+        if command in ("restain", "controls"):
+            args["manifest"] = read_manifest(args["manifest"], args.pop("channels").split(","))
+        if made := COMMANDS.get(command, draw_mechanisms)(**args):
+            print(f"wrote {made}")
+    except (UserError, OSError) as fault:
         print(f"error: {fault}", file=sys.stderr)
         sys.exit(2)
 

@@ -14,7 +14,7 @@ from itertools import pairwise, product
 import torch
 
 TARGETS = ("velocity", "noise", "image")
-FORMS = ("nested", "independent", "contrast", "control")
+FORMS = ("nested", "independent")
 SAMPLERS = ("ddim", "ddpm", "dpm")
 
 
@@ -54,28 +54,21 @@ class Schedule:
     """
 
     def __init__(self, name="cosine", target="velocity", steps=1000, zero_snr=True):
-        if target not in TARGETS:
-            raise ValueError(f"unknown target {target}: one of {', '.join(TARGETS)}")
-        if zero_snr and target == "noise":
-            raise ValueError("zero terminal SNR refuses the noise target: at t = T the input is "
-                             "the noise, and z_0 = (z - eps) / 0; use velocity or image")
-        self.target, self.T = target, steps
-        abar = SCHEDULES[name](steps)
-        abar = zero_terminal_snr(abar) if zero_snr else abar
+        abar = zero_terminal_snr(SCHEDULES[name](steps)) if zero_snr else SCHEDULES[name](steps)
         if target == "noise" and abar[-1] < 1e-6:
-            raise ValueError(f"schedule {name} ends in noise: the noise target needs linear or "
-                             "scaled_linear")
+            raise ValueError(
+                f"the noise target refuses schedules that end in noise ({name}, zero terminal SNR: "
+                f"{zero_snr}): at t = T z_0 = (z - eps) / 0. Use the target velocity or image, or "
+                "linear or scaled_linear without zero terminal SNR")
+        self.target, self.T = target, steps
         self.abar = torch.cat([abar, torch.ones(1, dtype=torch.float64)])  # abar[-1] = 1: clean
+        # lambda_t = log(sqrt(abar_t) / sqrt(1 - abar_t)): -inf at zero terminal SNR
+        self.half_log_snr = (torch.log(self.abar) - torch.log(1 - self.abar)) / 2
 
     def signal_noise(self, t, z):
         """sqrt(abar_t) and sqrt(1 - abar_t), shaped and typed to multiply z."""
         abar = self.abar[torch.as_tensor(t, device="cpu")].reshape(-1, *[1] * (z.ndim - 1))
         return abar.sqrt().to(z), (1 - abar).sqrt().to(z)
-
-    def half_log_snr(self, t):
-        """lambda_t = log(sqrt(abar_t) / sqrt(1 - abar_t)), a float: -inf at zero terminal SNR."""
-        abar = self.abar[t]
-        return (torch.log(abar) - torch.log(1 - abar)).item() / 2
 
     def add_noise(self, z0, eps, t):
         """Eq. 4 of Ho et al."""
@@ -150,15 +143,12 @@ def ddim_step(schedule, z, prediction, t, t_next, eta, noise):
 def dpm_step(schedule, z, z0, t, t_next, before):
     """DPM-Solver++ 2M, Algorithm 2 of Lu et al. 2022: DDIM (eta 0) with z_0 carried on by half a
     step along the line through its last two predictions, over lambda = log(signal / noise).
-
-    z0: predicted at t. before: (t, z_0) of the step before, None in the first.
-    """
+    z0: predicted at t. before: (t, z_0) of the step before, None in the first."""
     a, s = schedule.signal_noise(t, z)
     a_next, s_next = schedule.signal_noise(t_next, z)
     if before is not None and t_next >= 0:  # clean is at lambda = inf: DDIM's step goes there
-        step, step_before = (schedule.half_log_snr(later) - schedule.half_log_snr(earlier)
-                             for earlier, later in ((t, t_next), (before[0], t)))
-        z0 = z0 + step / (2 * step_before) * (z0 - before[1])  # + 0 after a step from SNR 0
+        earlier, now, later = schedule.half_log_snr[[before[0], t, t_next]].tolist()
+        z0 = z0 + (later - now) / (2 * (now - earlier)) * (z0 - before[1])  # + 0 if SNR was 0
     return a_next * z0 + s_next / s * (z - a * z0)
 
 
@@ -181,8 +171,8 @@ def sample(denoise, schedule, seeds, shape, steps=50, eta=0., sampler="ddim", de
     z = gaussian(rngs, shape, device) if start is None else start
     for t, t_next in pairwise(schedule.timesteps(steps, top)):
         prediction = denoise(z, torch.full((len(z),), t, device=device))
-        stochastic = (sampler == "ddpm" or eta > 0) and t_next >= 0
-        noise = gaussian(rngs, shape, device) if stochastic else torch.zeros_like(z)
+        noisy = (sampler == "ddpm" or eta > 0) and t_next >= 0
+        noise = gaussian(rngs, shape, device) if noisy else torch.zeros_like(z)
         if sampler == "ddpm":
             z = ddpm_step(schedule, z, prediction, t, t_next, noise)
         elif sampler == "dpm":
@@ -200,9 +190,7 @@ def invert(denoise, schedule, z, steps, top, rounds=3, each_step=lambda: None):
     the same steps, start and top) turns into z again.
 
     DDIM's step down from t to `below` reads z_below = a_below z_0 + s_below eps(z_t). Solved for
-    z_t it still holds z_t on the right, inside eps: a fixed point, found in a few rounds (Song et
-    al. 2021, section 4.3, take the first).
-    """
+    z_t it still holds z_t on the right, inside eps: a fixed point, found in a few rounds."""
     for below, t in pairwise(reversed(schedule.timesteps(steps, top))):
         a, s = schedule.signal_noise(t, z)
         a_below, s_below = schedule.signal_noise(below, z)
@@ -216,62 +204,34 @@ def invert(denoise, schedule, z, steps, top, rounds=3, each_step=lambda: None):
 
 # --- guidance composed over groups of conditions --------------------------------------------------
 
-def compose(form, weights, references=None):
-    """Guidance as a weighted sum of predictions under partly changed conditions.
+def compose(form, scales):
+    """Guidance as a weighted sum of predictions in which some groups of conditions are given.
 
-    form: one of FORMS. weights: {group: weight}; `nested` takes the groups in this order, each
-    given those before it. references (form `control`): what a group is compared with, {group:
-    "control", the untreated cells, or "average", the mean over its known values}.
-
-    Returns {branch: coefficient}. A branch says for each group, in the order of `weights`, whether
-    it is "given", "unknown", or stands at its reference. Coefficients sum to one; branches with
-    coefficient 0 are left out. At weights 1 that leaves the conditional model alone, but for
-    `independent`, which adds up what each group does by itself.
+    form: one of FORMS. scales: {group: guidance scale}; `nested` takes the groups in this order,
+    each given those before it. Returns {branch: coefficient}. A branch says for each group, in the
+    order of `scales`, whether it is given (True) or unknown (False). Coefficients sum to one;
+    branches of coefficient 0 are left out. At scales 1 `nested` is the conditional model alone,
+    while `independent` adds up what each group does by itself.
     """
-    groups, n = list(weights), len(weights)
-    branches = {}
-
-    def add(branch, coefficient):
-        branches[branch] = branches.get(branch, 0.) + coefficient
-
-    def given(number, rest="unknown"):  # the first `number` groups
-        return ("given",) * number + (rest,) * (n - number)
-
-    def all_but(group, state):
-        return tuple(state if g == group else "given" for g in groups)
-
-    if form == "nested":  # v() + w1 (v(1) - v()) + w2 (v(1,2) - v(1)): Brooks et al. 2023, Eq. 3
-        add(given(0), 1.)
-        for i, group in enumerate(groups):
-            add(given(i + 1), weights[group])
-            add(given(i), -weights[group])
-    elif form == "independent":  # v() + sum w_i (v(i) - v()): Liu et al. 2022, Eq. 11
-        add(given(0), 1.)
-        for group in groups:
-            add(tuple("given" if g == group else "unknown" for g in groups), weights[group])
-            add(given(0), -weights[group])
-    elif form in ("contrast", "control"):  # v(all) + sum (w_i - 1) (v(all) - v(all but i))
-        add(given(n), 1.)
-        for group in groups:
-            state = (references or {}).get(group, "unknown") if form == "control" else "unknown"
-            add(given(n), weights[group] - 1)
-            add(all_but(group, state), 1 - weights[group])
-    else:
+    if form not in FORMS:
         raise ValueError(f"unknown form of guidance {form}: one of {', '.join(FORMS)}")
+    n = len(scales)
+    unconditional = (False,) * n
+    branches = {unconditional: 1.}
+    for i, scale in enumerate(scales.values()):
+        if form == "nested":  # v() + w_1 (v(1) - v()) + w_2 (v(1,2) - v(1)): Brooks 2023, Eq. 3
+            given, without = ((True,) * k + (False,) * (n - k) for k in (i + 1, i))
+        else:                 # v() + sum w_i (v(i) - v()): Liu et al. 2022, Eq. 11
+            given, without = tuple(k == i for k in range(n)), unconditional
+        branches[given] = branches.get(given, 0.) + scale
+        branches[without] -= scale
     return {branch: c for branch, c in branches.items() if abs(c) > 1e-12}
 
 
 def combine(predictions, coefficients):
-    """sum_k c_k v_k over branches: predictions (K, B, Z, h, w), all latent channels alike."""
-    c = torch.as_tensor(list(coefficients)).to(predictions)
-    return torch.einsum("k,k...->...", c, predictions)
-
-
-def rescale(guided, given, share):
-    """Bring the spread of a guided prediction back to that of the plain conditional one, by a
-    `share` from 0 to 1: Eqs. 14-16 of Lin et al. 2023. Both (B, Z, h, w)."""
-    ratio = given.flatten(1).std(1) / guided.flatten(1).std(1).clamp(min=1e-6)
-    return guided * (share * ratio + 1 - share)[:, None, None, None]
+    """sum_k c_k v_k in float32 over branches: predictions (K, B, Z, h, w), all latent channels
+    alike. Not a matrix product, which autocast would round to bfloat16."""
+    return sum(c * v.float() for c, v in zip(coefficients, predictions, strict=True))
 
 
 # --- two toys with exact denoisers, so that samplers and guidance can be seen without a network --
@@ -284,8 +244,7 @@ def mixture_denoiser(schedule, means, shares, spread):
         gap = z[:, None] - a[..., None] * means                          # (B, K, D)
         variance = (a * spread) ** 2 + s ** 2                            # (B, 1)
         likely = (shares.log() - gap.square().sum(2) / (2 * variance)).softmax(1)
-        z0 = means + (a * spread ** 2 / variance)[..., None] * gap
-        z0 = (likely[..., None] * z0).sum(1)
+        z0 = (likely[..., None] * (means + (a * spread ** 2 / variance)[..., None] * gap)).sum(1)
         return schedule.target_of(z0, (z - a * z0) / s.clamp(min=1e-9), t)
     return denoise
 
@@ -301,28 +260,26 @@ def show_samplers():
 
 def show_guidance():
     """A confounded screen of two numbers: biology moves the first, the experiment the second, to
-    +1 or -1, and nine of ten wells lie "at home", where both are alike. Asked for the rare pair:
-    v(biology) alone points home, so independent guidance brings the batch along."""
-    schedule, spread = Schedule(), .3
+    +1 or -1, and nine of ten wells lie "at home", where both are alike. Asked for the rare
+    combination: v(biology) alone points home, so independent guidance brings the batch along."""
+    schedule, spread, wanted = Schedule(), .3, torch.tensor([1., -1.])
     means = torch.tensor([[1., 1.], [-1., -1.], [1., -1.], [-1., 1.]])
     shares = torch.tensor([.45, .45, .05, .05])
-    wanted = torch.tensor([1., -1.])
     print("\nasked for biology +1, experiment -1, which one well in twenty has:")
-    for form, weight in product(("nested", "independent", "contrast"), (1., 2.5)):
-        composed = compose(form, {"experiment": weight, "biology": weight})
+    for form, scale in product(FORMS, (1., 2.5)):
+        composed = compose(form, {"experiment": scale, "biology": scale})
         branches = []
         for experiment, biology in composed:
-            fits = torch.ones(4, dtype=torch.bool)
-            for state, axis in ((biology, 0), (experiment, 1)):
-                fits &= (means[:, axis] == wanted[axis]) | (state == "unknown")
+            given = torch.tensor([biology, experiment])
+            fits = ((means == wanted) | ~given).all(1)
             branches.append(mixture_denoiser(schedule, means[fits], shares[fits], spread))
 
         def denoise(z, t):
-            return combine(torch.stack([branch(z, t) for branch in branches]), composed.values())
+            return combine([branch(z, t) for branch in branches], composed.values())
         z = sample(denoise, schedule, range(1000), (2,), steps=50)
-        print(f"  {form:12s} weights {weight}: biology {z[:, 0].mean():+.2f}, experiment "
+        print(f"  {form:12s} scales {scale}: biology {z[:, 0].mean():+.2f}, experiment "
               f"{z[:, 1].mean():+.2f}, spread {z.std(0).mean():.2f} (of the wells: {spread})")
-    print("At weights of 1 independent guidance is half way home. Weights above 1 exaggerate what\n"
+    print("At scales of 1 independent guidance is half way home. Scales above 1 exaggerate what\n"
           "is there and take spread away: sample.py guides between two noise levels only.")
 
 

@@ -31,9 +31,8 @@ class UNetConfig:
     token: int = 128                  # D: molecule tokens
 
 
-# One dial for size (parameters with four latent channels). `small` is the quick start on CPU: it
-# folds 16x16 latents to 8x8, where wide convolutions run at full speed. `base` and `large` want a
-# GPU and 32 to 64 pixel latents.
+# One dial for size (parameters with four latent channels). `small`, the quick start on CPU, folds
+# 16x16 latents to 8x8. `base` and `large` want a GPU and latents of 32 to 64 pixels.
 SIZES = {
     "tiny": UNetConfig(width=16, blocks=1, head=16, embedding=64, token=32),             # 0.2 M
     "small": UNetConfig(fold=2, width=128, multipliers=(1, 1), blocks=1),                # 4.6 M
@@ -44,10 +43,14 @@ SIZES = {
 }
 
 
-def sinusoid(t, dim=256, period=10_000):
-    """Position in [0, 1000] to (B, dim), cosines first (Vaswani et al. 2017, arXiv:1706.03762)."""
-    frequency = torch.exp(-math.log(period) * torch.arange(dim // 2, device=t.device) / (dim // 2))
-    angle = t.float()[:, None] * frequency[None]
+def unet_config(size, latent_channels):
+    return replace(SIZES[size], latent_channels=latent_channels)
+
+
+def sinusoid(t):
+    """Position in [0, 1000] to (B, 256), cosines first (Vaswani et al. 2017, arXiv:1706.03762)."""
+    frequency = torch.exp(-math.log(10_000) * torch.arange(128, device=t.device) / 128)
+    angle = t.float()[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], 1)
 
 
@@ -138,6 +141,7 @@ class UNet(nn.Module):
                 self.down.append(nn.Conv2d(w, w, 3, stride=2, padding=1))
                 channels.append(w)
         w = widths[-1]
+        self.skip_widths = [*channels, w]  # and of the middle: where a ControlNet adds
         self.middle = nn.ModuleList([Stage(w, w, True, c), Stage(w, w, False, c)])
 
         # up: one stage more per level, so that each takes one skip
@@ -155,8 +159,7 @@ class UNet(nn.Module):
             w, c.latent_channels * c.fold ** 2, 3, padding=1), nn.PixelShuffle(c.fold))
         self.initialise()
         if not (torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16")):
-            # float32 convolutions run faster on channels-last weights, and pass that order on;
-            # on CPU in bfloat16 they run slower (README, What did not help)
+            # on CPU float32 convolutions run faster on channels-last weights, bfloat16 ones slower
             self.to(memory_format=torch.channels_last)
 
     def initialise(self):
@@ -188,12 +191,10 @@ class UNet(nn.Module):
         if residuals is not None:
             h = h + residuals[-1]
             skips = [s + r for s, r in zip(skips, residuals[:-1], strict=True)]
-        skips = list(skips)
+        skips = iter(reversed(skips))
         for layer in self.up:
-            if isinstance(layer, Stage):
-                h = layer(torch.cat([h, skips.pop()], 1), emb, tokens, mask)
-            else:
-                h = layer(h)
+            h = (layer(torch.cat([h, next(skips)], 1), emb, tokens, mask)
+                 if isinstance(layer, Stage) else layer(h))
         return self.out(h)                                               # (B, Z, h, w)
 
     def forward(self, z, t, vector, tokens, mask, residuals=None):
@@ -210,15 +211,14 @@ def zero(module):
 
 
 class HintStem(nn.Module):
-    """An image (B, C, H, W) of any number of channels to (B, width, H/shrink, W/shrink): two
-    convolutions at each size, twice the channels at half the side, a zero convolution at the end.
-    shrink is a power of two."""
+    """Images (B, C, H, W) to features (B, width, H/d, W/d), d the `downsampling`, a power of two:
+    two convolutions at each size, twice the channels at half the side, a zero convolution last."""
 
-    def __init__(self, channels, width, shrink):
+    def __init__(self, channels, width, downsampling):
         super().__init__()
         w = min(32, width)
         layers = [nn.Conv2d(channels, w, 3, padding=1)]
-        for _ in range(shrink.bit_length() - 1):
+        for _ in range(downsampling.bit_length() - 1):
             wide = min(2 * w, width)
             layers += [norm(w), nn.SiLU(), nn.Conv2d(w, wide, 3, stride=2, padding=1),
                        norm(wide), nn.SiLU(), nn.Conv2d(wide, wide, 3, padding=1)]
@@ -226,71 +226,74 @@ class HintStem(nn.Module):
         self.layers = nn.Sequential(*layers, norm(w), nn.SiLU())
         self.out = zero(nn.Conv2d(w, width, 1))
 
-    def forward(self, image):
-        return self.out(self.layers(image))
-
-
-def levels_of(image):
-    """Brightness, contrast and sharpness of each channel of images (B, C, H, W) in [-1, 1], as
-    logarithms (B, 3 C): what the gain, background and focus of a plate change."""
-    x = (image + 1) / 2
-    sharpness = x.diff(dim=3).abs().mean((2, 3))
-    return torch.cat([x.mean((2, 3)), x.std((2, 3)), sharpness], 1).add(.01).log()
+    def forward(self, images):
+        return self.out(self.layers(images))
 
 
 class ControlNet(nn.Module):
-    """A trainable copy of a U-Net's way down that looks at another image of the field of view.
+    """A trainable copy of a trained U-Net's way down that looks at a conditioning image, the hint,
+    of any number of channels and a side of `downsampling` times the latent's.
 
-    It returns the residuals that `UNet.decode` adds to the skips and to the middle, each through
-    a zero convolution: at step 0 they are exactly 0 and the U-Net draws what it always drew. In
-    the first step only these convolutions learn (their input is not 0, their output is) and the
-    last layer of the style; in the second the copy and the last layer of the hint's stem; from
-    the third on all of it.
+    Its residuals, each through a zero convolution, are added by `UNet.decode` to the skips and to
+    the middle: at step 0 they are exactly 0 and the U-Net draws what it always drew. In the first
+    step only these convolutions and the last layer of the style learn (their input is not 0); in
+    the second the copy and the last layer of the stem; from the third on all of it. The hint's own
+    metadata (which plate, which well) arrive as a second vector, through a zero layer of its own.
 
-    unet: the trained U-Net to copy. channels: of the control image. shrink: its side over that
-    of the latent. The control's own metadata (which plate, which well) arrive as a second vector,
-    through a zero layer of its own, as DiffusionSat's ControlNet is told of each of its images.
-
-    Residuals say what is where. How bright, contrasty and sharp the control is as a whole, its
-    `style`, group norms take out of them: it is added to the condition vector of the U-Net, as if
-    it were one more field. (Of a large image in tiles, each window has the style of its piece.)
+    Residuals say what is where. How bright, contrasty and sharp the hint is as a whole (what gain,
+    background and focus of a plate change), its `style`, group norms take out of them: it is added
+    to the condition vector of the U-Net.
     """
 
-    def __init__(self, unet, channels, shrink):
+    def __init__(self, unet, channels, downsampling):
         super().__init__()
         c = unet.config
-        self.channels, self.shrink = channels, shrink
-        self.copy = copy.deepcopy(unet).requires_grad_(True)
-        del self.copy.up, self.copy.out
-        self.hint = HintStem(channels, c.width, shrink * c.fold)
+        self.encoder_copy = copy.deepcopy(unet).requires_grad_(True)
+        del self.encoder_copy.up, self.encoder_copy.out
+        self.stem = HintStem(channels, c.width, downsampling * c.fold)
         self.metadata = zero(nn.Linear(c.embedding, c.embedding))
-        self.levels = nn.Sequential(nn.Linear(3 * channels, c.embedding), nn.SiLU(),
-                                    zero(nn.Linear(c.embedding, c.embedding)))
-        widths = [c.width * m for m in c.multipliers]
-        skips = [widths[0]] + [w for i, w in enumerate(widths)
-                               for _ in range(c.blocks + (i + 1 < len(widths)))]
-        self.zeros = nn.ModuleList(zero(nn.Conv2d(w, w, 1)) for w in [*skips, widths[-1]])
+        self.style_mlp = nn.Sequential(nn.Linear(3 * channels, c.embedding), nn.SiLU(),
+                                       zero(nn.Linear(c.embedding, c.embedding)))
+        self.zero_convolutions = nn.ModuleList(zero(nn.Conv2d(w, w, 1))
+                                               for w in unet.skip_widths)
 
-    def style(self, control):
-        """(B, E), to be added to the condition vector; exactly 0 at step 0."""
-        return self.levels(levels_of(control))
+    def style(self, hint_images):
+        """(B, E), to be added to the condition vector, exactly 0 at step 0: from the brightness,
+        contrast and sharpness of each channel of images (B, C, H, W) in [-1, 1], as logarithms."""
+        x = (hint_images + 1) / 2
+        levels = x.mean((2, 3)), x.std((2, 3)), x.diff(dim=3).abs().mean((2, 3))  # (B, C) each
+        return self.style_mlp(torch.cat(levels, 1).add(.01).log())
 
-    def forward(self, z, t, vector, tokens, mask, control, control_vector):
-        """As UNet.forward, with control (B, C, H, W) in [-1, 1] and control_vector (B, E).
-        Returns residuals, one for each skip and one for the middle."""
-        assert control.shape[1] == self.channels, tuple(control.shape)
-        return self.residuals(z, t, vector, tokens, mask, self.hint(control), control_vector)
-
-    def residuals(self, z, t, vector, tokens, mask, hint, control_vector):
-        """forward behind the hint's stem, which asks neither z nor t: in sampling it runs once."""
-        emb = self.copy.embed(t, vector + self.metadata(control_vector))
-        h, skips = self.copy.encode(z, emb, tokens, mask, hint)
-        return [layer(x) for layer, x in zip(self.zeros, [*skips, h], strict=True)]
+    def residuals(self, z, t, vector, tokens, mask, features, hint_vector):
+        """One for each skip and one for the middle. As UNet.forward, with the features
+        `stem(hint_images)`, which stay the same while an image is sampled, and hint_vector (B, E),
+        the condition vector of the hint's metadata."""
+        emb = self.encoder_copy.embed(t, vector + self.metadata(hint_vector))
+        h, skips = self.encoder_copy.encode(z, emb, tokens, mask, features)
+        return [layer(x) for layer, x in zip(self.zero_convolutions, [*skips, h], strict=True)]
 
 
-def unet_config(size, latent_channels):
-    """A row of SIZES for a given latent."""
-    return replace(SIZES[size], latent_channels=latent_channels)
+class Denoiser(nn.Module):
+    """The U-Net, the conditioner of its fields and, where there is one, the ControlNet: what is
+    trained, averaged (EMA) and saved together."""
+
+    def __init__(self, unet, conditioner, controlnet=None):
+        super().__init__()
+        self.unet, self.conditioner, self.controlnet = unet, conditioner, controlnet
+
+    def forward(self, z, t, codes, keep, molecules, hint=None):
+        """z (B, Z, h, w), t (B,) and what Conditioner.forward takes to the target (B, Z, h, w).
+        hint: (images (B, C, H, W) in [-1, 1], codes and known of their own metadata, shown (B,)
+        float: 1, or 0 where the U-Net is to draw without it)."""
+        (vector, tokens, mask), residuals = self.conditioner(codes, keep, molecules), None
+        if hint is not None:
+            images, hint_codes, hint_known, shown = hint
+            hint_vector, _, _ = self.conditioner(hint_codes, hint_known, molecules)
+            vector = vector + self.controlnet.style(images) * shown[:, None]
+            residuals = self.controlnet.residuals(z, t, vector, tokens, mask,
+                                                  self.controlnet.stem(images), hint_vector)
+            residuals = [r * shown[:, None, None, None] for r in residuals]
+        return self.unet(z, t, vector, tokens, mask, residuals)
 
 
 # --- the shapes and parameters, to be seen --------------------------------------------------------
@@ -299,21 +302,15 @@ def parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def show_layers(unet, inputs):
-    """Print each layer's output and parameters while the inputs go through. Returns the output."""
-    def tell(part, layer, out):
+def print_layers(unet):
+    """Have each layer print its output's shape and its parameters when it is run."""
+    def tell(name, layer, out):
         attends = "  attention" if getattr(layer, "attention", None) else ""
-        print(f"  {part:7s}{str(tuple(out.shape[1:])):15s}{parameters(layer):10,d} "
+        print(f"  {name:7s}{str(tuple(out.shape[1:])):15s}{parameters(layer):10,d} "
               f"{parameters(layer) / parameters(unet):6.1%}{attends}")
-
-    parts = {"time": [unet.time], "stem": [unet.stem], "down": unet.down, "middle": unet.middle,
-             "up": unet.up, "out": [unet.out]}
-    hooks = [layer.register_forward_hook(lambda layer, _, out, part=part: tell(part, layer, out))
-             for part, layers in parts.items() for layer in layers]
-    out = unet(**inputs)
-    for hook in hooks:
-        hook.remove()
-    return out
+    for name, part in unet.named_children():
+        for layer in part if isinstance(part, nn.ModuleList) else [part]:
+            layer.register_forward_hook(lambda layer, _, out, name=name: tell(name, layer, out))
 
 
 def show():
@@ -324,23 +321,17 @@ def show():
     torch.manual_seed(0)
     c = SIZES["small"]
     unet, target = UNet(c), torch.randn(32, 4, 16, 16)
-    inputs = dict(z=torch.randn(32, 4, 16, 16), t=torch.arange(32),
-                  vector=torch.randn(32, c.embedding), tokens=torch.randn(32, 3, c.token),
-                  mask=torch.ones(32, 3, dtype=torch.bool))
+    control = ControlNet(unet, channels=1, downsampling=4)
+    inputs = [torch.randn(32, 4, 16, 16), torch.arange(32), torch.randn(32, c.embedding),
+              torch.randn(32, 3, c.token), torch.ones(32, 3, dtype=torch.bool)]
     print("\nsmall, layer by layer: output (channels, height, width), parameters and their share")
-    out = show_layers(unet, inputs)
+    print_layers(unet)
+    out = unet(*inputs)
     print(f"at step 0 it says {out.abs().max():.0f} everywhere: the loss against a target of unit "
           f"variance is {(out - target).square().mean():.2f}")
-
-    control = ControlNet(unet, channels=1, shrink=4)
-    print(f"\na ControlNet adds {parameters(control) / 1e6:.2f} M parameters, "
-          f"{parameters(control) / parameters(unet):.0%} of the U-Net's:")
-    for name, part in control.named_children():
-        print(f"  {name:9s}{parameters(part):10,d}")
-    residuals = control(**inputs, control=torch.randn(32, 1, 64, 64),
-                        control_vector=torch.randn(32, c.embedding))
-    largest = max(r.abs().max() for r in residuals)
-    print(f"its {len(residuals)} residuals are {largest:.0f} at step 0: the U-Net is not disturbed")
+    residuals = control.residuals(*inputs, control.stem(torch.randn(32, 1, 64, 64)), inputs[2])
+    print(f"\na ControlNet adds {parameters(control) / 1e6:.2f} M parameters; its {len(residuals)} "
+          f"residuals are {max(r.abs().max() for r in residuals):.0f} at step 0: nothing changes")
 
 
 if __name__ == "__main__":

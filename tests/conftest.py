@@ -1,9 +1,12 @@
-"""Shared by the tests: a small simulated screen, and scripts run in this process."""
+"""Shared by the tests: a small simulated screen, tiny models trained on it, and scripts run in this
+process."""
+import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: trainings then time no threads
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -12,31 +15,31 @@ import data  # noqa: E402
 import train_ldm  # noqa: E402
 import train_vae  # noqa: E402
 
-SHARED = ROOT.parent / "shared" / "data"
+# half the time of a training of three steps are its pictures
+PICTURES = {name: getattr(train_ldm, name) for name in ("draw_samples", "draw_curves")}
+for name in PICTURES:
+    setattr(train_ldm, name, lambda *_, **__: None)
 
 
 @pytest.fixture(scope="session")
-def screen_settings():
-    return data.Screen(batches=3, replicates=1, sites=2, controls_per_plate=8, size=32)
-
-
-@pytest.fixture(scope="session")
-def screen(tmp_path_factory, screen_settings):
+def screen(tmp_path_factory):
     """The manifest of a screen of some 2,600 images of 32x32 pixels."""
-    return data.simulate(tmp_path_factory.mktemp("screen"), screen_settings)
+    return data.simulate(tmp_path_factory.mktemp("screen"), data.Screen(
+        batches=3, replicates=1, sites=2, controls_per_plate=8, size=32))
 
 
 @pytest.fixture(scope="session")
 def vae_path(screen, tmp_path_factory):
     return train_vae.train(train_vae.Config(
         data=str(screen), out=str(tmp_path_factory.mktemp("vae")), steps=40, width=16, blocks=1,
-        eval_every=20))
+        eval_every=20, workers=0))
 
 
 @pytest.fixture(scope="session")
 def ldm_config(screen, vae_path, tmp_path_factory):
-    return train_ldm.Config(data=str(screen), vae=str(vae_path), size="tiny", views=1, batch=8,
-                            out=str(tmp_path_factory.mktemp("ldm")), steps=3, eval_every=3)
+    return train_ldm.Config(
+        data=str(screen), vae=str(vae_path), out=str(tmp_path_factory.mktemp("ldm")), size="tiny",
+        views=1, batch=8, steps=3, eval_every=3, workers=0)
 
 
 @pytest.fixture(scope="session")
@@ -44,16 +47,22 @@ def ldm_path(ldm_config):
     return train_ldm.train(ldm_config)
 
 
+@pytest.fixture(scope="session")
+def hinted_path(ldm_config, ldm_path, tmp_path_factory):
+    """A ControlNet that follows the screen's brightfield images."""
+    return train_ldm.train(train_ldm.Config(
+        control_column="brightfield", base=str(ldm_path), batch=8, views=1, steps=3, eval_every=3,
+        workers=0, out=str(tmp_path_factory.mktemp("hinted"))))
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "pictures: looks at the pictures that training draws")
 
 
 @pytest.fixture(autouse=True)
-def pictures(request, monkeypatch):
-    """Half the time of a three-step training are its pictures: drawn where a test looks at them."""
-    if not request.node.get_closest_marker("pictures"):
-        monkeypatch.setattr(train_ldm, "draw_samples", lambda *_, **__: None)
-        monkeypatch.setattr(train_ldm, "draw_curves", lambda *_: None)
+def marked_pictures(request, monkeypatch):
+    for name, draw in PICTURES.items() if request.node.get_closest_marker("pictures") else ():
+        monkeypatch.setattr(train_ldm, name, draw)
 
 
 @pytest.fixture
@@ -67,22 +76,19 @@ def cli(monkeypatch, capsys):
             train_vae.run(module.main)
         except SystemExit as stop:
             status = stop.code or 0
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
+        return status, *capsys.readouterr()
     return call
 
 
 @pytest.fixture
 def refused(cli):
-    """refused(module, *arguments, says=[...]): status 2, every phrase said, no stack trace."""
+    """refused(module, *arguments, says=[...]): status 2, every phrase said, no stack trace; returns
+    the lines that are said."""
     def call(module, *arguments, says):
         status, _, error = cli(module, *arguments)
-        assert status == 2, error
-        assert "Traceback" not in error
-        lines = [line for line in error.splitlines() if line.strip() and "it/s" not in line]
-        for phrase in says:
-            assert phrase in error, f"{phrase!r} is not in {error!r}"
-        return lines
+        assert status == 2 and "Traceback" not in error, error
+        assert not [phrase for phrase in says if phrase not in error], error
+        return [line for line in error.splitlines() if line.strip() and "it/s" not in line]
     return call
 
 

@@ -1,549 +1,563 @@
-"""The simulated microscope against its own written effects; manifests, readers, crops, splits."""
+"""The simulated microscope against its own written effects; manifests, image files, views, splits,
+restained images, importers."""
 import csv
+import gzip
 import io
 import pickle
-import zipfile
-from collections import Counter
+import re
+import signal
 from dataclasses import replace
+from itertools import islice
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import tifffile
+import torch
 from numpy.testing import assert_allclose
 from PIL import Image
 from rdkit import Chem
 
 import data
-from conftest import SHARED
-from data import DataError, Manifest, Pixels, read_manifest, split_rows, take_view
+from conftest import ROOT
+from data import Manifest, UserError, Views, load, read_manifest, split_rows, take_view
 
 ROW = dict(row=5, column=5, site=1, batch="B1", plate="P01", true_mechanism="none", true_effect=0.)
+SHARED = ROOT.parent / "shared" / "data"
 SCREEN = data.Screen()
 OPTICS = data.microscope(SCREEN)
+IMAGE = np.random.default_rng(0).integers(0, 256, (5, 12, 10)).astype(np.uint8)
+RAW = dict(rule="", low=[0.] * 5, high=[1e9] * 5)
 
 
-def fields_of(n=24, **changes):
+def fields_of(n=8, **changes):
     return [data.draw_field(ROW | changes, SCREEN, OPTICS, [5, i]) for i in range(n)]
 
 
-def mean_channel(fields, channel):
-    return np.mean([f["image"][data.CHANNELS.index(channel)] for f in fields])
+def write(folder, rows, name="m.csv"):
+    folder.mkdir(exist_ok=True)
+    with open(folder / name, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        file.write("\n\n")  # a table may end in empty lines
+    return folder / name
+
+
+def table(**columns):
+    n = len(next(iter(columns.values())))
+    return Manifest("m.csv", columns, ("DNA",), ("image",), [None] * n, {})
+
+
+def saved(folder, images, **words):
+    """The manifest of these images, {name: array}, each in a file of its own."""
+    for name, image in images.items():
+        np.save(folder / f"{name}.npy", image)
+    return read_manifest(write(folder, [{"image": f"{name}.npy"} for name in images]), **words)
+
+
+def faults_of(call, *arguments, **words):
+    with pytest.raises(UserError) as fault:
+        call(*arguments, **words)
+    return str(fault.value).splitlines()
 
 
 # --- the simulated screen -------------------------------------------------------------------------
 
-def test_molecules_are_valid_distinct_and_carry_their_motif():
+def test_molecules_are_distinct_carry_their_motif_and_differ_at_cliffs():
     found = data.molecules()
     assert len({m["smiles"] for m in found}) == len(found) == 320
     for m in found:
         motif = Chem.MolFromSmarts(data.MECHANISMS[m["mechanism"]]["motif"].lstrip("/"))
         assert Chem.MolFromSmiles(m["smiles"]).HasSubstructMatch(motif), m
-    scaffolds = {m["mechanism"]: set() for m in found}
-    for m in found:
-        if m["kind"] == "train":
-            scaffolds[m["mechanism"]].add(m["scaffold"])
-    assert all(len(s) == 3 for s in scaffolds.values())
-
-
-def test_activity_cliffs_are_enantiomers_and_charges():
-    ec50 = {m["smiles"]: m["ec50"] for m in data.molecules()}
-    pairs = [(data.canonical(f"{r}c1ccc(B(O)O)cc1"), data.canonical(f"{s}c1ccc(B(O)O)cc1"))
-             for r, s in (("C[C@H](O)", "C[C@@H](O)"), ("OC(=O)", "[O-]C(=O)"))]
-    assert all(ec50[b] / ec50[a] >= 8 for a, b in pairs)
-
-
-@pytest.mark.parametrize("confounding", [0., .5, .9, 1.])
-def test_confounding_is_the_share_at_home(confounding):
-    rows = data.layout(replace(SCREEN, confounding=confounding))
-    treated = [r for r in rows if r["role"] == "treated" and r["site"] == 1]
-    home = np.mean([r["batch"] == f"B{data.home_batch(r['true_mechanism'], 6) + 1}"
-                    for r in treated])
-    assert abs(home - (confounding + (1 - confounding) / 6)) < .03
-    controls = Counter(r["plate"] for r in rows if r["role"] == "control")
-    assert len(controls) == 12 and set(controls.values()) == {24 * 4}
+    ec50 = {m["smiles"]: m["ec50"] for m in found}
+    a, b = (ec50[data.canonical(f"{r}c1ccc(B(O)O)cc1")] for r in ("C[C@H](O)", "C[C@@H](O)"))
+    assert b / a >= 8
 
 
 @pytest.mark.parametrize("confounding", [0., .9])
-def test_held_out_pairs_and_molecules_never_reach_training(confounding):
-    rows = data.layout(replace(SCREEN, confounding=confounding))
+def test_confounding_and_what_is_held_out(confounding):
+    rows = data.layout(replace(SCREEN, confounding=confounding, sites=2))
+    home = {m: f"B{k % 6 + 1}" for k, m in enumerate(data.MECHANISMS)}
+    share = np.mean([r["batch"] == home[r["true_mechanism"]] for r in rows if r["dose"]])
+    assert abs(share - (confounding + (1 - confounding) / 6)) < .03
     train = [r for r in rows if r["split"] in ("train", "val")]
     for kind in ("val", "test"):
-        pairs = data.heldout_pairs(6, kind)
-        assert not [r for r in train if pairs.get(r["true_mechanism"]) == int(r["batch"][1:]) - 1]
-        assert all(b != data.home_batch(m, 6) for m, b in pairs.items())
-    for batches in range(2, 9):  # home is never held out
-        assert all(b != data.home_batch(m, batches) for kind in ("val", "test")
-                   for m, b in data.heldout_pairs(batches, kind).items())
+        held = data.heldout_combinations(6, kind)
+        assert not [r for r in train if held.get(r["true_mechanism"]) == int(r["batch"][1:]) - 1]
     kind = {m["smiles"]: m["kind"] for m in data.molecules()}
-    assert {kind[r["smiles"]] for r in rows if r["split"].endswith("pair")} == {"train"}
-    assert {kind[r["smiles"]] for r in train if r["role"] == "treated"} == {"train"}
-    by_well = {}
-    for r in rows:
-        by_well.setdefault((r["plate"], r["well"]), set()).add(r["split"])
-    assert all(len(s) == 1 for s in by_well.values())  # the sites of a well stay together
-
-
-def test_dose_response_is_the_hill_curve():
-    for r in data.layout(replace(SCREEN, sites=1))[::97]:
+    assert {kind[r["smiles"]] for r in train if r["dose"]} == {"train"}
+    wells = {(r["plate"], r["well"], r["split"]) for r in rows}  # sites stay together
+    assert len(wells) == len({well[:2] for well in wells}) == len(rows) / 2
+    for r in rows[::97]:
         expected = 1 / (1 + (r["true_ec50"] / r["dose"]) ** 1.5) if r["dose"] else 0.
         assert_allclose(r["true_effect"], expected, atol=1e-3)
 
 
-def test_without_effect_the_cells_are_the_untreated_ones():
-    for field in fields_of(4):
-        assert_allclose(field["image"], field["untreated"])
-    treated = fields_of(4, true_mechanism="golgi", true_effect=.9)
-    for a, b in zip(treated, fields_of(4)):
-        assert_allclose(a["untreated"], b["image"])  # the same cells, before
-        assert (a["image"] != a["untreated"]).mean() > .05
-
-
 @pytest.mark.parametrize("mechanism, measure, sign", [
-    ("dna_damage", "nucleus_radius", 1), ("apoptosis", "nuclei", -1),
+    ("dna_damage", "nucleus_radius", 1), ("apoptosis", "nuclei", -1), ("golgi", "AGP", 1),
     ("tubulin", "binucleation", 1), ("mitochondria", "Mito", -1), ("er_stress", "RNA", 1),
-    ("actin", "AGP", -1),
-    ("nucleolar", "RNA", -1), ("golgi", "AGP", 1)])
-def test_each_mechanism_does_what_it_says(mechanism, measure, sign):
+    ("actin", "AGP", -1), ("nucleolar", "RNA", -1)])
+def test_each_mechanism_does_what_it_says_to_the_same_cells(mechanism, measure, sign):
     before, after = fields_of(), fields_of(true_mechanism=mechanism, true_effect=.9)
-    if measure in data.CHANNELS:
-        a, b = (mean_channel(f, measure) for f in (before, after))
-    else:
-        a, b = (np.mean([f["truth"][f"true_{measure}"] for f in fs]) for fs in (before, after))
-    assert sign * (b / a - 1) > .03, (a, b)
+    for a, b in zip(after, before):
+        assert_allclose(a["untreated"], b["image"])
+    a, b = (np.mean([x["image"][data.CHANNELS.index(measure)] if measure in data.CHANNELS else
+                     x["truth"][f"true_{measure}"] for x in fields]) for fields in (after, before))
+    assert sign * (a / b - 1) > .03, (a, b)
 
 
-def test_batches_differ_in_gain_and_plates_a_little():
-    batch = [mean_channel(fields_of(8, batch=f"B{b}", plate=f"P{2 * b - 1:02d}"), "ER")
-             for b in range(1, 7)]
-    plate = [mean_channel(fields_of(8, plate=p), "ER") for p in ("P01", "P02")]
-    assert np.std(np.log(batch)) > 2 * np.std(np.log(plate)) > 0
-
-
-def test_edge_wells_have_fewer_cells_and_sites_other_light():
-    inner, edge = (np.mean([f["truth"]["true_nuclei"] for row in (r, r + 1) for f in fields_of(
-        16, row=row, column=1 if r == 20 else 9)]) for r in (4, 20))
+def test_batches_differ_plates_a_little_edges_in_cells_and_sites_in_light():
+    def er(**where):
+        return np.mean([f["image"][1] for f in fields_of(6, cells=7, **where)])
+    batch = [er(batch=f"B{b}", plate=f"P{2 * b - 1:02d}") for b in range(1, 7)]
+    assert np.std(np.log(batch)) > 2 * np.std(np.log([er(plate=p) for p in ("P01", "P02")])) > 0
+    inner, edge = (np.mean([f["truth"]["true_nuclei"] for f in fields_of(16, **where)])
+                   for where in (dict(row=4, column=9), dict(row=20, column=1)))
     assert edge < .9 * inner
-    left, right = (np.mean([f["image"][1] for f in fields_of(16, site=s)], 0) for s in (1, 2))
-    assert (left[:, :20].mean() - left[:, -20:].mean()) > (right[:, :20].mean()
-                                                           - right[:, -20:].mean())
+    left, right = (np.mean([f["image"][1] for f in fields_of(site=s)], 0) for s in (1, 2))
+    assert left[:, :20].mean() / left[:, -20:].mean() > right[:, :20].mean() / right[:, -20:].mean()
 
 
-def test_a_screen_is_drawn_from_its_seed():
-    a, b = (data.draw_field(ROW, SCREEN, OPTICS, [1, 2]) for _ in range(2))
-    assert_allclose(a["image"], b["image"])
-    other = data.microscope(replace(SCREEN, seed=1))
-    assert abs(other[0]["B1"]["gain"] - OPTICS[0]["B1"]["gain"]).max() > .05
-    assert_allclose(data.microscope(replace(SCREEN, draw=9))[0]["B1"]["gain"],
-                    OPTICS[0]["B1"]["gain"])
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """(the rows of a layout of 66 wells, their manifest, their settings)"""
+    settings = data.Screen(batches=3, replicates=1, sites=1, controls_per_plate=8, size=32)
+    rows = data.layout(settings)[::20]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "layout", lambda _: rows)
+        return rows, data.simulate(tmp_path_factory.mktemp("small"), settings), settings
 
 
-def test_written_screen_is_a_manifest_like_any_other(screen, screen_settings):
-    manifest = read_manifest(screen)
-    rows = data.layout(screen_settings)
-    assert len(manifest) == len(rows) and manifest.columns["smiles"][5] == rows[5]["smiles"]
-    drawn = data.draw_field(rows[70], screen_settings, data.microscope(screen_settings),
-                            [screen_settings.seed, screen_settings.draw, 4, 70])
-    assert_allclose(Pixels(manifest)[70], drawn["image"])
-    for column, key in (("untreated", "untreated"), ("brightfield", "brightfield")):
-        counterpart = read_manifest(screen, ("any",), column)
-        assert_allclose(Pixels(counterpart)[70], drawn[key])
+def test_a_screen_follows_from_its_seed_and_is_a_manifest_like_any_other(small):
+    rows, path, settings = small
+    drawn = data.draw_field(rows[40], settings, data.microscope(settings), [0, 0, 4, 40])
+    for column in ("image", "untreated", "brightfield"):
+        manifest = read_manifest(path, None, column)
+        assert_allclose(manifest.read(40), drawn[column])
+    assert manifest.columns["smiles"] == [r["smiles"] for r in rows]
+    gain, same, other = (data.microscope(replace(SCREEN, **s))[0]["B1"]["gain"]
+                         for s in ({}, dict(draw=9), dict(seed=1)))
+    assert_allclose(gain, same)
+    assert abs(gain - other).max() > .05
 
 
-def test_the_demo_draws_the_cells_of_each_mechanism(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(data, "picture", lambda path, rows, *labels: drawn.append((rows, labels)))
-    data.draw_mechanisms(tmp_path / "mechanisms.png")
-    rows, (channels, mechanisms, *_) = drawn[0]
-    assert mechanisms == ["none", *data.MECHANISMS] and len(rows) == 9
-    assert all(len(row) == 1 + len(channels) + 1 for row in rows)
-    for row in rows[1:]:  # each acts, and on the same cells
-        assert .005 < np.abs(row[0] - rows[0][0]).mean() < .5
-
-
-# --- readers --------------------------------------------------------------------------------------
-
-IMAGE = np.random.default_rng(0).integers(0, 256, (5, 12, 10))
-
-
-def write_manifest(folder, rows):
-    with open(folder / "m.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return folder / "m.csv"
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-@pytest.mark.parametrize("kind", ["tif", "tif_last", "npy", "npy_last", "npz", "stack", "per_tif",
-                                  "per_png"])
-def test_every_format_gives_the_same_pixels(tmp_path, kind, dtype):
-    image = (IMAGE * (200 if dtype == np.uint16 else 1)).astype(dtype)
-    row = {"image": "a.npy"}
-    if kind.startswith("tif"):
-        row = {"image": "a.tif"}
-        tifffile.imwrite(tmp_path / "a.tif", np.moveaxis(image, 0, -1) if "last" in kind else image,
-                         photometric="minisblack")
-    elif kind == "npz":  # channels last and a pickle beside it, as Hofmarcher et al. 2019 publish
-        row = {"image": "a.npz"}
-        np.savez(tmp_path / "a.npz", sample=np.moveaxis(image, 0, -1),
-                 other=np.array([{"a": 1}], dtype=object))
-    elif kind == "stack":
-        np.save(tmp_path / "a.npy", np.stack([image * 0, image]))
-        row["index"] = 1
-    elif kind.startswith("per"):
-        suffix = kind[4:]
-        row = {c: f"{c}.{suffix}" for c in data.CHANNELS}
-        for c, plane in zip(data.CHANNELS, image):
-            if suffix == "tif":
-                tifffile.imwrite(tmp_path / f"{c}.tif", plane)
-            else:
-                Image.fromarray(plane).save(tmp_path / f"{c}.png")
-    else:
-        np.save(tmp_path / "a.npy", np.moveaxis(image, 0, -1) if "last" in kind else image)
-    pixels = Pixels(read_manifest(write_manifest(tmp_path, [row])))
-    assert pixels[0].dtype == np.float32
-    assert_allclose(pixels[0], image)
-    assert pixels.dtype_range(0) == np.iinfo(dtype).max
-
-
-def test_other_stains_by_name(tmp_path):
-    np.save(tmp_path / "a.npy", IMAGE[:3].astype(np.uint8))
-    names = ("Actin", "DNA", "Tub")
-    manifest = read_manifest(write_manifest(tmp_path, [{"image": "a.npy"}]), names)
-    assert manifest.channels == names and Pixels(manifest)[0].shape[0] == 3
-
-
-def test_binning_is_the_mean_of_squares(tmp_path):
-    np.save(tmp_path / "a.npy", IMAGE[:, :11].astype(np.uint8))
-    pixels = Pixels(read_manifest(write_manifest(tmp_path, [{"image": "a.npy"}])), binning=2)
-    assert pixels[0].shape == (5, 5, 5)
-    assert_allclose(pixels[0][3, 4, 2], IMAGE[3, 8:10, 4:6].mean())
-
-
-def broken(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    return {"image": name}
-
-
-def tiff_bytes():
-    buffer = io.BytesIO()
-    tifffile.imwrite(buffer, IMAGE.astype(np.uint16))
-    return buffer.getvalue()
-
+# --- image files and manifests --------------------------------------------------------------------
 
 class Bomb:
     def __reduce__(self):
         return (pytest.fail, ("a pickle was executed",))
 
 
-@pytest.mark.parametrize("name, content, says", [
-    ("gone.tif", None, "no image file"),
-    ("cut.tif", lambda: tiff_bytes()[:-300], "cut.tif"),
-    ("head.tif", lambda: tiff_bytes()[:40], "head.tif"),
-    ("noise.tif", lambda: bytes(range(256)) * 9, "noise.tif"),
-    ("empty.tif", lambda: b"", "empty.tif"),
-    ("noise.png", lambda: bytes(range(256)) * 9, "noise.png"),
-    ("noise.npy", lambda: bytes(range(256)) * 9, "noise.npy"),
-    ("noise.npz", lambda: bytes(range(256)) * 9, "noise.npz"),
-    ("pointer.tif", lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "LFS"),
-    ("bomb.npy", lambda: pickle.dumps(Bomb()), "bomb.npy"),
-    ("photo.jpg", lambda: b"\xff\xd8\xff", "no image format read")])
-def test_a_bad_file_is_one_line_with_its_name_and_row(tmp_path, name, content, says):
-    np.save(tmp_path / "good.npy", IMAGE.astype(np.uint8))
-    row = {"image": name} if content is None else broken(tmp_path, name, content())
-    path = write_manifest(tmp_path, [{"image": "good.npy"}, row])
-    with pytest.raises(DataError) as fault:
-        read_manifest(path)
-    lines = str(fault.value).splitlines()
-    assert len(lines) == 1 and "row 3" in lines[0] and name in lines[0] and says in lines[0]
+def bytes_of(save, *content, **words):
+    buffer = io.BytesIO()
+    save(buffer, *content, **words)
+    return buffer.getvalue()
 
 
-def test_a_truncated_png_and_npz_are_found_without_decoding(tmp_path):
-    Image.fromarray(IMAGE[0].astype(np.uint8)).save(tmp_path / "a.png")
-    np.savez(tmp_path / "a.npz", sample=IMAGE.astype(np.uint8))
-    for name in ("a.png", "a.npz"):
-        whole = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(whole[:len(whole) * 2 // 3])
-        with pytest.raises(DataError, match=name):
-            data.read_header(tmp_path / name)
+def tiff(image, photometric="minisblack", **words):
+    return bytes_of(tifffile.imwrite, image, photometric=photometric, **words)
 
 
-def test_a_pickled_array_in_an_npz_is_never_loaded(tmp_path):
-    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
-        archive.writestr("sample.npy", pickle.dumps(Bomb()))
-    with pytest.raises(DataError, match="a.npz"):
-        read_manifest(write_manifest(tmp_path, [{"image": "a.npz"}]))
+DEEP, NOISE = IMAGE[:3] * np.uint16(200), bytes(range(256)) * 9
+LAST, RGB = np.moveaxis(DEEP, 0, 2), Image.fromarray(np.stack([*IMAGE[:3]], 2))
+PAGES, PALETTE = [Image.fromarray(x) for x in DEEP], Image.fromarray(IMAGE[0]).convert("P")
+NPZ, DEEP_RGB = bytes_of(np.savez, sample=IMAGE), bytearray(bytes_of(PAGES[0].save, "png"))
+DEEP_RGB[25] = 2  # says that it is RGB of 16 bits
+OME = """<?xml version="1.0"?><OME UUID="urn:uuid:0"><Image ID="I:0"><Pixels DimensionOrder="XYCZT"
+ID="P" SizeX="10" SizeY="12" SizeC="3" SizeZ="1" SizeT="1" Type="uint16">""" + "".join(
+    f'<TiffData FirstC="{c}" IFD="0" PlaneCount="1"><UUID FileName="{c}.ome.tif">urn:uuid:{c}'
+    '</UUID></TiffData>' for c in range(3)) + "</Pixels></Image></OME>"
+FILES = [  # what is read of a file, or what the refusal says
+    ("plain.tif", tiff(DEEP), DEEP), ("last.tif", tiff(LAST), DEEP),
+    ("planar.tif", tiff(DEEP, "rgb", planarconfig="separate", compression="zlib"), DEEP),
+    ("deep_rgb.tif", tiff(LAST, "rgb", compression="zlib"), DEEP),
+    ("lzw_rgb.tif", bytes_of(RGB.save, "tiff", compression="tiff_lzw"), IMAGE[:3]),
+    ("lzw_pages.tif", bytes_of(PAGES[0].save, "tiff", compression="tiff_lzw", save_all=True,
+                               append_images=PAGES[1:]), DEEP),
+    ("last.npy", bytes_of(np.save, LAST.astype(">u2")), DEEP),
+    ("pickle_beside.npz", bytes_of(np.savez, sample=LAST, b=np.array([{}], object)), DEEP),
+    ("rgb.png", bytes_of(RGB.save, "png"), IMAGE[:3]), ("gone.tif", None, "no image file"),
+    ("white_is_zero.tif", tiff(DEEP, "miniswhite"), "MINISWHITE"),
+    ("palette.tif", bytes_of(PALETTE.save, "tiff"), "PALETTE"),
+    ("z_stack.tif", tiff(DEEP, imagej=True, metadata={"axes": "ZYX"}), "ZYX"),
+    ("time.tif", tiff(DEEP, ome=True, metadata={"axes": "TYX"}), "axes"),
+    ("sibling_lost.tif", tiff(DEEP[0], metadata=None, description=OME), "has 1 channels, 3 exp"),
+    ("jpeg.tif", bytes_of(RGB.save, "tiff", compression="jpeg"), "JPEG"),
+    ("cut.tif", tiff(DEEP[0])[:-30], "ends before"), ("noise.tif", NOISE, ""),
+    ("empty.tif", b"", ""), ("photo.jpg", b"\xff\xd8", "no image format"),
+    ("pointer.tif", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+    ("noise.png", NOISE, ""), ("cut.png", bytes_of(PAGES[0].save, "png")[:-30], "ends before"),
+    ("deep.png", DEEP_RGB, "16 bits"), ("palette.png", bytes_of(PALETTE.save, "png"), "type 3"),
+    ("noise.npy", NOISE, ""), ("bomb.npy", pickle.dumps(Bomb()), ""), ("cut.npz", NPZ[:-200], ""),
+    ("bomb.npz", bytes_of(np.savez, sample=np.array([Bomb()], object)), "")]
 
 
-def test_all_faults_are_listed(tmp_path):
-    path = write_manifest(tmp_path, [{"image": f"{i}.tif"} for i in range(25)])
-    with pytest.raises(DataError) as fault:
-        read_manifest(path)
-    assert len(str(fault.value).splitlines()) == 21 and "and 5 more" in str(fault.value)
-
-
-@pytest.mark.parametrize("content, says", [
-    (None, "no manifest"), ("image\n", "no rows"), ("", "no rows"),
-    ("image,a\nx.npy\n", "row 2: 1 values for 2 columns"), ("picture\nx.npy\n", "no column image"),
-    ("DNA,ER,RNA,AGP\na,b,c,d\n", "no column Mito"), (b"\xff\xfe\x00\x01", "no CSV")])
-def test_a_bad_manifest_is_refused(tmp_path, content, says):
-    path = tmp_path / "m.csv"
+@pytest.mark.parametrize("name, content, expected", FILES, ids=[name for name, *_ in FILES])
+def test_files_are_read_as_they_are_or_refused_in_one_line(tmp_path, name, content, expected):
     if content is not None:
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(DataError, match=says):
-        read_manifest(path)
+        (tmp_path / name).write_bytes(content)
+    path = write(tmp_path, [{"image": name}])
+    if isinstance(expected, str):
+        fault, = faults_of(read_manifest, path, "abc")
+        assert "row 2, column image" in fault and name in fault and expected in fault
+    else:
+        assert_allclose(read_manifest(path, "abc").read(0), expected)
 
 
-def test_wrong_number_of_channels_and_bad_index(tmp_path):
-    np.save(tmp_path / "a.npy", IMAGE[:4].astype(np.uint8))
-    with pytest.raises(DataError, match="4 channels, 5 expected"):
-        read_manifest(write_manifest(tmp_path, [{"image": "a.npy"}]))
-    np.save(tmp_path / "b.npy", IMAGE[None].astype(np.uint8))
-    with pytest.raises(DataError, match="row 2, column index: 1.0"):
-        read_manifest(write_manifest(tmp_path, [{"image": "b.npy", "index": "1.0"}]))
-    with pytest.raises(DataError, match="index 3 is beyond"):
-        read_manifest(write_manifest(tmp_path, [{"image": "b.npy", "index": 3}]))
-    np.save(tmp_path / "c.npy", IMAGE.astype(np.float64))
-    with pytest.raises(DataError, match="float64"):
-        read_manifest(write_manifest(tmp_path, [{"image": "c.npy"}]))
+def test_pixels_are_decoded_when_they_are_read_and_again_after_a_passing_fault(
+        tmp_path, monkeypatch):
+    """Here with a file for each stain."""
+    tifffile.imwrite(tmp_path / "a.tif", IMAGE[0], compression="zlib")
+    (tmp_path / "b.png").write_bytes(bytes_of(Image.fromarray(IMAGE[1]).save, "png"))
+    answers = [OSError("stale file handle"), IMAGE[0], ValueError("broken"), IMAGE[0]]
+    monkeypatch.setattr(tifffile, "imread", Mock(side_effect=answers))
+    manifest = read_manifest(write(tmp_path, [{"A": "a.tif", "B": "b.png"}]), "AB")
+    assert_allclose(manifest.read(0), IMAGE[:2])
+    assert "row 2, column A" in faults_of(manifest.read, 0)[0]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9)
+    assert "decompression bomb" in faults_of(manifest.read, 0)[0]
+
+
+@pytest.mark.parametrize("text, channels, says", [
+    ("image\n", "A", "no rows"), (b"\xff\xfe\x00\x01", "A", "is unreadable"),
+    ("picture\nx.npy\n", "A", "no column image"), ("A,B\na,b\n", "ABC", "no column C"),
+    ("image,dose,dose\na.npy,1,2\n", "A", "more than one column dose"),
+    ("image,a\na.npy\n\na.npy,1\na.npy,1,2\n", "A",
+     "row 2: 1 values for 2.*row 3: 0 values.*row 5: 3 values"),
+    ("A,B\na.npy,b.npy\n", "ABA", "channel A is named twice.*column A"),
+    ("A,B,C\nb.npy,a.npy,b.npy\nb.npy,a.npy,a.npy\n", "ABC",
+     "row 2: columns A and C name the same file.*row 3: columns B and C.*row 2, column B"),
+    ("image,index\nb.npy,x\nb.npy,²\na.npy,9\n", "A",
+     "row 2, column index: x.*row 3, column index: ².*row 4, column image.*column index"),
+    ("image,index\nx.tif,\n" + "y.tif,x\n" * 30, "A", "row 3, column index.*and 12 more")])
+def test_every_fault_of_a_table_is_named(tmp_path, text, channels, says):
+    np.save(tmp_path / "a.npy", IMAGE)
+    np.save(tmp_path / "b.npy", IMAGE[0])
+    (tmp_path / "m.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    found = faults_of(read_manifest, tmp_path / "m.csv", channels)
+    assert re.search("(?s)" + says, "\n".join(found)) and len(found) < 22, found
+
+
+def test_wrong_images_are_refused_also_beyond_those_that_are_checked(tmp_path):
+    images = dict(a=IMAGE, b=IMAGE / 2, c=IMAGE[:4], d=IMAGE[:, :9], e=IMAGE * np.uint16(257))
+    assert len(faults_of(saved, tmp_path, images)) == 2
+    views = Views(read_manifest(tmp_path / "m.csv", check=4), RAW)
+    for i, text in enumerate(["", "row 3, column image.*float64", "row 4, column image.*4 channels",
+                              "row 5: 5 channels of 10x9", "row 6, column image.*16 bits"]):
+        x, fault = views[i, -1]
+        assert x.shape == (5, 12, 10) and bool(x.isnan().all()) == bool(fault) == bool(text)
+        assert re.search(text, fault)
+
+
+def test_one_stain_in_two_depths_is_refused_or_scaled_by_file(tmp_path):
+    manifest = saved(tmp_path, dict(a=IMAGE, b=IMAGE * np.uint16(257)))
+    for rule in ("percentile", "0:4095"):
+        fault, = faults_of(data.fit_intensity, rule, manifest, [0, 1])
+        assert "column image: row 2 has 8 bits, row 3 has 16 bits" in fault
+    views = Views(manifest, data.fit_intensity("dtype", manifest, [0, 1]))
+    for x, _ in (views[0, -1], views[1, -1]):
+        assert_allclose(x, IMAGE / 127.5 - 1, atol=1e-6)
 
 
 # --- intensities, views, splits -------------------------------------------------------------------
 
-def stack_manifest(tmp_path, stack, **columns):
-    np.save(tmp_path / "s.npy", stack)
-    rows = [{"image": "s.npy", "index": i, **{k: v[i] for k, v in columns.items()}}
-            for i in range(len(stack))]
-    return read_manifest(write_manifest(tmp_path, rows))
-
-
 def test_intensity_rules(tmp_path):
-    ramp = np.arange(4000, dtype=np.uint16).reshape(1, 40, 100)
-    stack = np.concatenate([ramp, 2 * ramp, 3 * ramp, ramp, ramp])[None]
-    pixels = Pixels(stack_manifest(tmp_path, stack))
-    assert data.fit_intensity("dtype", pixels, [0])["high"] == [65535] * 5
-    assert data.fit_intensity("0:4095", pixels, [0])["high"] == [4095] * 5
-    fitted = data.fit_intensity("percentile", pixels, [0])
+    ramp = np.arange(4000, dtype=np.uint16).reshape(40, 100)
+    manifest = saved(tmp_path, {"a": np.stack([ramp, 2 * ramp, 3 * ramp, ramp, ramp])})
+    assert data.fit_intensity("0:4095", manifest, [0])["high"] == [4095] * 5
+    fitted = data.fit_intensity("percentile", manifest, [0])
     assert_allclose(fitted["high"][1], 2 * 3995, rtol=.01)
-    scaled = data.scale_intensity(pixels[0], fitted)
-    assert scaled.min() == -1 and scaled.max() == 1
-    assert_allclose(scaled[0].mean(), 0, atol=.01)
-    with pytest.raises(DataError, match="percentile, dtype, or a range"):
-        data.fit_intensity("bright", pixels, [0])
+    scaled = Views(manifest, fitted)[0, -1][0]
+    assert scaled.min() == -1 and scaled.max() == 1 and abs(scaled.mean()) < .01
+    for rule in ("bright", "0:inf", "5:5", "1:2:3"):
+        assert "or a range" in faults_of(data.fit_intensity, rule, manifest, [0])[0]
+    dark = saved(tmp_path, {"b": np.stack([*[ramp] * 4, ramp // 3999])})
+    assert "Mito has no" in faults_of(data.fit_intensity, "percentile", dark, [0])[0]
 
 
-def test_a_channel_without_contrast_is_named(tmp_path):
-    stack = np.zeros((1, 5, 8, 8), np.uint8)
-    stack[:, :4] = np.arange(64).reshape(8, 8)
-    with pytest.raises(DataError, match="channel Mito has no contrast"):
-        data.fit_intensity("percentile", Pixels(stack_manifest(tmp_path, stack)), [0])
-
-
-def test_views_are_crops_in_all_eight_orientations():
+def test_views_are_crops_in_all_eight_orientations(tmp_path):
     image = np.arange(2 * 9 * 9, dtype=np.float32).reshape(2, 9, 9)
     rng = np.random.default_rng(0)
-    whole = {take_view(image, 0, rng).tobytes() for _ in range(200)}
-    assert len(whole) == 8
-    assert {take_view(image, 0, rng, flips=False).tobytes() for _ in range(9)} == {image.tobytes()}
-    corners = {tuple(take_view(image, 4, rng, flips=False)[0, 0, :1]) for _ in range(600)}
-    assert len(corners) == 36
+    assert len({take_view(image, 0, rng).tobytes() for _ in range(200)}) == 8
+    assert len({take_view(image, 4, rng, flips=False)[0, 0, 0] for _ in range(600)}) == 36
     assert_allclose(take_view(image, 5), image[:, 2:7, 2:7])
-    with pytest.raises(DataError, match="smaller than the crop"):
-        take_view(image, 10)
+    manifest = saved(tmp_path, {"a": IMAGE})
+    assert "5 channels of 10x12" in Views(manifest, RAW, crop=11)[0, 0][1]
+    binned = Views(manifest, None, binning=2)[0, -1][0]  # the mean of squares
+    assert binned.shape == (5, 6, 5) and binned[3, 4, 2] == IMAGE[3, 8:10, 4:6].mean()
 
 
-def bare(**columns):
-    n = len(next(iter(columns.values())))
-    return Manifest("m.csv", columns, ("DNA",), [("x",)] * n, [None] * n, {})
+def test_a_view_follows_from_its_key_alone(tmp_path, monkeypatch):
+    """So a conditioning image is cut and turned like its target, whatever else can be read, and
+    the same in any number of processes."""
+    target = np.random.default_rng(0).integers(0, 255, (9, 5, 12, 12)).astype(np.uint8)
+    for i, image in enumerate(target):
+        np.savez(tmp_path / f"t{i}.npz", image)
+        np.save(tmp_path / f"h{i}.npy", image[:1])
+    path = write(tmp_path, [{"image": f"t{i}.npz", "hint": f"h{i}.npy"} for i in range(9)])
+    keys = [(i, v) for i in range(9) for v in (0, 1, -1)]
+    targets = Views(read_manifest(path), RAW, crop=8, seed=3)
+    hints = Views(read_manifest(path, None, "hint"), RAW | {"low": [0.], "high": [1e9]}, 8, seed=3)
+    (tmp_path / "t3.npz").write_bytes(b"cut")
+    state = torch.get_rng_state()
+    x, rows = (np.concatenate(v) for v in zip(*load(targets, keys, 4, 2, max_corrupt=.5)))
+    assert torch.equal(state, torch.get_rng_state())  # nothing is drawn from torch
+    assert list(rows) == [i for i, _ in keys] and x.dtype == np.float32
+    hint, lost = torch.cat([h for h, _ in load(hints, keys)]).numpy(), rows == 3
+    assert_allclose(x[~lost, :1], hint[~lost])
+    assert np.isnan(x[lost]).all() and len(np.unique(hint.reshape(27, -1), axis=0)) > 20
+    again = np.concatenate([v for v, _ in load(targets, keys[::-1], max_corrupt=.5)])[::-1]
+    assert_allclose(x, again)
+    assert abs(Views(targets.manifest, RAW, 8)[0, 0][0].numpy() - x[0]).max() > 0  # another seed
+    monkeypatch.setattr(signal, "signal", Mock())  # signals are for the process that loads
+    data.loader(targets, keys, 1).worker_init_fn(0)
+    assert [call.args for call in signal.signal.mock_calls] == [
+        (signal.SIGINT, signal.SIG_IGN), (signal.SIGTERM, signal.SIG_DFL)]
 
 
-def test_split_keeps_groups_together():
+def test_unreadable_images_are_counted_among_those_asked_for(tmp_path, capsys):
+    views = Views(saved(tmp_path, dict.fromkeys(range(20), IMAGE)), RAW)
+    for i in range(7):
+        (tmp_path / f"{i}.npy").write_bytes(b"")
+    keys = [(i, v) for i in range(20) for v in range(9)]  # however often each is asked for
+    assert len(list(load(views, keys, max_corrupt=.4))) == 3
+    said = capsys.readouterr().out
+    assert "7 of 20 images are unreadable" in said and "6.npy" not in said and "row 6," in said
+    for asked, share, says in ((keys, .3, "(7 of 20 images are unreadable: more than 30.0%)"),
+                               ([(6, 0)] * 3, .9, "(1 of 1 images")):
+        assert says in faults_of(list, load(views, asked, max_corrupt=share))[0]
+
+
+def test_splits_keep_groups_together_and_take_stated_values():
     plates = [f"P{i % 10}" for i in range(200)]
-    train, held = split_rows(bare(plate=plates), "plate", .2)
-    assert len(train) == 160 and len(held) == 40
-    assert not {plates[i] for i in train} & {plates[i] for i in held}
-    again, _ = split_rows(bare(plate=plates + plates), "plate", .2)
+    train, held = split_rows(table(plate=plates), "plate", .2)
+    assert len(held) == 40 and not {plates[i] for i in train} & {plates[i] for i in held}
+    again, _ = split_rows(table(plate=plates * 2), "plate", .2)
     assert set(train) <= set(again)  # more rows of known plates move no plate across
-
-
-def test_split_by_molecule_sees_through_spelling():
-    # one molecule in two spellings stays on one side of the split
-    pairs = [("OCC", "C(O)C"), ("c1ccccc1O", "Oc1ccccc1"), ("CCN", "NCC"), ("CCCl", "ClCC")]
-    smiles = [s for pair in pairs for s in pair]
-    for seed in range(5):
-        train, held = split_rows(bare(smiles=smiles), "smiles", .5, seed)
-        assert len(train) == len(held) == 4 and {i // 2 for i in train}.isdisjoint(
-            {i // 2 for i in held})
-
-
-def test_split_by_two_columns_and_by_value():
+    wells = [f"{'ABCDE'[i // 40]}{i // 8 % 5}" for i in range(200)]  # eight sites of each
+    train, held = split_rows(table(plate=["P1"] * 200, well=wells))
+    assert len(held) == 16 and not {wells[i] for i in train} & {wells[i] for i in held}
     columns = dict(drug=["a", "a", "b", "b"] * 5, plate=["1", "2"] * 10)
-    train, held = split_rows(bare(**columns), "drug+plate=b+2")
-    assert list(held) == list(range(3, 20, 4)) and len(train) == 15
-    _, held = split_rows(bare(**columns), "drug+plate", .25)
-    assert len(held) == 5 and len({(columns["drug"][i], columns["plate"][i]) for i in held}) == 1
-    _, held = split_rows(bare(smiles=["CCO", "OCC", "CCN"]), "smiles=C(O)C")
-    assert list(held) == [0, 1]
-    with pytest.raises(DataError, match="no column dose"):
-        split_rows(bare(**columns), "dose")
-    with pytest.raises(DataError, match="no row has it"):
-        split_rows(bare(**columns), "plate=9")
+    assert list(split_rows(table(**columns), "drug+plate=b+2")[1]) == list(range(3, 20, 4))
+    smiles, batch = ["OCC", "CCN", "CCO"], ["B0", "B0", "B1"]
+    assert list(split_rows(table(smiles=smiles, batch=batch), "smiles+batch=CCO+B0")[1]) == [0]
+    train, held = split_rows(table(split=["train", "val", "test_pair", "train"]))
+    assert (list(train), list(held)) == ([0, 3], [1])
+    for how, says in (("dose", "no column dose"), ("plate=9", "no row has it")):
+        assert says in faults_of(split_rows, table(**columns), how)[0]
+    assert "nothing is left" in faults_of(split_rows, table(plate=["1"] * 3), "plate")[0]
+    assert "train and val" in faults_of(split_rows, table(split=["training", "val"]))[0]
 
 
-def test_split_column_is_used_where_there_is_one():
-    train, held = split_rows(bare(split=["train", "val", "test_pair", "train"]))
-    assert list(train) == [0, 3] and list(held) == [1]
-    with pytest.raises(DataError, match="train and val"):
-        split_rows(bare(split=["training", "val"]))
+def test_held_out_molecules_are_so_in_every_spelling_and_leave_negative_controls_in_training():
+    spelt = ["CC[NH3+].[Cl-]", "CCN", "Cl.NCC", "OCC", "C(O)C", "*CC", "C(*)C", "c1ccccc1", "*CCC"]
+    smiles, dose = ["CS(C)=O", "CCO", "CCN", "CCC", "CCCC"], ["0", "1", "2", "3", "0"]
+    for seed in range(10):
+        _, held = split_rows(table(smiles=spelt), "smiles", .3, seed)
+        for same in ({0, 1, 2}, {3, 4}, {5, 6}):
+            assert len(same & set(held)) in (0, len(same))
+        _, held = split_rows(table(smiles=smiles, dose=dose), "smiles", .5, seed)
+        assert len(held) == 2 and not {0, 4} & set(held)
+    assert len({data.molecule_key(s) for s in ("*CC", "*CCC", "")}) == 3  # none has an InChI
+    held = data.negative_controls(dict(Dose=["0", "0.0", "", "1"], conc_2=["0", "", "0", "0"]))
+    assert list(held) == [True, False, False, False]
 
 
-def test_show_prints_counts_and_draws(screen, tmp_path, cli):
-    status, out, _ = cli(data, "show", screen, "--out", tmp_path / "sheet.png")
-    assert status == 0 and "images, channels DNA" in out and "control (96)" in out
-    images = np.load(screen.parent / "image.npy")
-    assert f"{len(images)} images of {images.shape[3]} x {images.shape[2]} pixels\n" in out
-    assert f"DNA {images[:, 0].min()} to {images[:, 0].max()}, ER" in out
-    assert f"Mito {images[:, 4].min()} to {images[:, 4].max()}\n" in out
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        assert min(sheet.size) > 200
+# --- manifests made from manifests ----------------------------------------------------------------
+
+def filtered(noise, sigma, gain, level):
+    """White noise (..., H, W) under a microscope: blurred, amplified, on a background."""
+    return (gain * data.smooth(noise, sigma) + level).astype(np.float32)
 
 
-def test_show_and_simulate_refuse_in_one_line(tmp_path, screen, refused):
-    before = screen.read_bytes()
-    for words, says in ((["show", tmp_path / "none.csv"], "no manifest at"),
-                        (["simulate", "--out", screen.parent], "exists"),
-                        (["simulate", "--molecules", "3"], "unrecognized")):
+OPTICS_OF = {"sharp": (.6, .2, -.3), "dull": (1.1, .5, .2), "": (.6, .2, 0.)}
+
+
+@pytest.fixture
+def plates(tmp_path):
+    """A manifest of two plates of known optics: on each 16 negative controls and 6 wells of one
+    treatment, with the day of the plate; and a well without a plate."""
+    noise, rows = np.random.default_rng(0).standard_normal((45, 1, 64, 64), np.float32), []
+    for i, x in enumerate(noise):
+        plate = ("sharp", "dull")[i % 2] if i < 44 else ""
+        image = (filtered(x, *OPTICS_OF[plate]).clip(-1, 1) + 1) * 2000
+        tifffile.imwrite(tmp_path / f"{i}.tif", image[0].astype(np.uint16))
+        rows.append({"image": f"{i}.tif", "smiles": "CCO" if i >= 32 else "CS(C)=O",
+                     "dose": 3 * (i >= 32), "plate": plate, "well": f"A{i // 4}", "row": i,
+                     "day": {"sharp": 4, "dull": 9}.get(plate, ""), "mask": f"{i}.tif",
+                     "split": "val" if i in (42, 43) else "train"})
+    return write(tmp_path, rows), noise
+
+
+def restained(cli, path, out, *words):
+    status, said, error = cli(data, "restain", path, "--channels", "DNA", "--out", out, *words)
+    assert status == 0, error
+    made = read_manifest(out / "manifest.csv", ("DNA",))
+    return made, {name: np.array(values) for name, values in made.columns.items()}, said
+
+
+def test_copies_are_shown_and_told_as_the_other_plate(plates, tmp_path, cli, monkeypatch):
+    path, noise = plates
+    made, columns, said = restained(cli, path, tmp_path / "out", "--share", .75)
+    assert len(made) == 45 + 10 and "2 plates, 10 images; 1 other treated images" in said
+    assert columns["image"][0] == "../0.tif" and columns["mask"][40] == "../40.tif"
+    assert set(columns["mask"][45:]) == {""}  # a file of the original's cells
+    assert list(columns["plate"][45:]) == ["dull", "sharp"] * 5
+    assert list(columns["day"][45:]) == ["9", "4"] * 5       # one for a plate: goes with it
+    assert list(columns["row"][45:]) == list(map(str, range(32, 42)))
+    assert set(columns["split"][45:]) == {"train"} and columns["split"][42] == "val"
+    weight = [float(w or 0) for w in columns["weight"]]
+    assert_allclose(weight, [1] * 32 + [.25] * 10 + [0, 0, 1] + [.75] * 10)
+    for k in (45, 54):
+        wanted = (filtered(noise[k - 13], *OPTICS_OF[columns["plate"][k]]).clip(-1, 1) + 1) * 2000
+        own = made.read(k - 13).astype(float)
+        assert np.square(made.read(k) - wanted).mean() < .02 * np.square(own - wanted).mean()
+    before, after = map(float, re.search(r"two plates by (\S+) .* by (\S+)\n", said).groups())
+    assert before > .2 and after < .06 and "warning" not in said
+    monkeypatch.setattr(data, "restain", lambda image, own, other: image)
+    assert "warning: restained images are no nearer" in restained(cli, path, tmp_path / "b")[2]
+
+
+def test_weights_balance_the_treated_alone_and_what_cannot_be_restained_is_refused(
+        plates, tmp_path, cli, refused):
+    rows, out = list(csv.DictReader(open(plates[0]))), tmp_path / "o"
+    few = write(tmp_path, rows[17:], "few.csv")
+    weighted = write(tmp_path, [row | {"weight": 1} for row in rows], "weighted.csv")
+    for words, says in (([few, "--share", 1.5], "between 0 and 1"), ([weighted], "weights"),
+                        ([few, "--balance", "moa"], "no column moa"), ([few], "8 negative")):
+        words = ("restain", *words, "--channels", "DNA", "--out", out)
+        assert len(refused(data, *words, says=[says])) == 1 and not out.exists()
+    rows[40]["smiles"] = rows[41]["smiles"] = "CCN"
+    _, columns, _ = restained(cli, write(tmp_path, rows), out, "--share", 0, "--balance", "smiles",
+                              "plate")
+    weight = np.array([float(w or 0) for w in columns["weight"]])
+    assert len(weight) == 45 and set(weight[:32]) == {1.}
+    assert_allclose(weight[[40, 41, 44]] / weight[32], 4, rtol=1e-4)
+    assert_allclose(weight[32:45].sum(), 11, rtol=1e-4)  # held out: none
+
+
+def test_controls_lists_all_negative_controls_of_other_wells(plates, tmp_path, cli, refused):
+    rows = list(csv.DictReader(open(plates[0])))
+    words = ("--channels", "DNA", "--by", "plate", "--out", tmp_path / "n" / "c.csv")
+    alone = write(tmp_path, [r | {"well": "A1"} for r in rows[:44]], "a.csv")
+    for path, says in ((plates[0], "row 46: plate blank"), (
+            alone, "row 2: plate sharp has no negative control (dose 0) in another well")):
+        refused(data, "controls", path, *words, says=[says])
+    assert cli(data, "controls", write(tmp_path, rows[:44], "whole.csv"), *words)[0] == 0
+    made = read_manifest(tmp_path / "n" / "c.csv", ("DNA",))
+    for i, listed in enumerate(made.columns["control_row"]):
+        assert [int(k) - 2 for k in listed.split()] == [
+            k for k in range(32) if k % 2 == i % 2 and k // 4 != i // 4]
+
+
+# --- published data sets --------------------------------------------------------------------------
+
+def test_mol2image_download_becomes_a_manifest(tmp_path, cli):
+    keys = [f"24277-{well}-{site}" for well in ("A03", "B07", "C01", "D2") for site in (1, 2)]
+    for key in keys:
+        np.savez(tmp_path / f"{key}.npz", sample=np.moveaxis(IMAGE, 0, 2))
+    rows = [dict(zip(("PLATE_ID", "WELL_POSITION", "SITE"), key.split("-")), SAMPLE_KEY=key,
+                 BROAD_ID="B1", SMILES="CCO", INCHIKEY="K") for key in (*keys, "24277-A05-1")]
+    splits = [write(tmp_path, rows[:6] + rows[8:], "datasplit_gen_train.csv"),
+              write(tmp_path, rows[6:8], "datasplit_gen_test_hard.csv")]
+    maps, out = tmp_path / "maps", tmp_path / "made" / "manifest.csv"
+    write(maps, [{"Plate_Map_Name": "M1", "Assay_Plate_Barcode": "24277"}], "barcode_platemap.csv")
+    (maps / "platemap").mkdir()
+    (maps / "platemap" / "M1.txt").write_text(
+        "well_position\tbroad_sample\tmmoles_per_liter\nA03\tBRD\t5.0\nd02\t\t\n")
+    words = ("mol2image", tmp_path, *splits, "--platemaps", maps, "--out", out, "--val",
+             data.share_of("24277-B07") + 1e-6)
+    status, said, error = cli(data, *words)
+    assert status == 0, error
+    assert "1 listed images are not in" in said and "24277-A05-1" in said
+    manifest = read_manifest(out, re.search(r"--channels (\S+)", said)[1].split(","))
+    columns, split = manifest.columns, manifest.columns["split"]
+    assert columns["well"][::2] == ["A03", "B07", "C01", "D02"]
+    assert split[6:] == ["test_hard"] * 2 and set(split[:6]) == {"train", "val"}
+    assert split[:6:2] == split[1:6:2]  # sites of a well: on one side
+    assert columns["dose"][::2] == ["5.0", "", "", "0"] and columns["role"][6] == "control"
+    assert columns["row"][::2] == ["1", "2", "3", "4"] and columns["column"][2] == "7"
+    assert_allclose(manifest.read(0), IMAGE)
+    assert "exists" in cli(data, *words)[2]
+
+
+def test_load_data_tables_become_a_manifest(tmp_path, cli, refused):
+    rows = [{"FileName_OrigDNA": f"{w}_d.tif" if w != "c3" else "", "PathName_OrigDNA": "/cloud/i",
+             "FileName_IllumDNA": "x.npy", "Metadata_Plate": "P1", "Metadata_Well": w,
+             "Metadata_Row": r} for w, r in (("A01", ""), ("B2", "7"), ("c3", ""), ("r04", "4"))]
+    out = tmp_path / "m.csv"
+    (tmp_path / "compound.csv").write_text("Metadata_JCP2022,Metadata_SMILES\nJ1,CCO\n")
+    with gzip.open(tmp_path / "well.csv.gz", "wt") as file:
+        file.write("Metadata_Plate,Metadata_Well,Metadata_JCP2022\nP1,A1,J1\nP1,b02,J2\n")
+    words = ("load_data", write(tmp_path / "csv", rows), "--root", f"/cloud={tmp_path}", "--out",
+             out, "--join", f"{tmp_path}/well.csv.gz:Metadata_Plate,well")
+    status, said, error = cli(data, *words, f"{tmp_path}/compound.csv:JCP2022")
+    assert status == 0, error
+    assert "2 of 4 images matched on plate, well" in said and "1 of 4" in said
+    columns = data.read_table(out)
+    assert columns["well"] == ["A01", "B02", "C03", "r04"]
+    assert columns["smiles"] == ["CCO", "", "", ""]
+    assert columns["row"] == ["1", "7", "3", "4"] and columns["column"] == ["1", "2", "3", ""]
+    assert columns["DNA"] == ["i/A01_d.tif", "i/B2_d.tif", "", "i/r04_d.tif"]
+    out.unlink()
+    for text, on, says in (
+            ("JCP2022,smiles\nJ1,C\nJ1,N\n", "jcp2022", "two different rows for jcp2022 J1"),
+            ("plate,well,smiles\nP2,A1,C\n", "plate,well", "no image matches; the first has"),
+            ("compound\nx\n", "plate", "those of both")):
+        (tmp_path / "t").write_text(text)
+        refused(data, *words, f"{tmp_path}/t:{on}", says=[says])
+    refused(data, "load_data", tmp_path / "compound.csv", "--out", out, says=["FileName_"])
+    assert not out.exists()
+
+
+def test_show_names_what_is_odd_and_every_fault(tmp_path, cli):
+    for name, kind in (("a", np.uint8), ("b", np.uint16)):
+        with tifffile.TiffWriter(tmp_path / f"{name}.tif") as file:
+            file.write(np.stack([IMAGE[0], 0 * IMAGE[0]]).astype(kind), metadata={"axes": "CYX"})
+            file.write(IMAGE[0, :5])
+    rows = [{"image": f"{n}.tif", "smiles": "CCO", "dose": 1, "dose_unit": "uM"} for n in "ab"]
+    words = ("show", write(tmp_path, rows), "--channels", "A,B", "--out", tmp_path / "sheet.png")
+    status, out, error = cli(data, *words)
+    assert status == 0, error
+    assert Image.open(tmp_path / "sheet.png").height > 100
+    for says in ("row 2 has 8 bits, row 3 has 16 bits", "a.tif holds 2 series, of which the first",
+                 "channel B is zero everywhere in 2 of 2 images: row 2, 3\n"):
+        assert says in out
+    write(tmp_path, [r | {"smiles": "C(", "dose": "x"} for r in rows] + [rows[0] | {"image": "c"}])
+    status, out, error = cli(data, *words)
+    assert status == 2 and "3 images, channels A, B" in out and len(error.splitlines()) == 5
+    for says in ("row 2, column smiles: C( is", "row 3, column dose: x", "row 4, column image: "):
+        assert says in error
+
+
+def test_commands_end_in_one_line_and_write_nothing_over(small, refused):
+    before = small[1].read_bytes()
+    for words, says in ((["simulate", "--seed", "-1"], "seeds from 0 on"),
+                        (["simulate", "--mol", "3"], "unrecognized"),
+                        (["simulate", "--out", "/proc/none/x"], "/proc/none"),
+                        (["simulate", "--out", small[1].parent], "exists: choose another --out"),
+                        (["show", small[1], "--out", "sheet.xyz"], "sheet.xyz")):
         assert len(refused(data, *words, says=[says])) == 1
-    assert screen.read_bytes() == before  # nothing was written over
+    assert small[1].read_bytes() == before
 
 
-# --- real plates ----------------------------------------------------------------------------------
-
-real = pytest.mark.skipif(not SHARED.exists(), reason="no real plates beside this checkout")
-
-
-@real
-def test_lincs_index_is_a_manifest_as_it_stands():
-    manifest = read_manifest(SHARED / "lincs" / "index.csv")
-    assert len(manifest) == 54 and manifest.sizes == {(1080, 1080): "row 2"}
-    pixels = Pixels(manifest, binning=2)
-    assert pixels[3].shape == (5, 540, 540) and 0 < pixels[3].mean() < 255
-
-
-@real
-def test_bray_and_phenix_tiffs(tmp_path):
-    bray = {c: str(SHARED / "bray2017" / f) for c, f in zip(data.CHANNELS, (
-        "Hoechst.tif", "ERSyto.tif", "ERSytoBleed.tif", "Ph_golgi.tif", "Mito.tif"))}
-    phenix = {c: str(SHARED / "phenix_brightfield" / f"r03c03f03p01-ch{k}sk1fk1fl1.tiff")
-              for c, k in zip(data.CHANNELS, (5, 2, 6, 3, 4))}
-    manifest = read_manifest(write_manifest(tmp_path, [bray, phenix]))
-    assert set(manifest.sizes) == {(520, 696), (1080, 1080)}
-    assert Pixels(manifest)[0].max() < 4096 < 65535 == Pixels(manifest).dtype_range(0)
-
-
-# --- faults that an audit found -------------------------------------------------------------------
-
-@pytest.mark.parametrize("text, channels, says", [
-    ("image,smiles\na.npy,C\n\na.npy,C\n", data.CHANNELS, "row 3 is empty"),
-    ("image,dose,dose\na.npy,1,2\n", data.CHANNELS, "more than one column dose"),
-    ("DNA,ER\na.npy,a.npy\n", ("DNA", "ER", "DNA"), "channel DNA is named twice")])
-def test_tables_that_could_be_read_in_two_ways_are_refused(tmp_path, text, channels, says):
-    """Rows keep the numbers of a spreadsheet, and a name stands for one column."""
-    np.save(tmp_path / "a.npy", IMAGE.astype(np.uint8))
-    (tmp_path / "m.csv").write_text(text)
-    with pytest.raises(DataError, match=says):
-        read_manifest(tmp_path / "m.csv", channels)
-
-
-def test_empty_lines_at_the_end_and_columns_without_a_name_are_no_fault(tmp_path):
-    np.save(tmp_path / "a.npy", IMAGE.astype(np.uint8))
-    (tmp_path / "m.csv").write_text("image,,\na.npy,1,2\n\n\n")
-    assert len(read_manifest(tmp_path / "m.csv")) == 1
-
-
-def test_own_stains_have_colours_of_their_own():
-    assert_allclose(data.colours_of(("R", "G", "B")).argmax(1), [0, 1, 2])
-    many = data.colours_of(["DNA", *"abcdefgh"])
-    assert len({tuple(c) for c in many}) == 9
-
-
-def test_every_bad_place_in_a_stack_is_named(tmp_path):
-    np.save(tmp_path / "a.npy", IMAGE[None].astype(np.uint8))
-    with pytest.raises(DataError, match="(?s)row 2, column index: x .*row 4, column index: ²"):
-        read_manifest(write_manifest(tmp_path, [{"image": "a.npy", "index": i}
-                                                for i in ("x", 0, "²")]))
-
-
-def test_images_beyond_the_check_are_checked_when_they_are_read(tmp_path):
-    """Of more files than are opened at first the wrong ones are corrupt, not silently read."""
-    for name, image in (("a", IMAGE.astype(np.uint8)), ("b", IMAGE.astype(np.float32)),
-                        ("c", IMAGE[:4].astype(np.uint8))):
-        np.save(tmp_path / f"{name}.npy", image)
-    manifest = read_manifest(write_manifest(tmp_path, [{"image": f"{n}.npy"} for n in "abc"]),
-                             check=2)
-    pixels = Pixels(manifest, max_corrupt=1.)
-    found = list(pixels.many(range(3)))
-    assert found[0] is not None and found[1] is found[2] is None
-    assert "row 3, column image" in pixels.corrupt[1] and "float32" in pixels.corrupt[1]
-    assert "row 4, column image" in pixels.corrupt[2] and "4 channels" in pixels.corrupt[2]
-
-
-def test_what_is_opened_at_once_counts_images_not_files(tmp_path):
-    """Two channels a row: a limit of two images opens all four files."""
-    for name in "abc":
-        np.save(tmp_path / f"{name}.npy", IMAGE[0].astype(np.uint8))
-    rows = [{"DNA": "a.npy", "ER": "b.npy"}, {"DNA": "c.npy", "ER": "gone.npy"}]
-    with pytest.raises(DataError, match="row 3, column ER: no image file"):
-        read_manifest(write_manifest(tmp_path, rows), ("DNA", "ER"), check=2)
-
-
-def test_big_endian_images_are_read(tmp_path):
-    np.save(tmp_path / "a.npy", IMAGE.astype(">u2"))
-    pixels = Pixels(read_manifest(write_manifest(tmp_path, [{"image": "a.npy"}])))
-    assert_allclose(pixels[0], IMAGE)
-
-
-def test_a_salt_is_held_out_with_its_base():
-    spelt = ["CC[NH3+].[Cl-]", "CCN", "Cl.NCC", "CCO", "CCCO", "CCCCO", "c1ccccc1", "CC(C)O"]
-    manifest = Manifest("m.csv", {"smiles": spelt}, ("DNA",), [()] * 8, [None] * 8, {})
-    for seed in range(8):
-        train, held = split_rows(manifest, "smiles", .3, seed)
-        assert len({0, 1, 2} & set(held)) in (0, 3)
-    assert set(split_rows(manifest, "smiles=CCN")[1]) == {0, 1, 2}
-
-
-def test_values_of_a_split_may_hold_molecules():
-    columns = {"smiles": ["OCC", "CCN", "CCO"], "batch": ["B0", "B0", "B1"],
-               "SMILES": ["OCC", "CCN", "CCO"]}
-    manifest = Manifest("m.csv", columns, ("DNA",), [()] * 3, [None] * 3, {})
-    assert set(split_rows(manifest, "smiles+batch=CCO+B0")[1]) == {0}
-    assert set(split_rows(manifest, "SMILES=CCO")[1]) == {0, 2}
-
-
-@pytest.mark.parametrize("words, says", [
-    (["simulate", "--seed", "-1"], "seeds from 0 on"),
-    (["simulate", "--out", "/proc/none/x"], "/proc/none"),
-    (["show", "m.csv", "--out", "sheet.xyz"], "sheet.xyz"),
-])
-def test_commands_of_data_end_in_one_line(refused, tmp_path, monkeypatch, words, says):
-    monkeypatch.chdir(tmp_path)
-    refused(data, *words, says=[says])
-
-
-def test_show_names_a_dose_that_is_no_number(refused, tmp_path):
-    np.save(tmp_path / "a.npy", IMAGE.astype(np.uint8))
-    path = write_manifest(tmp_path, [{"image": "a.npy", "dose": d, "dose_unit": "uM"} for d in
-                                     ("x", "1")])
-    refused(data, "show", path, says=["row 2, column dose: x is not a number"])
-
-
-def test_a_field_smaller_than_any_scale_bar_is_drawn(tmp_path):
-    data.picture(tmp_path / "a.png", [[np.zeros((5, 8, 8))]], data.CHANNELS, pixel_um=.05)
-    assert (tmp_path / "a.png").exists()
-
-
-def test_a_palette_is_no_image_when_it_is_first_read(tmp_path):
-    """Also where its header was not looked at before."""
-    Image.fromarray(IMAGE[0].astype(np.uint8)).convert("P").save(tmp_path / "p.png")
-    with pytest.raises(DataError, match="mode P"):
-        data.read_file(tmp_path / "p.png")
+@pytest.mark.skipif(not SHARED.exists(), reason="no real plates beside this checkout")
+def test_real_plates_and_tables_are_read_as_published(tmp_path, cli):
+    lincs = read_manifest(SHARED / "lincs" / "index.csv")
+    assert lincs.sizes == {(1080, 1080): "row 2"} and lincs.depths["ER"] == {8: "row 2"}
+    bray = ("bray2017/{}.tif", ("Hoechst", "ERSyto", "ERSytoBleed", "Ph_golgi", "Mito"))
+    phenix = "phenix_brightfield/r03c03f03p01-ch{}sk1fk1fl1.tiff", (5, 2, 6, 3, 4)
+    manifest = read_manifest(write(tmp_path, [{c: f"{SHARED}/{file.format(k)}" for c, k in zip(
+        data.CHANNELS, names)} for file, names in (bray, phenix)]))
+    assert set(manifest.sizes) == {(520, 696), (1080, 1080)} and manifest.read(0).max() < 4096
+    with gzip.open(SHARED / "jump" / "well_2022-12-22_commit81fd6c6.csv.gz", "rt") as file:
+        wells = list(islice(csv.DictReader(file), 2))  # the second holds a negative control
+    rows = [{"FileName_OrigDNA": "a.tif", "PathName_OrigDNA": "."} | {
+        name: well[name] for name in ("Metadata_Plate", "Metadata_Well")} for well in wells]
+    status, _, error = cli(data, "load_data", write(tmp_path, rows), "--out", tmp_path / "j.csv",
+                           "--join", f"{write(tmp_path, wells, 'w.csv')}:plate,well",
+                           f"{SHARED}/jump/perturbation_control.csv:jcp2022")
+    assert status == 0, error
+    made = data.read_table(tmp_path / "j.csv")
+    assert made["source"] == ["source_10"] * 2 and made["name"][1] == "DMSO"

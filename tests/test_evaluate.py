@@ -1,5 +1,8 @@
-"""Metrics against shapes and sums whose answer is known."""
+"""Measures against shapes and sums whose answer is known; what is compared with what; and the
+commands quality, disentangle and conditions on a tiny model."""
+import functools
 import itertools
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,193 +12,408 @@ from torch.testing import assert_close
 
 import data
 import evaluate
-from evaluate import (Standardise, cell_distance, feature_names, features, kernel_distance,
-                      object_shapes, otsu, segment_nuclei, variance_ratio,
-                      wrong_cell_distance)
+import train_ldm
+from evaluate import (Asked, condition_distance, conditions_of, distance_table, interval,
+                      kernel_distance, omega_squared, variance_ratio, wells_of)
+
+CHANNELS = list(data.CHANNELS)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def disc(y, x, a, b=None, side=64):
     """An ellipse with half axes a (vertical) and b, antialiased a little."""
     yy, xx = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     d = (((yy - y) / a) ** 2 + ((xx - x) / (b or a)) ** 2).sqrt()
-    return ((1.1 - d) / .2).clamp(0, 1) * .8 + .05
+    return (((1.1 - d) / .2).clamp(0, 1) * .8 + .05)[None]
 
 
-def test_otsu_of_two_levels_lies_in_the_middle():
-    x = torch.cat([torch.full((1, 8, 8), .2), torch.full((1, 8, 24), .8)], 2)
-    assert_close(otsu(x).item(), .5, atol=.02, rtol=0)
+# --- features -----------------------------------------------------------------------------------
 
-
-def test_nuclei_are_counted_and_touching_ones_are_parted():
+def test_nuclei_are_counted_parted_and_left_out_of_noise():
+    two = torch.cat([torch.full((1, 8, 8), .2), torch.full((1, 8, 24), .8)], 2)
+    assert_close(evaluate.otsu(two).item(), .5, atol=.02, rtol=0)
     centres = [(10, 10), (10, 19), (30, 40), (50, 12), (52, 50)]
-    dna = torch.stack([disc(y, x, 4.5) for y, x in centres]).amax(0)
-    labels = segment_nuclei(dna[None])
-    assert len(labels.unique()) == 1 + len(centres)
-    assert len({int(labels[0, y, x]) for y, x in centres}) == len(centres)
-
-
-def test_a_saturated_nucleus_is_one():
-    assert segment_nuclei(disc(32, 32, 10)[None].clamp(max=.6), radius=8.).max() == 1
-
-
-def test_an_empty_field_has_no_nuclei():
-    noise = .05 + .006 * torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
-    assert segment_nuclei(noise).max() == 0
-
-
-def test_area_and_eccentricity_of_an_ellipse():
-    dna = disc(32, 32, 8, 5)[None]
-    area, eccentricity = object_shapes((dna > .45).long())
+    labels = evaluate.segment_nuclei(torch.stack([disc(*c, 4.5) for c in centres]).amax(0))
+    assert len({int(labels[0, y, x]) for y, x in centres}) == labels.max() == len(centres)
+    assert evaluate.segment_nuclei(disc(32, 32, 10).clamp(max=.6), radius=8.).max() == 1  # flat
+    assert evaluate.segment_nuclei(.05 + .006 * normal(2, 64, 64).float()).max() == 0
+    area, eccentricity = evaluate.object_shapes((disc(32, 32, 8, 5) > .45).long())
     assert_close(area[0, 0].item(), np.pi * 8 * 5, atol=15, rtol=0)
     assert_close(eccentricity[0, 0].item(), (1 - (5 / 8) ** 2) ** .5, atol=.03, rtol=0)
 
 
-def test_counts_on_simulated_fields_agree_with_the_truth():
+def test_counts_on_simulated_fields_agree_with_the_truth_in_any_batch():
     screen = data.Screen()
-    optics = data.microscope(screen)
     row = dict(row=5, column=5, site=1, batch="B1", plate="P01", true_mechanism="none",
                true_effect=0.)
-    drawn = [data.draw_field(row, screen, optics, [7, i], counterpart=False) for i in range(60)]
+    drawn = [data.draw_field(row, screen, data.microscope(screen), [7, i], counterpart=False)
+             for i in range(40)]
     images = torch.from_numpy(np.stack([d["image"] for d in drawn])).float() / 127.5 - 1
-    counted = features(images, list(data.CHANNELS))[:, 0].numpy()
     true = np.array([d["truth"]["true_nuclei"] for d in drawn])
-    assert abs(counted.sum() / true.sum() - 1) < .1  # touching nuclei are sometimes seen as one
-    assert np.corrcoef(counted, true)[0, 1] > .9
+    found = evaluate.features(images, CHANNELS)
+    assert_close(found, evaluate.features(images, CHANNELS, batch=3), equal_nan=True, atol=1e-4,
+                 rtol=1e-4)
+    assert abs(found[:, 0].sum() / true.sum() - 1) < .1  # touching nuclei are seen as one at times
+    assert np.corrcoef(found[:, 0], true)[0, 1] > .9
 
 
-def test_features_do_not_depend_on_the_batch():
-    images = torch.rand(10, 5, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    together, apart = (features(images, list(data.CHANNELS), batch=b) for b in (10, 3))
-    assert together.shape == (10, len(feature_names(data.CHANNELS)))
-    assert_close(together, apart, equal_nan=True, atol=1e-4, rtol=1e-4)
+# --- distances and intervals --------------------------------------------------------------------
 
+def test_kernel_distance_is_the_sum_over_pairs_and_unbiased():
+    a, b = normal(6, 4), normal(5, 4, seed=1) + 1
 
-def test_features_see_every_channel():
-    images = torch.rand(1, 5, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    names, before = feature_names(data.CHANNELS), features(images, list(data.CHANNELS))[0]
-    for k, channel in enumerate(data.CHANNELS):
-        brighter = images.clone()
-        brighter[:, k] += .2
-        change = (features(brighter, list(data.CHANNELS))[0] - before).nan_to_num(0)
-        means = {c: change[names.index(f"{c}_mean")].abs().item() for c in data.CHANNELS}
-        assert max(means, key=means.get) == channel and means[channel] > .05
-
-
-def test_kernel_distance_is_the_sum_over_pairs():
-    a, b = torch.randn(6, 4), torch.randn(5, 4) + 1
     def k(x, y):
         return ((x @ y).item() / 4 + 1) ** 3
-    aa = np.mean([k(a[i], a[j]) for i, j in itertools.permutations(range(6), 2)])
-    bb = np.mean([k(b[i], b[j]) for i, j in itertools.permutations(range(5), 2)])
-    ab = np.mean([k(x, y) for x in a for y in b])
-    assert_close(kernel_distance(a, b), aa + bb - 2 * ab, atol=1e-4, rtol=1e-4)
-
-
-def test_kernel_distance_is_unbiased():
-    rng = torch.Generator().manual_seed(0)
-    same = [kernel_distance(torch.randn(20, 8, generator=rng), torch.randn(20, 8, generator=rng))
-            for _ in range(200)]
+    aa, bb = (np.mean([k(x[i], x[j]) for i, j in itertools.permutations(range(len(x)), 2)])
+              for x in (a, b))
+    assert_close(kernel_distance(a, b), aa + bb - 2 * np.mean([k(x, y) for x in a for y in b]))
+    same = [kernel_distance(normal(20, 8, seed=s), normal(20, 8, seed=s + 999)) for s in range(200)]
     assert abs(np.mean(same)) < 3 * np.std(same) / 200 ** .5
-    assert kernel_distance(torch.randn(50, 8), torch.randn(50, 8) + 1) > 5 * np.std(same)
 
 
-def test_distance_per_cell_sees_what_a_pooled_distance_cannot():
-    rng = torch.Generator().manual_seed(0)
-    cells = np.repeat(["golgi x B1", "actin x B2"], 40)
-    centre = torch.tensor([[1.]] * 40 + [[-1.]] * 40)
-    a, b = (torch.randn(80, 6, generator=rng) * .3 + centre for _ in range(2))
+def test_distance_per_condition_sees_what_a_pooled_distance_cannot():
+    cond = [("golgi", "B1")] * 40 + [("actin", "B2")] * 40
+    a, b = (normal(80, 6, seed=s) * .3 + torch.tensor([[1.]] * 40 + [[-1.]] * 40) for s in (0, 1))
     shuffled = torch.cat([a[40:], a[:40]])  # the same images under the wrong condition
     assert_close(kernel_distance(shuffled, b), kernel_distance(a, b), atol=1e-5, rtol=0)
-    assert cell_distance(shuffled, b, cells, cells) > 20 * abs(cell_distance(a, b, cells, cells))
-    assert_close(cell_distance(shuffled, b, cells, cells),
-                 wrong_cell_distance(a, b, cells, cells))
+    wrong = condition_distance(shuffled, b, cond, cond)
+    assert wrong > 20 * abs(condition_distance(a, b, cond, cond))
+    assert_close(condition_distance(a, b, cond, cond, wrong=True), wrong)
+    # chance takes conditions that differ in every part
+    cond = [("golgi", "B1")] * 40 + [("golgi", "B2")] * 40
+    assert np.isnan(condition_distance(a, b, cond, cond, wrong=True))
 
 
-def test_ceiling_takes_cells_that_differ_in_every_part():
-    x = torch.arange(6.)[:, None] * 10 + torch.randn(6, 8)
-    cells = np.repeat(["golgi x B1", "golgi x B2", "actin x B2"], 2)
-    far = [kernel_distance(x[:2], x[4:]), kernel_distance(x[4:], x[:2])]
-    assert_close(wrong_cell_distance(x, x, cells, cells), float(np.mean(far)))
+def test_intervals_of_distances_are_of_the_right_width_for_odd_numbers_of_wells():
+    """20 conditions with three wells a side, drawn again and again."""
+    cond, found, widths = [c for c in range(20) for _ in range(3)], [], []
+    mean = normal(20, 30).repeat_interleave(3, 0)
+    for s in range(60):
+        a, b = (mean + shift + normal(60, 5, seed=s + k) @ normal(5, 30) * .35
+                for k, shift in ((1000, .5), (2000, 0.)))
+        line = distance_table({"x": a}, b, cond, cond)["x"]
+        assert_close(line["distance"], condition_distance(a, b, cond, cond))
+        found.append(line["distance"])
+        widths.append(np.ptp(line["distance_interval"]))
+    assert .75 < np.mean(widths) / (2 * 1.64 * np.std(found)) < 1.35
+
+
+def test_the_score_is_the_share_of_the_way_from_the_copied_control():
+    cond, effect = [("x",)] * 40 + [("y",)] * 40, torch.tensor([[2.]] * 40 + [[-2.]] * 40)
+    b, truth, copy = (normal(80, 12, seed=s) * .2 + k * effect for s, k in enumerate((1, 1, 0)))
+    table = distance_table({"truth": truth, "copy": copy, "half": (truth + copy) / 2}, b, cond,
+                           cond, "copy")
+    assert abs(table["truth"]["score"] - 1) < .02 and table["copy"]["score"] == 0
+    low, high = table["half"]["score_interval"]
+    assert 0 < low < table["half"]["score"] < high < 1
+    # where a copy is as good as the truth there is no way to go
+    assert "score" not in distance_table({"copy": truth}, b, cond, cond, "copy")["copy"]
+
+
+@pytest.mark.parametrize("n", [3, 4, 5])
+def test_the_jackknife_of_a_mean_is_its_standard_error(n):
+    x, wells = normal(n).numpy().repeat(2), np.arange(n).repeat(2)   # two sites of each well
+    error = x[::2].std(ddof=1) / n ** .5
+    assert_close(interval(lambda i: {"m": x[i].mean()}, wells, np.zeros(2 * n))["m"],
+                 [x.mean() - 1.64 * error, x.mean() + 1.64 * error])
+    assert np.ptp(interval(lambda i: {"m": x[i].mean()}, wells, wells)["m"]) == 0
 
 
 def test_variance_ratio_sees_mode_collapse_within_conditions():
-    x, conditions = torch.randn(400, 6), np.repeat(np.arange(100), 4)
-    assert_close(variance_ratio(x / 2 + 3, x, conditions, conditions), .25)
+    x, cond = normal(400, 6), np.repeat(np.arange(100), 4)
+    assert_close(variance_ratio(x / 2 + 3, x, cond, cond), .25)
     means = x.view(100, 4, 6).mean(1, keepdim=True).expand(-1, 4, -1).reshape(400, 6)
-    assert variance_ratio(means, x, conditions, conditions) < 1e-6
+    assert variance_ratio(means, x, cond, cond) < 1e-6
 
 
-def test_standardise_fills_what_is_missing_with_the_mean():
-    real = torch.tensor([[1., 2.], [3., torch.nan], [5., 6.]])
-    out = Standardise(real)(real)
-    assert_close(out.mean(0), torch.zeros(2))
-    assert out[1, 1] == 0 and Standardise(real)(real * 1e6).max() == 3
+# --- shares of variance -------------------------------------------------------------------------
+
+def factorial(biology, experiment, interaction=0., block=0., noise=1., b=6, e=5, n=40, seed=0):
+    """y (b, e, n, 1) with effects of these standard deviations."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def effect(size, *shape):
+        x = torch.randn(shape, generator=rng, dtype=torch.float64)
+        x = x - x.mean(0) - (x.mean(1, keepdim=True) - x.mean() if len(shape) > 1 else 0)
+        return size * x / x.std(correction=0)
+    return (effect(biology, b)[:, None, None] + effect(experiment, e)[None, :, None]
+            + effect(interaction, b, e)[:, :, None] + effect(block, n)
+            + noise * torch.randn(b, e, n, generator=rng, dtype=torch.float64))[..., None]
 
 
-def test_halves_share_no_well(screen):
-    manifest = data.read_manifest(screen)
-    cells = evaluate.cells_of(manifest, ["true_mechanism"])
-    a, b = evaluate.halves(manifest, np.arange(len(manifest)), cells, 200)
-    wells = evaluate.wells_of(manifest)
-    assert len(a) == len(b) > 50 and not set(wells[a]) & set(wells[b])
-    few, _ = evaluate.halves(manifest, np.arange(len(manifest)), cells, 40)
-    assert len(set(wells[few])) > 15  # from many wells, not all sites of a few
-    assert sorted(cells[a]) == sorted(cells[b])
+def test_omega_squared_recovers_known_shares():
+    found, total = omega_squared(factorial(2., 1., .5, n=2000)), 4 + 1 + .25 + 1
+    for name, share in ("biology", 4), ("experiment", 1), ("interaction", .25):
+        assert_close(found[name].item(), share / total, atol=.01, rtol=0)
+    none = [omega_squared(factorial(0., 0., n=4, seed=s))["interaction"].item() for s in range(200)]
+    assert abs(np.mean(none)) < 3 * np.std(none) / 200 ** .5 + .002  # eta squared would be 0.17
+    y = factorial(1., 0., block=3., noise=.1)
+    blocked, plain = (omega_squared(y, b)["experiment"].item() for b in (True, False))
+    assert abs(blocked) < 1e-3 and plain < -.002  # the block of a seed is no error
 
 
-def test_a_probe_learns_to_tell_bright_from_dark():
-    rng = torch.Generator().manual_seed(0)
-    truth = torch.randint(2, (200,), generator=rng)
-    images = torch.randn(200, 2, 16, 16, generator=rng) * .3 + truth[:, None, None, None]
-    probe = evaluate.train_probe(images[:150], {"light": ["dark", "bright"]},
-                                 {"light": truth[:150]}, steps=30)
-    said = evaluate.answer(probe, images[150:])["light"]
-    assert (said == truth[150:]).float().mean() > .9
+def test_leaks_count_each_side_on_the_others_features_and_subtract_the_truth():
+    truth = {"biology": torch.tensor([.6, .1, .02]), "experiment": torch.tensor([.2, .7, .01])}
+    found = {"biology": torch.tensor([.5, .4, .9]), "experiment": torch.tensor([.3, .5, .9])}
+    # feature 0 is biology's, 1 is the experiment's, 2 is nobody's
+    assert_close(evaluate.leaks(found, truth), {"leak_e_to_b": .1, "leak_b_to_e": .3})
 
 
-def test_a_probe_is_named_by_the_simulator_and_not_by_the_rest_of_data_py():
-    code = evaluate.probe_source()
-    assert "def draw_stains" in code and "def expose" in code and "def train_probe" in code
-    assert "def read_manifest" not in code and "def picture" not in code
+def test_effect_size_is_the_projection_on_the_true_effect():
+    true = normal(6, 1, 1, 400)
+    assert_close(evaluate.effect_size(1.5 * true + 7, true, true), 1.5)  # an offset is no effect
+    one, other, y = (true + normal(6, 1, 1, 400, seed=s) for s in (1, 2, 3))
+    assert abs(evaluate.effect_size(y, one, other) - 1) < .1  # against one alone it would be 1/2
 
 
-def test_interval_brackets_and_is_drawn_by_well():
-    values, wells = np.arange(100.), np.repeat(np.arange(10), 10)
-    one = np.zeros(100)
+# --- what is compared with what -----------------------------------------------------------------
 
-    def mean_over(wells, strata, values):
-        return evaluate.over_wells(lambda m: {"mean": values[m].mean()}, wells, strata)["mean"]
-    low, high = mean_over(wells, one, values)
-    assert low < values.mean() < high
-    assert mean_over(one, one, values) == [49.5, 49.5]
-    # a stratum of one well stays in every subset
-    first = evaluate.over_wells(lambda m: {"first": m[:10].mean()}, wells, (wells > 0) + 0.)
-    assert first == {"first": [1., 1.]}
+@pytest.fixture(scope="module")
+def run(ldm_path):
+    return evaluate.open_run(str(ldm_path))
 
 
-@pytest.mark.parametrize("n", [1, 5])
-def test_nearest_distance_of_a_copy_is_zero(n):
-    training = torch.randn(20, 2, 8, 8)
-    assert_close(evaluate.nearest_distance(training[:n], training), torch.zeros(n), atol=1e-3,
-                 rtol=0)
-    assert_close(evaluate.nearest_distance(training[:n] + .1, training), torch.full((n,), .1),
-                 atol=1e-3, rtol=0)
+class Table(SimpleNamespace):
+    """A manifest of these columns."""
+    path = "m.csv"
+
+    def __len__(self):
+        return len(next(iter(self.columns.values())))
 
 
-def test_a_plate_that_training_never_saw_is_asked_for_as_unknown():
-    asked, plate = [], SimpleNamespace(name="plate", kind="category", vocabulary=["P1"])
-    opened = SimpleNamespace(model=SimpleNamespace(
-        fields=[plate], generate=lambda columns, *_, **__: asked.append(columns)))
-    args = SimpleNamespace(also=None, guidance={}, form="nested", steps=1, sampler="dpm",
-                           interval=(0., 1.))
-    for value in ("P1", "P2"):
-        evaluate.drawn_and_real(opened, args, {"plate": value}, np.array([], int), 2, 2)
-    assert asked == [{"plate": ["P1", "P1"]}, {"plate": ["", ""]}]
+def test_halves_share_no_well_and_show_one_site_of_each(run):
+    conditions = conditions_of(run.manifest, ("true_mechanism",))
+    a, b = evaluate.split_wells(run.manifest, range(len(run.manifest)), conditions, 100)
+    wells = wells_of(run.manifest)[np.r_[a, b]]
+    assert len(set(wells)) == len(wells) > 150 and sorted(conditions[a]) == sorted(conditions[b])
 
 
-def test_a_table_lines_up_and_says_what_is_missing_with_a_blank(capsys):
-    evaluate.print_table("set", {"distance": ".1f", "batch": ".2f"}, [
-        ("real", (1.25, (.5, 2.)), None), ("generated", 10., .5)])
-    assert capsys.readouterr().out.splitlines() == [
-        "", "set                distance  batch", "real       1.2 (0.5 to 2.0)       ",
-        "generated              10.0   0.50"]
+@pytest.mark.parametrize("wells, images, crop, unit, count", [
+    (4, 8, 0, None, 2), (1, 8, 0, "images", 4), (1, 3, 64, "pieces", 6), (1, 3, 0, None, 0)])
+def test_where_wells_are_too_few_the_unit_is_said(wells, images, crop, unit, count, capsys):
+    table = Table(columns={"well": [f"A{i % wells}" for i in range(images)], "c": ["x"] * images})
+    a, b = evaluate.split_wells(table, range(images), conditions_of(table, ["c"]), 6, crop=crop)
+    assert not set(a) & set(b) and len(a) == len(b) == count
+    assert capsys.readouterr().out.count(f"the units are {unit}") == bool(unit)
+
+
+def test_weak_doses_and_controls_count_for_no_mechanism():
+    classifier = SimpleNamespace(choose=lambda images: {
+        "true_mechanism": np.array(["golgi"] * 3), "batch": np.array(["B1"] * 3)})
+    rows = [dict(true_mechanism=m, true_effect=e, batch="B1") for m, e in (
+        ("golgi", "0.9"), ("actin", "0.6"), ("golgi", "0.2"))]
+    hits = evaluate.recognised(classifier, torch.zeros(3, 1, 4, 4), rows)
+    assert hits["mechanism"].nanmean() == .5 and hits["batch"].tolist() == [1, 1, 1]
+
+
+def test_equal_requests_are_drawn_once_and_come_back_in_order():
+    def generate(columns, seeds, guidance, **words):
+        assert len(seeds) == 3 and guidance == {"biology": 2.}  # it was told no experiment
+        return torch.tensor([float(s) + 10 * float(d) for s, d in zip(seeds, columns["dose"])])
+    run = SimpleNamespace(model=SimpleNamespace(groups=["biology"], generate=generate))
+    args = Asked(guidance={"biology": 2., "experiment": 3.})
+    images = evaluate.ask(run, {"dose": list("11212")}, [0, 0, 0, 1, 0], args)
+    assert images.tolist() == [10, 10, 20, 11, 20]
+
+
+def test_a_control_of_the_same_batch_is_copied_from_another_well(run):
+    m, conditions = run.manifest, conditions_of(run.manifest, ("true_mechanism", "batch"))
+    asked = [("golgi", "B1")] * 5 + [("actin", "B2")] * 5
+    rows = evaluate.copied_controls(run, conditions, asked)
+    assert m.rows(rows, "batch") == ["B1"] * 5 + ["B2"] * 5 and set(rows) <= set(run.train)
+    assert set(m.rows(rows, "role")) == {"control"} and len(set(wells_of(m)[rows])) == 10
+    assert evaluate.copied_controls(run, conditions, [("golgi", "B9")]) is None
+
+
+def test_crossed_rows_show_the_same_cells_everywhere_and_only_seen_molecules():
+    screen = data.Screen(batches=3, size=32)
+    rows, seen = evaluate.crossed_rows(screen, 4), {data.DMSO}
+    seen |= {m["smiles"] for m in data.molecules() if m["kind"] == "train"}
+    assert len(rows) == 9 * 3 * 4 and {r["smiles"] for r in rows} <= seen
+    assert all(r["true_effect"] >= .5 for r in rows if r["true_mechanism"] != "none")
+    same = [data.draw_field(r, screen, data.microscope(screen), [1, r["cells"]], False)["truth"]
+            for r in rows if r["true_mechanism"] == "none" and r["cells"] == 0]
+    assert len(same) == 3 and len({t["true_nuclei"] for t in same}) == 1
+
+
+@pytest.fixture(scope="module")
+def truth(run):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "reference_classifier", lambda run: None)
+        return evaluate.Truth(run, evaluate.Disentangle(images=108))
+
+
+def test_drawn_combinations_share_their_noise(run, truth):
+    args, where = Asked(guidance={}, steps=2), torch.zeros(9, 3, dtype=torch.bool)
+    where[4, 1] = True
+    every = truth.draw(run, args).unflatten(0, truth.shape)
+    assert_close(truth.draw(run, args, where), every[4, 1], atol=2e-2, rtol=0)
+
+
+def test_seen_and_heldout_combinations_are_told_apart(run, truth, monkeypatch):
+    """A model that draws what it should on seen combinations only."""
+    columns, rows = run.manifest.columns, truth.places[..., 0]
+    trained = {(columns["true_mechanism"][i], columns["batch"][i]) for i in run.train}
+    held = truth.held["test"] | truth.held["val"]
+    held_names = {(truth.rows[i]["true_mechanism"], truth.rows[i]["batch"]) for i in rows[held]}
+    assert len(held_names) == 16 and not held_names & trained
+    right, drawn = (~held).flatten()[:, None].expand(-1, 4).float(), truth.images.clone()
+    monkeypatch.setattr(truth, "recognised", lambda images, where=...: {
+        "mechanism": right if images is drawn else torch.ones_like(right)})
+    monkeypatch.setattr(truth, "draw", lambda *_, **__: drawn)
+    line = evaluate.disentangle_line(truth, run, Asked())
+    assert (line["mechanism_seen"], line["mechanism_heldout"]) == (1., 0.)
+    assert line["mechanism_heldout_best"] == 1. and 0 < line["mechanism"] < 1
+    # nothing held out: no figure of it, rather than that of the seen
+    monkeypatch.setattr(truth, "held", {k: v & False for k, v in truth.held.items()})
+    line = evaluate.plain(evaluate.disentangle_line(truth, run, Asked()))
+    assert line["distance_heldout"] is None and line["distance_seen"] is not None
+
+
+def test_real_plates_take_complete_combinations_and_other_wells(run):
+    columns, asked = run.manifest.columns, []
+    m = Table(columns={k: columns[k] for k in ("plate", "well")} | {"compound": [
+        c if c != "golgi" or p != "P01" else "x" for c, p in zip(columns["true_mechanism"],
+                                                                  columns["plate"])]})
+    here = SimpleNamespace(**vars(run) | {"manifest": m, "images": asked.append})
+    design = object.__new__(evaluate.Truth)
+    list(design.cross(here, evaluate.Disentangle(by=("compound", "plate"), images=400)))
+    (a, b), conditions = asked, conditions_of(m, ("compound", "plate"))
+    assert not set(wells_of(m)[a]) & set(wells_of(m)[b]) and "golgi" not in {
+        conditions[i][0] for i in a}
+    assert {len(i) for i in evaluate.grouped(conditions[a]).values()} == {design.shape[2]}
+
+
+def test_a_model_has_one_scale_for_all_its_seeds():
+    """Near the least mean distance the best recognised; what one seed alone likes counts little."""
+    one, other = ([dict(distance=d, recognised=r) for d, r in zip(distances, (.5, .7, read))]
+                  for distances, read in (((4., 4.1, 4.2), .8), ((4., 4.2, 5.8), .9)))
+    assert evaluate.best_scales(["1", "2", "3"], [one]) == "3"
+    assert evaluate.best_scales(["1", "2", "3"], [one, other]) == "2"
+
+
+# --- studies and commands -----------------------------------------------------------------------
+
+def test_a_study_goes_on_and_measures_again_what_has_changed(tmp_path, run):
+    path, asked = tmp_path / "d" / "lines.jsonl", []
+
+    def measure(x):
+        asked.append(x)
+        return {"y": x / 2, "none": float("nan")}
+    settings, digest = {"one": dict(x=1), "two": dict(x=2)}, evaluate.digest(Asked(), run)
+    lines = evaluate.study(path, settings, measure, digest)
+    path.write_text(path.read_text()[:-5])                           # a kill while it was written
+    again = evaluate.study(path, settings | {"three": dict(x=3)}, measure, digest)
+    assert again[:2] == lines and asked == [1, 2, 2, 3] and lines[0]["none"] is None
+    evaluate.study(path, settings, measure, evaluate.digest(Asked(out="elsewhere"), run))
+    assert len(asked) == 4
+    other = SimpleNamespace(sha1="0", manifest=run.manifest)  # another checkpoint of this name
+    for digest in evaluate.digest(Asked(nucleus_radius=6.), run), evaluate.digest(Asked(), other):
+        evaluate.study(path, {"one": dict(x=1)}, measure, digest)
+    assert asked[4:] == [1, 1]
+
+
+@pytest.mark.parametrize("words, says", [
+    (["disentangle", "--study", "scales", "--guidance", "biology=2"], "--guidance"),
+    (["disentangle", "--seeds", "1"], "--seeds"), (["quality", "--study", "model"], "--study"),
+    (["disentangle", "--study", "models", "--checkpoint", "x.pt"], "--checkpoint"),
+    (["conditions", "--encoders", "--checkpoint", "x.pt"], "--checkpoint"),
+    (["quality", "--interval", "1", "0"], "interval"), (["quality", "--guidance", "a"], "numbers"),
+    (["quality", "--checkpoint", "nowhere.pt"], "nowhere.pt")])
+def test_options_without_use_are_refused(words, says, refused):
+    refused(evaluate, *words, says=[says])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("classifier")
+
+
+@pytest.fixture
+def call(cli, monkeypatch, folder, ldm_path, truth):
+    """call(*words) of evaluate.py, with a reference classifier after three steps, that is kept, and
+    one truth for all: (what is printed)."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(evaluate, "reference_classifier", functools.partial(
+        evaluate.reference_classifier, steps=3))
+    monkeypatch.setattr(evaluate.Truth, "__init__", lambda self, *_: vars(self).update(vars(truth)))
+    monkeypatch.setattr(evaluate, "SCALES", evaluate.SCALES[:2])
+    monkeypatch.setattr(evaluate, "train_model", lambda args, base, name, *_: dict(
+        path=str(ldm_path), sha1=name))
+
+    def called(*words):
+        status, out, error = cli(evaluate, *words)
+        assert status == 0, error
+        return out
+    return called
+
+
+def test_quality_command(ldm_path, call, refused, tmp_path):
+    words = ["quality", "--checkpoint", ldm_path, "--quick", "--steps", 1, "--images", 24, "--out"]
+    call(*words, tmp_path)
+    table = json.loads((tmp_path / "quality.json").read_text())["table"]
+    assert list(table) == list(evaluate.HELD_OUT.values()) and len(table["unseen wells"]) == 6
+    line = table["unseen scaffolds"]["generated, biology 1, experiment 1"]
+    assert {"distance", "distance_interval", "spread", "mechanism", "batch"} <= set(line)
+    out = call(*words, tmp_path, "--by", "compound", "batch")
+    assert "(unseen)" in out and "nearest" in out and "the units are images" in out
+    refused(evaluate, *words, tmp_path, "--guidance", "image=2", says=["image"])
+    refused(evaluate, *words, tmp_path, "--by", "compund", says=["compund"])
+
+
+def test_disentangle_command_measures_once(ldm_path, call, tmp_path, truth):
+    for study, count in ("model", 1), ("scales", 3), ("transfer", 5), ("scales", 5):
+        call("disentangle", "--checkpoint", ldm_path, "--quick", "--study", study, "--out",
+             tmp_path, *["--steps", 1] * (study != "transfer"))
+        lines = (tmp_path / "results.jsonl").read_text().splitlines()
+        assert len(lines) == count + 1
+    last = json.loads(lines[-1])  # every seed is edited, and the interval is over them
+    assert last["images"] == 8 * 3 * truth.shape[2] and np.ptp(last["intervals"]["moved"]) > 0
+
+
+def test_models_are_compared_at_their_own_best_scale(vae_path, call, tmp_path):
+    out = call("disentangle", "--study", "models", "--vae", vae_path, "--models", "joint",
+               "balanced", "--confounding", .9, "--seeds", 0, "--steps", 1, "--out", tmp_path)
+    assert (tmp_path / "heldout_combinations.png").exists() and "balanced, 0.9, 0 (" in out
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert sum("tried" in line for line in lines) == 2 + 4  # balanced without nesting as well
+
+
+def test_the_shortcut_has_one_classifier_for_every_training_set(vae_path, call, tmp_path,
+                                                                monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluate, "photographs", lambda rows, *_: torch.zeros(len(rows), 5, 32, 32))
+    monkeypatch.setattr(evaluate, "ask", lambda _, c, seeds, __: torch.ones(len(seeds), 5, 32, 32))
+    monkeypatch.setattr(evaluate.Model, "edit", lambda _, images, source, target, *__, **words:
+                        asked.append((source, target)) or images + 2)
+
+    def train(images, rows, *_):
+        asked.append((len(images), len(rows), round(images.mean().item(), 1)))
+        return SimpleNamespace(choose=lambda x: {"true_mechanism": np.array(["none"] * len(x))})
+    monkeypatch.setattr(evaluate, "train_classifier", train)
+    call("disentangle", "--study", "shortcut", "--vae", vae_path, "--quick", "--out", tmp_path)
+    (source, target), *sets = asked
+    assert source["smiles"] == target["smiles"] and source["batch"] != target["batch"]
+    assert sets == [(540, 540, x) for x in (0., 1., .5, 2., 0., 0.)]
+
+
+def test_conditions_command_names_what_is_not_used(ldm_path, call, tmp_path):
+    out = call("conditions", "--checkpoint", ldm_path, "--quick", "--steps", 1, "--out", tmp_path)
+    table = json.loads((tmp_path / "conditions.json").read_text())["table"]
+    assert list(table) == ["smiles", "dose", "batch", "plate", "row", "column", "all of biology",
+                           "all of experiment"]
+    assert set(table["dose"]) == {"rise", "error", "by_noise", "features"}
+    assert out.count("hardly used") > 2 and (tmp_path / "conditions.png").exists()
+
+
+def test_encoders_command(ldm_path, call, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train_ldm, "train", lambda config: asked.append(config) or ldm_path)
+    call("conditions", "--encoders", "--names", "graph", "--seeds", 0, "--images", 16, "--steps", 1,
+         "--out", tmp_path)
+    assert [c.molecule_encoder for c in asked] == ["graph"]
+    line = json.loads((tmp_path / "encoders.jsonl").read_text().splitlines()[-1])
+    assert line["unseen scaffolds: correlation, best"] > .3

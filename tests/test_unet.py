@@ -1,93 +1,90 @@
-"""The U-Net: silent at step 0, and after that every input matters."""
-import math
-import re
-
+"""U-Net, ControlNet, Denoiser: silent at step 0, and after that every input matters."""
 import pytest
 import torch
 from torch.testing import assert_close
 
+from conditioning import Conditioner, Field
 from conftest import randomise
-from unet import SIZES, UNet, show, sinusoid, unet_config
+from unet import ControlNet, Denoiser, UNet, show, unet_config
 
 CONFIG = unet_config("tiny", 4)
 
 
-def inputs(batch=2, config=CONFIG, side=16):
+def inputs(config=CONFIG, side=16):
     torch.manual_seed(1)
-    return dict(z=torch.randn(batch, config.latent_channels, side, side),
-                t=torch.tensor([10, 900])[:batch], vector=torch.randn(batch, config.embedding),
-                tokens=torch.randn(batch, 3, config.token),
-                mask=torch.tensor([[True, True, False]] * batch))
+    return dict(z=torch.randn(2, config.latent_channels, side, side), t=torch.tensor([10, 900]),
+                vector=torch.randn(2, config.embedding), tokens=torch.randn(2, 3, config.token),
+                mask=torch.tensor([[True, True, False]] * 2))
 
 
-def test_output_is_zero_before_training():
-    out = UNet(CONFIG)(**inputs())
-    assert out.shape == (2, 4, 16, 16) and out.abs().max() == 0
+def test_output_has_the_shape_of_the_latent_and_is_zero_before_training():
+    for size, channels, side in (("tiny", 8, 32), ("small", 1, 8)):
+        unet = UNet(unet_config(size, channels))
+        out = unet(**inputs(unet.config, side))
+        assert out.shape == (2, channels, side, side) and not out.any()
 
 
-@pytest.mark.parametrize("size", ["tiny", "small"])
-@pytest.mark.parametrize("channels, side", [(4, 16), (8, 32), (1, 8)])
-def test_any_latent_shape(size, channels, side):
-    config = unet_config(size, channels)
-    assert UNet(config)(**inputs(1, config, side)).shape == (1, channels, side, side)
-
-
-def test_small_is_what_the_quick_start_can_afford():
-    count = sum(p.numel() for p in UNet(SIZES["small"]).parameters()) / 1e6
-    assert 2 <= count <= 5
-
-
-@pytest.mark.parametrize("name, change", [
-    ("z", lambda v: v + 1), ("t", lambda v: v + 50), ("vector", lambda v: v + 1),
-    ("tokens", lambda v: v + 1), ("mask", lambda v: ~v | v[:, :1])])
-def test_every_input_changes_the_output(name, change):
+def test_every_input_changes_the_output_but_for_masked_tokens():
     unet, given = randomise(UNet(CONFIG)), inputs()
     before = unet(**given)
-    after = unet(**given | {name: change(given[name])})
-    assert (before - after).abs().max() > 1e-3
+    for name, change in dict(z=1, t=50, vector=1, tokens=1).items():
+        assert (before - unet(**given | {name: given[name] + change})).abs().max() > 1e-3, name
+    given["tokens"][:, 2] += 100  # masked
+    assert_close(unet(**given), before)
+    assert (before - unet(**given | {"mask": ~given["mask"]})).abs().max() > 1e-3
 
 
-def test_a_masked_token_is_not_seen():
-    unet, given = randomise(UNet(CONFIG)), inputs()
-    tokens = given["tokens"].clone()
-    tokens[:, 2] += 100
-    assert_close(unet(**given), unet(**given | {"tokens": tokens}))
+@pytest.fixture
+def denoiser():
+    batch = Field("batch", "category", "experiment", vocabulary=["B1", "B2"])
+    conditioner = randomise(Conditioner([Field("smiles", "molecule", "biology"), batch],
+                                        CONFIG.embedding, CONFIG.token))
+    return Denoiser(unet := randomise(UNet(CONFIG)), conditioner, ControlNet(unet, 3, 4))
 
 
-def test_residuals_enter_at_every_skip_and_at_the_middle():
-    unet, given = randomise(UNet(CONFIG)), inputs()
-    z, t, vector, tokens, mask = given.values()
-    emb = unet.embed(t, vector)
-    h, skips = unet.encode(z, emb, tokens, mask)
-    zeros = [torch.zeros_like(s) for s in (*skips, h)]
-    before = unet(**given)
-    assert_close(unet(**given, residuals=zeros), before)
-    for i in range(len(zeros)):
-        one = [r + (i == k) for k, r in enumerate(zeros)]
-        assert (unet(**given, residuals=one) - before).abs().max() > 1e-3, f"residual {i} is lost"
+def predict(denoiser, images=None, batch="B1", shown=1.):
+    own = denoiser.conditioner.encode({"smiles": ["CCO", "CCN"], "batch": ["B2"] * 2}, 2)
+    codes, known, _ = denoiser.conditioner.encode({"batch": [batch] * 2}, 2)
+    hint = None if images is None else (images, codes, known, torch.full((2,), shown))
+    return denoiser(inputs()["z"], inputs()["t"], *own, hint)
 
 
-def test_every_parameter_is_trained():
-    unet = randomise(UNet(CONFIG))
-    unet(**inputs()).square().mean().backward()
-    silent = [n for n, p in unet.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
-    assert not silent
+def test_a_controlnet_is_silent_at_step_0_and_where_the_hint_is_not_shown(denoiser):
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    assert torch.equal(predict(denoiser, images), predict(denoiser))
+    randomise(denoiser.controlnet, 1)
+    assert torch.equal(predict(denoiser, images, shown=0.), predict(denoiser))
+    before = predict(denoiser, images)
+    for other in predict(denoiser, images.flip(3)), predict(denoiser, images, "B2"):
+        assert (other - before).abs().max() > 1e-3
 
 
-def test_sinusoid_has_cosines_first():
-    out = sinusoid(torch.tensor([3.]), dim=4)
-    assert_close(out[0], torch.tensor([math.cos(3), math.cos(.03), math.sin(3), math.sin(.03)]))
+def test_each_residual_and_the_style_reach_the_output(denoiser):
+    net, images = denoiser.controlnet, torch.rand(2, 3, 64, 64) * 2 - 1
+    for layer in (*net.zero_convolutions, net.style_mlp[2]):
+        torch.nn.init.normal_(layer.weight)
+        assert (predict(denoiser, images) - predict(denoiser)).abs().max() > 1e-3
+        torch.nn.init.zeros_(layer.weight)
+    torch.nn.init.normal_(net.style_mlp[2].weight)
+    style = net.style(images)
+    assert_close(net.style(images.flip(2, 3)), style)
+    for other in (images * .5, images * .5 + .2, images.sort(3).values):
+        assert (net.style(other) - style).abs().max() > 1e-2           # gain, background, focus
 
 
-def test_the_demo_accounts_for_every_parameter(capsys):
+def test_what_a_controlnet_learns_in_each_of_the_first_three_steps(denoiser):
+    net, learning = denoiser.controlnet, []
+    for _ in range(3):
+        denoiser.zero_grad()
+        predict(denoiser, torch.rand(2, 3, 64, 64) * 2 - 1).square().mean().backward()
+        learning.append({n for n, p in net.named_parameters() if p.grad.any()})
+        torch.optim.SGD(net.parameters(), .1).step()
+    assert {n.split(".")[0] for n in learning[0]} == {"zero_convolutions", "style_mlp"}
+    assert {"stem.out.weight", "metadata.weight", "encoder_copy.stem.1.weight"} <= learning[1]
+    assert "stem.layers.0.weight" not in learning[1]
+    assert len(learning[2]) == len([*net.parameters()])
+
+
+def test_the_demo_shows_the_predicted_first_loss(capsys):
     show()
-    out = capsys.readouterr().out
-    layers, control = out.split("a ControlNet adds")
-    counts = [int(n.replace(",", "")) for n in re.findall(r"^  \w+ .*\)\s+([\d,]+) ", layers, re.M)]
-    assert sum(counts) == sum(p.numel() for p in UNet(SIZES["small"]).parameters())
-    assert "(4, 16, 16)" in layers and layers.count("attention") == 4
-    loss = float(re.search(r"says 0 everywhere.* ([\d.]+)$", layers, re.M)[1])
-    assert abs(loss - 1) < .03
-    assert "5 residuals are 0" in control
-    assert re.findall(r"^  (\w+)", control, re.M) == ["copy", "hint", "metadata",
-                                                          "levels", "zeros"]
+    assert abs(float(capsys.readouterr().out.split("variance is ")[1][:4]) - 1) < .03

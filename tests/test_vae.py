@@ -1,102 +1,383 @@
-"""The autoencoder: shapes, the KL against torch.distributions, the door to latent space."""
-import re
+"""The autoencoder's training: what it learns from, what stops it and how it goes on, processes,
+threads, checkpoints, refusals. Kills, full discs and damaged files are caused on purpose."""
+import multiprocessing
+import os
+import pickle
+import resource
+import shlex
+import signal
+import socket
+import sys
+import time
+import warnings
+from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import pytest
+import tifffile
 import torch
-from torch.distributions import Normal, kl_divergence as torch_kl
 from torch.testing import assert_close
 
-from conftest import randomise
-from train_vae import measure_latents
-from vae import VAE, VAEConfig, kl_divergence, show, shrunk, vae_loss
+import data
+import train_vae
+from train_vae import UserError
+
+# Processes are forked from a server that has imported torch and computed nothing: after a backward
+# pass a process cannot be forked for another
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch.distributed", "rdkit.Chem.Descriptors", "tifffile",
+                                  "pytest", "matplotlib.pyplot"])
 
 
-@pytest.mark.parametrize("config, latent", [
-    (VAEConfig(), (4, 16, 16)),
-    (VAEConfig(downsampling=8, latent_channels=8, width=16), (8, 8, 8)),  # 512 to 64 x 64 x 8
-    (VAEConfig(downsampling=4, latent_channels=1, width=16), (1, 16, 16)),  # 512 to 128 x 128 x 1
-    (VAEConfig(channels=3, fold=4, downsampling=4, width=16), (4, 16, 16)),
-    (VAEConfig(channels=1, fold=1, downsampling=2, width=16), (4, 32, 32))])
-def test_shapes(config, latent):
-    vae, x = VAE(config), torch.randn(2, config.channels, 64, 64)
-    z = vae.to_latent(x)
-    assert z.shape[1:] == latent and vae.to_image(z).shape == x.shape
+def start(function, *arguments, says=os.devnull, rank=None, port=None):
+    """function(*arguments) as a script of its own, or as one of the two of torchrun; what it prints
+    goes to the file `says`."""
+    process = PROCESSES.Process(target=script, args=(function, arguments, str(says), rank, port))
+    process.start()
+    return process
 
 
-def test_oblong_images_pass():
-    vae = VAE(VAEConfig(width=16, blocks=1))
-    assert vae.to_image(vae.to_latent(torch.zeros(1, 5, 32, 48))).shape == (1, 5, 32, 48)
+def script(function, arguments, says, rank, port):
+    sys.stdout = sys.stderr = open(says, "w", buffering=1)
+    sys.argv = ["train_vae.py", "--seed", "0"]
+    train_vae.has_bf16 = lambda: False
+    if port:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        train_vae.join_processes()
+    train_vae.run(partial(function, *arguments))
 
 
-def test_impossible_downsampling_is_refused():
-    with pytest.raises(ValueError, match="power of two"):
-        VAE(VAEConfig(downsampling=6, fold=2))
+def start_two(function, *arguments, says):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [start(function, *arguments, says=f"{says}-{k}", rank=k, port=port) for k in range(2)]
 
 
-def test_kl_agrees_with_torch_distributions():
-    mean, logvar = torch.randn(3, 4, 5, 5), torch.randn(3, 4, 5, 5)
-    oracle = torch_kl(Normal(mean, (logvar / 2).exp()), Normal(0., 1.)).flatten(1).sum(1)
-    assert_close(kl_divergence(mean, logvar), oracle)
+def ended(process, within=60):
+    process.join(within)
+    assert process.exitcode is not None, "the process hangs"
+    return process.exitcode
 
 
-def test_loss_weighs_the_kl_per_pixel_value():
-    x, x_hat = torch.zeros(2, 5, 8, 8), torch.full((2, 5, 8, 8), .3)
-    mean, logvar = torch.full((2, 4, 2, 2), 2.), torch.zeros(2, 4, 2, 2)
-    loss, l1, kl = vae_loss(x, x_hat, mean, logvar, kl_weight=.1)
-    assert_close((l1.item(), kl.item()), (.3, 32.))
-    assert_close(loss.item(), .3 + .1 * 32 / 320)
+def load(path):
+    return torch.load(path, weights_only=True)
 
 
-def test_latents_are_standardised_on_samples():
-    vae = randomise(VAE(VAEConfig(width=16, blocks=1))).requires_grad_(False)
-    batches = [torch.randn(16, 5, 32, 32) for _ in range(8)]
-    torch.manual_seed(0)
-    measure_latents(vae, batches)
-    z = torch.cat([vae.to_latent(x, torch.randn(16, 4, 8, 8)) for x in batches])
-    assert_close(z.mean((0, 2, 3)), torch.zeros(4), atol=.1, rtol=0)
-    assert_close(z.std((0, 2, 3)), torch.ones(4), atol=.1, rtol=0)
-    # the noise is part of what is standardised: posterior means alone have less spread
-    assert (torch.cat([vae.to_latent(x) for x in batches]).std((0, 2, 3)) < 1).any()
+def assert_same(a, b):
+    """Two checkpoints with the same weights (and averaged ones, where there are), bit for bit."""
+    for part in {"weights", "ema"} & set(load(a)):
+        for one, other in zip(load(a)[part].items(), load(b)[part].items(), strict=True):
+            assert one[0] == other[0] and torch.equal(one[1], other[1]), (part, one[0])
 
 
-def test_to_image_undoes_the_standardisation():
-    vae = randomise(VAE(VAEConfig(width=16, blocks=1))).requires_grad_(False)
-    vae.latent_mean += 3.
-    vae.latent_std *= .2
-    x = torch.rand(2, 5, 32, 32) * 2 - 1
-    x_hat, _, _ = vae(x, noise=torch.zeros(2, 4, 8, 8))
-    assert_close(vae.to_image(vae.to_latent(x)), x_hat.clamp(-1, 1), atol=1e-4, rtol=1e-4)
+def assert_alike(*paths):
+    """Two runs with equal loss curves to 1e-5 and nearly equal means of the gradient."""
+    for a, b in zip(*(train_vae.read_log(p.parent) for p in paths), strict=True):
+        for name in {"train_l1", "train_loss", "heldout_loss", "l1"} & set(a):
+            assert_close(a[name], b[name], atol=1e-5, rtol=1e-5)
+    one, other = (torch.cat([state["exp_avg"].flatten() for state in load(p)["optimiser"][
+        "state"].values()]) for p in paths)
+    assert (one - other).abs().sum() < .02 * one.abs().sum()
 
 
-def test_every_parameter_gets_a_gradient_and_every_channel_counts():
-    vae = randomise(VAE(VAEConfig(width=16, blocks=1)))
-    x = torch.randn(2, 5, 32, 32)
-    loss, _, _ = vae_loss(x, *vae(x), kl_weight=.1)
-    loss.backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in vae.parameters())
-    z = vae.to_latent(x).detach()
-    for channel in range(5):
-        changed = x.clone()
-        changed[:, channel] += 1
-        assert (vae.to_latent(changed) - z).abs().max() > 1e-4
+def told(number, config, main=True, train=train_vae):
+    """Train, but in the second step the first process (or the other one) is sent a signal."""
+    def rate(step, *rest, real=train.learning_rate):
+        if step == 1 and train_vae.is_main() == main:
+            os.kill(os.getpid(), number)
+        return real(step, *rest)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "learning_rate", rate)
+        train.train(config)
 
 
-def test_small_image_baseline_keeps_as_many_numbers():
-    flat = torch.full((1, 5, 64, 64), .5)
-    assert_close(shrunk(flat, 1024), flat)
-    noise = torch.rand(1, 5, 64, 64)
-    assert_close(shrunk(noise, 5 * 64 * 64), noise)
-    # shrunk to one number per channel, an image is its mean
-    assert_close(shrunk(noise, 5)[0, :, 0, 0], noise.mean((0, 2, 3)))
+@pytest.fixture
+def config(screen, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_vae, "has_bf16", lambda: False)
+    monkeypatch.setattr(data, "picture", lambda *_: None)
+    return train_vae.Config(data=str(screen), out=str(tmp_path / "vae"), steps=4, width=8, blocks=1,
+                            eval_every=2, batch=8, workers=0)
 
 
-def test_the_demo_learns_and_its_kl_weight_has_its_effect(tmp_path, capsys):
-    show(steps=90, path=tmp_path / "blobs.png")
-    out = capsys.readouterr().out
-    baseline = float(re.search(r"made small and large again: L1 ([\d.]+)", out)[1])
-    told = [[float(v) for v in row] for row in re.findall(
-        r"KL weight +([\d.]+), step +(\d+): L1 ([\d.]+), KL by channel (\d+), (\d+) nats", out)]
-    (_, _, first, *_), _, (weak, _, l1, *kl), *_, (strong, step, _, *less) = told
-    assert (weak, strong, step) == (.01, 3., 90) and l1 < baseline < first
-    assert sum(less) < sum(kl) / 2
-    assert (tmp_path / "blobs.png").stat().st_size > 10_000
+def folder_of_tiffs(folder, count):
+    """A manifest of images that are files of their own, and the files."""
+    rng, files = np.random.default_rng(0), [folder / f"{i}.tif" for i in range(count)]
+    for file in files:
+        tifffile.imwrite(file, rng.integers(0, 255, (5, 32, 32), np.uint8),
+                         photometric="minisblack", compression="zlib")
+    (folder / "m.csv").write_text("\n".join(["image", *(f.name for f in files)]) + "\n")
+    return folder / "m.csv", files
+
+
+# --- what is learned, from what -------------------------------------------------------------------
+
+def test_training_lowers_the_loss_and_measures_the_latents(vae_path):
+    log = train_vae.read_log(vae_path.parent)
+    assert [line["step"] for line in log] == [20, 40] and log[1]["l1"] < log[0]["l1"]
+    assert {"l1_per_channel", "psnr", "kl", "images_per_second", "data_wait"} < set(log[0])
+    vae, _ = train_vae.load_vae(vae_path)
+    assert not torch.allclose(vae.latent_std, torch.ones(1, 4, 1, 1)) and not vae.training
+    assert (vae_path.parent / "reconstruction.png").stat().st_size > 20_000
+
+
+def test_held_out_rows_reach_nothing_that_is_learned(config, monkeypatch):
+    train, held = data.split_rows(data.read_manifest(config.data))
+    asked, real = [], data.Views.__getitem__
+
+    def fit(rule, manifest, rows, *more, real=data.fit_intensity):
+        found, asked[:] = real(rule, manifest, rows, *more), [(row, 0) for row in rows]
+        return found
+    monkeypatch.setattr(data, "fit_intensity", fit)
+    monkeypatch.setattr(data.Views, "__getitem__",
+                        lambda views, key: asked.append(key) or real(views, key))
+    train_vae.train(config)
+    assert {int(row) for row, view in asked if view >= 0} == set(train.tolist())
+    assert {int(row) for row, view in asked if view < 0} <= set(held.tolist())
+
+
+def test_a_step_is_drawn_from_its_number_whatever_the_parts(config):
+    run = train_vae.prepare(config, None)
+    whole, *halves = (train_vae.Steps(run.views, run.train, config, places)
+                      for places in (range(8), range(4), range(4, 8)))
+    for i in (0, 1):  # images, noise
+        assert torch.equal(whole[5][i], torch.cat([half[5][i] for half in halves]))
+        assert not torch.equal(whole[5][i], whole[6][i])
+    batches = data.loader(whole, range(5, 7), 2, batch_size=None)  # as in a resumed run
+    assert all(torch.equal(batch[0], whole[5 + k][0]) for k, batch in enumerate(batches))
+
+
+def test_unreadable_images_are_left_out_until_they_are_too_many(config, tmp_path, monkeypatch):
+    path, files = folder_of_tiffs(tmp_path, 40)
+    # as beyond 10,000 images, which are not opened before training
+    monkeypatch.setattr(data, "read_manifest", partial(data.read_manifest, check=0))
+    config = replace(config, data=str(path), batch=16, max_corrupt=.05, intensity="0:255")
+    train, _ = data.split_rows(data.read_manifest(path))
+    for row in train[1:3]:
+        files[row].write_bytes(files[row].read_bytes()[:-1500])
+        if row == train[1]:
+            train_vae.train(config)
+    with pytest.raises(UserError, match="2 of 36 images are unreadable, more than .*, row"):
+        train_vae.train(replace(config, overwrite=True))
+    run = train_vae.prepare(config, None)
+    steps = train_vae.Steps(run.views, train, replace(config, max_corrupt=.1), range(16))
+    found = [steps[k] for k in range(9)]
+    assert all(x.isfinite().all() for x, _, _ in found)
+    assert set().union(*(faults for _, _, faults in found)) == set(train[1:3])
+
+
+# --- stopping and going on ------------------------------------------------------------------------
+
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(config, tmp_path, monkeypatch, capsys,
+                                                          cli):
+    whole, cut = (replace(config, eval_every=3, out=str(tmp_path / k)) for k in ("whole", "my cut"))
+    train_vae.train(whole)
+    words = [word for k, v in vars(cut).items() if v != getattr(train_vae.Config, k)
+             for word in (f"--{k}", str(v))]
+    monkeypatch.setattr(sys, "argv", ["train_vae.py", *words, "--overwrite"])
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as stop:
+        told(signal.SIGINT, cut)
+    assert stop.value.code == 130 and signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(KeyboardInterrupt), train_vae.StopSignal():
+        for _ in range(2):  # a second Ctrl-C interrupts at once
+            os.kill(os.getpid(), signal.SIGINT)
+    assert load(tmp_path / "my cut/model.pt")["step"] == 2  # the running step is finished and saved
+    with pytest.raises(UserError, match="not trained to its end: python train_vae.py --resume"):
+        train_vae.load_vae(tmp_path / "my cut/model.pt")
+    _, says, command = capsys.readouterr().err.partition("SIGINT after step 2 of 4, to go on: ")
+    monkeypatch.setattr(data, "fit_intensity", lambda *_: pytest.fail("measured again"))
+    status, _, error = cli(train_vae, *shlex.split(command.splitlines()[0])[2:])
+    assert status == 0, error
+    assert_same(tmp_path / "whole/model.pt", tmp_path / "my cut/model.pt")
+    one, other = (train_vae.read_log(tmp_path / name) for name in ("whole", "my cut"))
+    assert [(a["step"], a["train_l1"], a["l1"]) for a in one] == [
+        (a["step"], a["train_l1"], a["l1"]) for a in other]
+
+
+def test_a_run_drops_what_it_will_write_again_and_keeps_the_last_checkpoints(config):
+    config = replace(config, eval_every=1, keep=2)
+    path = train_vae.train(config)
+    assert [p.name for p in train_vae.step_files(path.parent)] == ["step-3.pt", "step-4.pt"]
+    assert_same(path, path.with_name("step-4.pt"))
+    os.replace(path.with_name("step-3.pt"), path)  # as if step 4 had not been saved
+    with open(path.with_name("log.jsonl"), "a") as file:
+        file.write('{"step": 5, "l')
+    train_vae.train(replace(config, steps=5, resume=True))
+    assert [line["step"] for line in train_vae.read_log(path.parent)] == [1, 2, 3, 4, 5]
+    train_vae.train(replace(config, steps=2, overwrite=True))
+    assert [line["step"] for line in train_vae.read_log(path.parent)] == [1, 2]
+    assert [p.name for p in train_vae.step_files(path.parent)] == ["step-1.pt", "step-2.pt"]
+
+
+def test_a_finished_model_is_used_and_another_one_refused(config, tmp_path, capsys):
+    manifest, _ = folder_of_tiffs(tmp_path, 6)
+    config = replace(config, data=str(manifest), steps=2)
+    with warnings.catch_warnings():  # of one held-out image
+        warnings.simplefilter("error")
+        model = train_vae.train(config)
+    assert np.isfinite(train_vae.read_log(model.parent)[0]["l1_per_channel"]).all()
+    before = model.read_bytes()
+    assert train_vae.train_if_missing(train_vae.train, config) == model
+    assert "trained already" in capsys.readouterr().out
+    changes = ((dict(lr=1.), "lr was 0.002"), (dict(steps=1), "it has 2 steps of 1"),
+               (dict(steps=3), "it has 2 steps of 3, --resume"),
+               (dict(steps=9, batch=4, resume=True), "batch was 8"),
+               (dict(steps=3, resume=True), "m.csv has changed"))
+    for change, says in changes:
+        if "changed" in says:
+            manifest.write_text(manifest.read_text() + "0.tif\n")
+        with pytest.raises(UserError, match=says):
+            train_vae.train(replace(config, **change))
+    assert model.read_bytes() == before
+
+
+@pytest.mark.parametrize("infinite", ["loss", "gradient"])
+def test_what_is_not_finite_stops_before_the_weights(infinite, config, monkeypatch):
+    """In a step that saves: broken weights would replace the sound checkpoint."""
+    calls = []
+
+    def spoil(model, *given, real=train_vae.loss_of):
+        calls.append(given)
+        loss, l1 = real(model, *given)
+        if len(calls) == 4 and infinite == "gradient":
+            model.decoder.stem.weight.register_hook(lambda gradient: gradient * torch.nan)
+        return loss * (torch.inf if len(calls) == 4 and infinite == "loss" else 1), l1
+    monkeypatch.setattr(train_vae, "loss_of", spoil)
+    with pytest.raises(UserError, match="at step 3: stopped, what .* is as it was"):
+        train_vae.train(config)
+    content = load(f"{config.out}/model.pt")
+    assert content["step"] == 2 and all(w.isfinite().all() for w in content["weights"].values())
+
+
+def killed_while_writing(path):
+    def half(content, file):
+        file.write(b"PK half a checkpoint")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    torch.save = half
+    train_vae.save_checkpoint(path, "ldm", {"step": 2})
+
+
+def without_space(path):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    train_vae.save_checkpoint(path, "ldm", {"weights": torch.zeros(100_000)})
+
+
+def test_a_kill_or_a_full_disc_leaves_the_checkpoint_before(tmp_path):
+    path, says = tmp_path / "model.pt", tmp_path / "says"
+    train_vae.save_checkpoint(path, "ldm", {"step": 1})
+    assert ended(start(killed_while_writing, path)) == -signal.SIGKILL
+    assert (tmp_path / "model.tmp").exists() and load(path)["step"] == 1
+    assert ended(start(without_space, path, says=says)) == 2
+    line, = says.read_text().splitlines()
+    assert f"{path} cannot be written" in line and "too large" in line
+    assert not (tmp_path / "model.tmp").exists() and load(path)["step"] == 1
+
+
+# --- processes, threads, devices ------------------------------------------------------------------
+
+def test_two_processes_and_parts_of_a_batch_train_like_one(config, tmp_path):
+    two = replace(config, out=str(tmp_path / "two"), accumulate=2)
+    both = start_two(train_vae.train, two, says=tmp_path / "says")
+    one, parts = (train_vae.train(replace(config, accumulate=n, out=str(tmp_path / str(n))))
+                  for n in (1, 4))
+    assert [ended(p) for p in both] == [0, 0], (tmp_path / "says-0").read_text()
+    assert_alike(one, parts)
+    assert_alike(one, tmp_path / "two/model.pt")
+    assert "step     4" in (tmp_path / "says-0").read_text()
+    assert (tmp_path / "says-1").read_text() == ""
+
+
+def test_no_process_waits_for_one_that_failed(config, tmp_path):
+    both = start_two(train_vae.train, replace(config, data="none.csv"), says=tmp_path / "says")
+    assert [ended(p, 30) for p in both] == [2, 2]
+    line, = (tmp_path / "says-0").read_text().splitlines()
+    assert "none.csv" in line and (tmp_path / "says-1").read_text() == ""
+
+
+def test_processes_stop_together(config, tmp_path):
+    both = start_two(told, signal.SIGTERM, config, False, says=tmp_path / "says")
+    assert [ended(p) for p in both] == [143, 143]
+    assert load(tmp_path / "vae/model.pt")["step"] == 2
+    assert "--nproc_per_node=2 train_vae.py --seed 0 --resume" in (tmp_path / "says-0").read_text()
+
+
+def test_the_faster_number_of_threads_is_taken(monkeypatch, capsys):
+    threads = [2]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(train_vae, "ALL_THREADS", 2)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    for one, two, again, best in ((.001, .02, False, 1), (.001, .02, True, 1), (.02, .001, True, 2),
+                                  (.0205, .02, False, 1)):
+        train_vae.choose_threads(0, lambda: time.sleep((one, two)[threads[-1] - 1]), again)
+        said = capsys.readouterr().out
+        assert threads[-1] == best and (f"threads: {best}" in said) == (best == 2 or not again)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    for requested, best in ((1, 1), (0, 1), (2, 2)):
+        train_vae.choose_threads(requested, lambda: pytest.fail("timed"))
+        assert threads[-1] == best
+
+
+def test_timing_threads_leaves_no_trace_in_the_weights(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    plain = train_vae.train(replace(config, out=str(tmp_path / "plain")))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert_same(plain, train_vae.train(config))
+
+
+def test_a_gpu_is_named_by_its_number_and_not_asked_to_emulate(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True:
+                        including_emulation)  # as on a V100
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert train_vae.device() == torch.device("cuda", 1) and not train_vae.has_bf16()
+
+
+# --- refusals: one line that names the fault, status 2, nothing written over ----------------------
+
+def test_settings_are_refused(tmp_path, refused, cli):
+    manifest, _ = folder_of_tiffs(tmp_path, 3)
+    for words, says in (
+            ("--learning_rate 1", "unrecognized arguments: --learning_rate"),
+            ("--step 3", "unrecognized"), ("--steps many", "invalid int value: 'many'"),
+            ("--steps 0", "--steps 0 is out of range: at least 1"), ("--lr nan", "--lr nan"),
+            (f"--seed {2 ** 70}", "out of range"), ("--width 12", "no multiple of 8"),
+            ("--fold 4 --downsampling 2", "power of two"),
+            ("--batch 9 --accumulate 2", "--batch 9 is no multiple of --accumulate 2"),
+            ("--crop 40", "row 2: 32x32 pixels, but all views must"),
+            ("--crop 30", "a multiple of 4: choose"), ("--split plate", "no column plate"),
+            (f"--data {tmp_path}/none.csv", "none.csv")):
+        assert len(refused(train_vae, "--data", manifest, "--out", tmp_path / "o", *words.split(),
+                           says=[says])) == 1
+    assert not (tmp_path / "o").exists()
+    assert train_vae.settings(train_vae.Config, ["--no-flips", "--workers", "0"]) == replace(
+        train_vae.Config(), flips=False, workers=0)
+    status, out, _ = cli(train_vae, "--help")
+    assert status == 0 and out.count("(default:") == len(vars(train_vae.Config()))
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was executed",))
+
+
+def test_checkpoints_are_refused(tmp_path, vae_path):
+    for name, content in (("noise.pt", bytes(range(256)) * 20), ("empty.pt", b""),
+                          ("cut.pt", vae_path.read_bytes()[:5000]),
+                          ("pickle.pt", pickle.dumps(Bomb(), protocol=2))):
+        (tmp_path / name).write_bytes(content)
+    torch.save({"kind": "vae", "inside": Bomb()}, tmp_path / "inside.pt")
+    torch.save([1], tmp_path / "list.pt")
+    for name, says in (("none.pt", "no vae checkpoint at .*none.pt: run python train_vae.py"),
+                       ("noise.pt", "damaged"), ("cut.pt", "damaged"), ("empty.pt", "damaged"),
+                       ("pickle.pt", "holds code"), ("inside.pt", "holds code"),
+                       ("list.pt", r"another kind \(None\), not vae")):
+        with pytest.raises(UserError, match=says) as fault:
+            train_vae.load_vae(tmp_path / name)
+        assert len(str(fault.value).splitlines()) == 1
+    with pytest.raises(UserError, match=r"another kind \(vae\), not ldm: the hint"):
+        train_vae.load_checkpoint(vae_path, "ldm", "the hint")

@@ -1,0 +1,258 @@
+"""Image to image, latent spaces and Mol2Image's benchmark: measures against known answers, then the
+three commands on tiny models."""
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+import data
+import evaluate
+import train_ldm
+import train_vae
+from evaluate import family_correlations, hits, sliced_wasserstein, wasserstein, zernike_moments
+
+CHANNELS = list(data.CHANNELS)
+
+
+def images(n=12, side=64, seed=0):
+    """Blobs on [0, 1], five channels."""
+    x = torch.rand(n, 5, side, side, generator=torch.Generator().manual_seed(seed))
+    return evaluate.gaussian_blur(x, 2.).sub(.4).mul(2.).clamp(.05, .8)
+
+
+def test_sliced_distance_by_its_definition():
+    """The finest level, in numpy: each image's own random patches, standardised per channel by the
+    set, along 512 directions, sorted."""
+    a, b = images(3), images(3, seed=1) ** 2
+    b *= torch.tensor([.1, .3, .5, .8, 1.])[:, None, None]
+    u = torch.nn.functional.normalize(torch.randn(
+        512, 245, generator=torch.Generator().manual_seed(0)), dim=1).numpy()
+    sides = []
+    for x in (a, b):
+        band = evaluate.laplacian_pyramid(255 * x)[0].numpy()
+        patches = np.stack([band[k, :, n // 58:n // 58 + 7, n % 58:n % 58 + 7] for k in range(3)
+                            for n in np.random.default_rng((k, 0)).integers(58 * 58, size=128)])
+        patches = patches - patches.mean((0, 2, 3), keepdims=True)
+        patches /= patches.std((0, 2, 3), keepdims=True)
+        sides.append(np.sort(patches.reshape(-1, 245) @ u.T, 0))
+    found = sliced_wasserstein(a, b)
+    assert_close(found[0], float(1000 * np.abs(sides[0] - sides[1]).mean()), rtol=1e-3, atol=0.)
+    assert len(found) == 3 and max(sliced_wasserstein(a, a.clone())) == 0  # 64, 32, 16 pixels
+    assert max(sliced_wasserstein(a, a * .5 + .1)) < 1  # blind to brightness
+    *fine, _ = evaluate.laplacian_pyramid(torch.full((1, 5, 64, 64), .3))
+    assert max(band.abs().max() for band in fine) < 1e-6
+    half = torch.tensor([[.2] * 4 + [.5] * 4])  # half of the mass moves by .3
+    assert_close(wasserstein(torch.full((1, 8), .2), half), torch.tensor([.15]))
+
+
+def shape(side, inside, angle=0.):
+    """A mask (1, side, side) of the points (x, y) about the middle, turned, that are inside."""
+    y, x = torch.meshgrid(*(torch.arange(side) - side / 2 + .5,) * 2, indexing="ij")
+    c, s = math.cos(angle), math.sin(angle)
+    return inside(c * x + s * y, c * y - s * x).long()[None]
+
+
+def test_zernike_moments_of_a_disc_and_of_a_turned_shape():
+    disc = zernike_moments(shape(64, lambda x, y: x ** 2 + y ** 2 < 25 ** 2))[0, 0]
+    # only the constant polynomial is left; half a pixel of 25 makes 4 %
+    assert disc.shape == (30,) and abs(disc[0] - 1) < .05 and disc[1:].max() < .05
+
+    def drop(x, y):  # neither round nor symmetric
+        return ((x / 20) ** 2 + (y / 9) ** 2 < 1) & (x > -12)
+    one, turned = (zernike_moments(shape(64, drop, angle))[0, 0] for angle in (0., .9))
+    assert one[1:].max() > .1 and (one - turned).abs().max() < .03
+    assert zernike_moments(shape(32, lambda x, y: x ** 2 + (y - 14) ** 2 < 36)).isnan().all()
+
+
+def test_correlation_over_molecules_knows_its_limits():
+    rng, molecule = torch.Generator().manual_seed(0), np.repeat(np.arange(30), 3)
+    own, other = ({"size": torch.randn(30, 4, generator=rng)[molecule]} for _ in range(2))
+
+    def both(a, b, given=molecule):
+        return [family_correlations(a, b, given, molecule)[k] for k in ("size", "size, ranks")]
+    pearson, ranks = both(own, {"size": own["size"].exp()})  # the order stays
+    assert pearson < .97 and ranks > 1 - 1e-9
+    assert abs(both(own, other)[0]) < .4
+    assert abs(both(own, own, (molecule + 1) % 30)[0]) < .4  # whole molecules exchanged
+    own["size"][::3] = torch.nan  # one image of every molecule without whole nuclei
+    assert_close(both(own, own), [1., 1.], atol=1e-6, rtol=0.)
+
+
+def test_correspondence_learns_what_belongs_together():
+    """Four molecules, each with its own brightness."""
+    scores = torch.tensor([[3., 1., -1., -2.], [1., 2., 5., -1.], [-1., -1., -1., -1.]])
+    found = hits(scores, np.array([0, 0, 2]))
+    assert_close(found["pairs"], torch.tensor([(1 + 2 / 3) / 2, (1 + 1 / 3) / 2, .5]))
+    assert found["top-1"].tolist() == [1, 0, 0] and found["top-5"].tolist() == [1, 1, 1]
+    graphs = evaluate.MOLECULE_ENCODERS["graph"]({}, 8, 8).featurise(
+        ["C", "CCO", "c1ccccc1", "N#N"])
+    molecule = np.arange(64) % 4
+    x = torch.from_numpy(molecule)[:, None, None, None] / 2 - .75 + .1 * torch.randn(
+        64, 5, 8, 8, generator=torch.Generator().manual_seed(0))
+    scores = evaluate.train_correspondence(lambda k: x[k], graphs, molecule, 100)(x, graphs)
+    right, wrong = hits(scores, molecule), hits(scores, (molecule + 1) % 4)
+    assert right["pairs"].mean() > .9 and right["top-1"].mean() > .85
+    assert wrong["pairs"].mean() < .6 and wrong["top-1"].mean() < .2
+
+
+def test_rows_of_the_benchmark():
+    treatments = [(m, 1.) for m in "xxxxyyzz"]  # y and z have one well each
+    wells = np.array(list("aabbccdd"))
+    a, b = evaluate.two_wells(np.arange(8), treatments, wells, 100)
+    assert [treatments[i] for i in a] == [treatments[i] for i in b] == [("x", 1.)] * 2
+    assert len(set(wells[a])) == 1 and not set(wells[a]) & set(wells[b])
+    molecules = ["CCO", "CCO", "CCO", "c1ccccc1C", "CCCO", "c1ccccc1CC"]
+    treatments = list(zip(molecules, (1., 10., 10., 1., 10., 10.)))
+    found = evaluate.nearest_rows(np.array([4, 5]), np.arange(4), treatments, list("ABAAAB"))
+    assert found.tolist() == [2, 3]  # of the same dose and batch where there is one
+
+    def sets(*names):
+        return {k: v.tolist() for k, v in evaluate.benchmark_sets(names).items()}
+    assert sets("train", "val", "test_scaffold", "test_substituent", "test_pair") == {
+        "easy": [1], "hard": [2, 3]}
+    assert sets("train", "test_easy", "test_hard", "test_hard_ext10_unique") == {
+        "test_easy": [1], "test_hard": [2], "test_hard_ext10_unique": [3]}
+
+
+def test_patch_pca_is_the_best_linear_map():
+    x = images(8, 16) * 2 - 1
+    assert_close(evaluate.patch_pca(x, x, 4, 80), x, atol=1e-4, rtol=0.)
+    patches = torch.nn.functional.pixel_unshuffle(x, 4).movedim(1, 3).flatten(0, 2)
+    spread = torch.linalg.svdvals(patches - patches.mean(0)) ** 2  # Eckart and Young
+    error = (evaluate.patch_pca(x, x, 4, 8) - x).square().mean().item()
+    assert_close(error, (spread[8:].sum() / x.numel()).item(), rtol=1e-3, atol=0.)
+
+
+def test_regression_learns_in_steps_and_not_by_the_clock():
+    x = torch.rand(64, 1, 1, 1, generator=torch.Generator().manual_seed(0)).expand(-1, 1, 8, 8)
+    x, y = 2 * x - 1, torch.cat([2 * x - 1, 1 - 2 * x], 1)
+    one, again = (evaluate.regression(x, y, x, 30) for _ in range(2))
+    assert torch.equal(one, again) and (one - y).abs().mean() < .5 * y.abs().mean()
+
+
+def test_intensity_error_is_by_condition():
+    y = images(4) * 2 - 1
+    x = torch.cat([y[:, :1] / 2 - .5, y[:, 1:]], 1)  # one of five channels half as bright
+    found = evaluate.intensity_error(torch.cat([x[:2], y[2:]]), y, ["P1", "P1", "P2", "P2"])
+    assert_close(found["P1"].item(), math.log(2) / 5, atol=1e-5, rtol=0.)
+    assert found["P2"] == 0
+
+
+@pytest.fixture
+def radii(monkeypatch, tmp_path):
+    """The nuclear radii that features are measured with. In an empty folder, without a reference
+    classifier, whose training would take most of the time."""
+    found, real = set(), evaluate.features
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "reference_classifier", lambda *_: None)
+    monkeypatch.setattr(evaluate, "features", lambda images, channels, batch=64, radius=4.5: (
+        found.add(radius), real(images, channels, batch, radius))[1])
+    return found
+
+
+@pytest.fixture
+def no_edit(monkeypatch):
+    monkeypatch.setattr(evaluate.Model, "edit", lambda self, images, *_, **__: images / 2)
+
+
+def control(cli, path, *words):
+    status, said, error = cli(
+        evaluate, "control", "--checkpoint", path, "--images", 8, "--steps", 1, "--samples", 2,
+        "--regression_steps", 1, "--out", "o", *words)
+    assert status == 0, error
+    assert Path("o/control.png").exists() and "mean of 2" in said
+    return json.loads(Path("o/control.json").read_text())
+
+
+def train_hinted(base, column, out, table=""):
+    return train_ldm.train(train_ldm.Config(control_column=column, base=str(base), data=str(table),
+                                            batch=8, views=1, steps=1, workers=0, out=str(out)))
+
+
+def test_control_of_cells_in_brightfield(hinted_path, ldm_path, cli, refused, radii):
+    report = control(cli, hinted_path, "--nucleus_radius", 3, "--quick")
+    table, others = report["table"], ("regression", "mean image", "conditioning image itself")
+    assert set(table) == {"true", "through the autoencoder", "ControlNet", "ControlNet, mean of 2",
+                          "without the conditioning image", *others}
+    assert max(table["true"]["l1"]) == 0 and table["true"]["nuclei_error"] == 0
+    assert table["ControlNet"]["l1"] != table["without the conditioning image"]["l1"]
+    assert 30 < report["inverted"]["10"] < report["inverted"]["25"]  # nearer with more steps
+    assert radii == {3.}
+    refused(evaluate, "control", "--checkpoint", ldm_path, says=["has no ControlNet"])
+
+
+def test_only_images_of_untreated_cells_are_edited(ldm_path, cli, tmp_path, radii, no_edit):
+    """Five channels alone do not make a conditioning image the stains before treatment."""
+    path = train_hinted(ldm_path, "untreated", tmp_path / "untreated")
+    table = control(cli, path)["table"]
+    assert table["edited"]["l1"] != table["conditioning image itself"]["l1"]
+    content = train_vae.load_checkpoint(path, "ldm", "")
+    content["controlnet"]["stains"] = False
+    train_vae.save_checkpoint(path, "ldm", content)
+    assert "edited" not in control(cli, path)["table"]
+
+
+def test_control_by_the_style_of_a_plate(ldm_path, screen, cli, refused, tmp_path, radii, no_edit):
+    table = screen.with_name("controls.csv")
+    assert cli(data, "controls", screen, "--by", "plate", "--out", table)[0] == 0
+    path = train_hinted(ldm_path, "control_row", tmp_path / "style", table)
+    report = control(cli, path)["table"]
+    errors = report["ControlNet"]["log_intensity"]
+    assert len(errors) > 1 and all(plate.startswith("('P") for plate in errors)
+    assert not {"regression", "edited"} & set(report) and "conditioning image itself" in report
+    assert max(report["true"]["log_intensity"].values()) == 0
+    refused(evaluate, "control", "--checkpoint", path, "--data", screen, says=["control_row"])
+    refused(evaluate, "control", "--checkpoint", path, "--by", "drug", says=["no column drug"])
+
+
+def test_latent_spaces(screen, cli, radii, monkeypatch):
+    def run(*more):
+        cli(evaluate, "vae", "--data", screen, "--out", "o", "--images", 24, "--train_steps", 1,
+            "--nucleus_radius", 3, "--configs", "width=8 blocks=1 workers=0",
+            "width=8 workers=0 latent_channels=2", *more)
+        return [json.loads(s) for s in Path("o/vae.jsonl").read_text().split("\n") if s]
+    one, other = run()
+    assert one["numbers"] == 2 * other["numbers"] == 256 and radii == {3.}
+    assert 0 < one["l1, PCA"] < one["l1"] and one["kl"] > 0 and Path("o/vae.png").exists()
+    assert len(run()) == 2  # nothing is measured again
+    asked = []
+    monkeypatch.setattr(train_ldm, "train", lambda config: (asked.append(config), sys.exit(7)))
+    run("--ldm_steps", 2), run("--ldm_steps", 3)  # of other steps is another model
+    assert [c.steps for c in asked] == [2, 3] and asked[0].out != asked[1].out
+    assert asked[0].vae == asked[1].vae == "o/width=8,blocks=1,workers=0-1/model.pt"
+
+
+def test_latent_spaces_are_refused_before_any_training(refused, screen, tmp_path):
+    (tmp_path / "real.csv").write_text(screen.read_text())
+    words = "vae", "--out", tmp_path / "o", "--configs", "width=8"
+    refused(evaluate, *words, "--data", tmp_path / "real.csv", "--ldm_steps", 1,
+            says=["not simulated"])
+    for word, says in (("depth=3", "unrecognized"), ("width=wide", "invalid int value"),
+                       ("out=here", "no setting"), ("steps=3", "no setting")):
+        refused(evaluate, *words, word, "--data", screen, says=[word.partition("=")[0], says])
+    assert not (tmp_path / "o").exists()
+
+
+def test_mol2image(ldm_path, screen, cli, refused, radii):
+    """Sites stand in for wells: this screen has one well of each treatment."""
+    rows = [line.split(",") for line in screen.read_text().splitlines()]
+    well, site, table = *map(rows[0].index, ("well", "site")), screen.with_name("sites.csv")
+    for row in rows[1:]:
+        row[well] += row[site]
+    table.write_text("\n".join(map(",".join, rows)) + "\n")
+    words = ("mol2image", "--checkpoint", ldm_path, "--steps", 3, "--images", 12, "--train_steps",
+             2, "--nucleus_radius", 3, "--out", "o", "--data")
+    status, said, error = cli(evaluate, *words, table)
+    assert status == 0, error
+    sets = json.loads(Path("o/mol2image.json").read_text())["table"]
+    assert set(sets) == {"easy", "hard"} and radii == {3.} and Path("o/mol2image.png").exists()
+    real, chance = (sets["hard"][k] for k in ("another well", "another well, molecules exchanged"))
+    assert real["swd"] == chance["swd"] and real["count"] != chance["count"]
+    assert "intervals" in real and "intervals" not in chance and "top-10" in said
+    assert sets["hard"]["generated"]["swd"] != sets["hard"]["generated, scale 1"]["swd"]
+    refused(evaluate, *words, screen, says=["no three easy molecules"])

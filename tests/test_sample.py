@@ -1,0 +1,384 @@
+"""Sampling: guidance against the network's own predictions, conditioning images and windows,
+editing, attribution; and the command line with its refusals."""
+import argparse
+import contextlib
+import itertools
+import json
+import shlex
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+import data
+import diffusion
+import sample
+import train_vae
+from conftest import randomise
+from data import UserError
+
+ONE = {"smiles": ["CC1CCC(B(O)O)CC1"], "dose": ["3"], "batch": ["B2"], "plate": ["P04"]}
+TWO = {"dose": ["1", "3"], "batch": ["B1", "B2"]}
+HINT = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0)), {"batch": ["B1", "B3"]}
+T = torch.tensor([500])
+
+
+@pytest.fixture(autouse=True)
+def in_float32(monkeypatch):
+    monkeypatch.setattr(sample, "autocast", contextlib.nullcontext)
+
+
+def loud(path):
+    """A model whose weights are all random, so that nothing is silent."""
+    model = sample.Model.load(path)
+    for p in randomise(model.denoiser).parameters():
+        p.mul_(.5)
+    model.denoiser.conditioner.gain.fill_(1.)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model(ldm_path):
+    return loud(ldm_path)
+
+
+@pytest.fixture(scope="module")
+def hinted(hinted_path):
+    return loud(hinted_path)
+
+
+def v(model, columns, z, hint=None, t=500):
+    """What the network predicts under a request, as in training: Denoiser.forward."""
+    encode, n = model.denoiser.conditioner.encode, len(z)
+    codes, known, molecules = encode(columns, n)
+    seen = hint and (hint[0], *encode(hint[1], n)[:2], torch.ones(n))
+    with torch.no_grad():
+        return model.denoiser(z, torch.full((n,), t), codes, known, molecules, seen)
+
+
+def only(columns, *names):
+    return {name: columns[name] for name in names}
+
+
+def test_a_seed_gives_the_same_image_in_any_batch(model):
+    def drawn(seeds, **options):
+        columns = {name: value * len(seeds) for name, value in ONE.items()}
+        return model.generate(columns, seeds, steps=4, progress=False, **options)
+    together = drawn(range(8))
+    assert_close(drawn(range(8), batch=3), together, atol=1e-4, rtol=0)
+    assert_close(drawn([5]), together[5:6], atol=1e-4, rtol=0)
+    assert (together[0] - together[1]).abs().max() > .01
+
+
+def test_every_field_changes_the_prediction_and_unknown_is_another_thing(model):
+    full, z = ONE | {"row": ["8"], "column": ["8"]}, torch.randn(1, *model.latent_shape)
+    other = dict(smiles="CCO", dose="0.3", batch="B1", plate="P01", row="1", column="24")
+    assert {f.name for f in model.fields} == set(other)
+    for name, value in other.items():
+        requests = full, full | {name: [value]}, full | {name: [""]}
+        given, changed, unknown = (model.guided(request, 1)(z, T) for request in requests)
+        assert (given - changed).abs().max() > 1e-4 and (given - unknown).abs().max() > 1e-4, name
+
+
+def test_networks_run_in_bfloat16_where_it_pays_and_are_summed_in_float32(model, monkeypatch):
+    seen = {}
+    for name, part in (("unet", model.denoiser.unet), ("decoder", model.vae.decoder),
+                       ("conditioner", model.denoiser.conditioner)):
+        monkeypatch.setattr(part, "forward", lambda *given, name=name, real=part.forward: (
+            seen.setdefault(name, torch.is_autocast_enabled("cpu")), real(*given))[1])
+    monkeypatch.setattr(sample, "autocast", lambda: torch.autocast("cpu", torch.bfloat16))
+    four, one = (model.generate({name: value * n for name, value in ONE.items()}, range(n), steps=3,
+                                progress=False) for n in (4, 1))
+    assert seen == {"unet": True, "decoder": True, "conditioner": True}
+    assert_close(four[:1], one, atol=.05, rtol=0)
+    z = torch.randn(1, *model.latent_shape)
+    assert model.guided(ONE, 1)(z, T).dtype == torch.float32
+
+
+def test_a_model_keeps_no_second_copy_of_its_weights_and_tells_of_steps_to_go(
+        ldm_path, tmp_path, capsys):
+    content = torch.load(ldm_path, weights_only=True)
+    dropped = set(content) - set(sample.Model(content).content)
+    assert dropped == {"weights", "ema", "optimiser", "vae"}
+    content["settings"]["steps"] = 10
+    torch.save(content, tmp_path / "half.pt")
+    sample.Model.load(tmp_path / "half.pt"), sample.Model.load(ldm_path)
+    assert capsys.readouterr().out == f"{tmp_path / 'half.pt'}: step 3 of a training of 10\n"
+
+
+def test_guidance_is_the_sum_that_its_form_says(model):
+    z = torch.randn(1, *model.latent_shape)
+    full, none = v(model, ONE, z), v(model, {}, z)
+    b, e = v(model, only(ONE, "smiles", "dose"), z), v(model, only(ONE, "batch", "plate"), z)
+    for form, expected in (("nested", none + 1.5 * (e - none) + 2.5 * (full - e)),
+                           ("independent", none + 1.5 * (e - none) + 2.5 * (b - none))):
+        guided = model.guided(ONE, 1, dict(biology=2.5, experiment=1.5), form)(z, T)
+        assert_close(guided, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_conditioning_image_has_a_scale_of_its_own(hinted):
+    z, t, batch = torch.randn(2, *hinted.latent_shape), T.repeat(2), only(TWO, "batch")
+    scales = dict(biology=2., image=3., experiment=1.5)
+    none, e, dose = v(hinted, {}, z), v(hinted, batch, z), v(hinted, only(TWO, "dose"), z)
+    image, full, alone = (v(hinted, columns, z, HINT) for columns in (batch, TWO, {}))
+    base, close = none + 1.5 * (e - none), dict(atol=1e-3, rtol=1e-3)
+    assert_close(hinted.guided(TWO, 2, scales, hint=HINT)(z, t),
+                 base + 3 * (image - e) + 2 * (full - image), **close)
+    assert_close(hinted.guided(TWO, 2, scales, "independent", hint=HINT)(z, t),
+                 base + 3 * (alone - none) + 2 * (dose - none), **close)
+    assert_close(hinted.guided(TWO, 2, scales | dict(image=0., biology=0.), hint=HINT)(z, t), base,
+                 **close)
+
+
+@pytest.mark.parametrize("form", diffusion.FORMS)
+def test_outside_the_interval_scales_above_one_count_as_one(model, form):
+    z = torch.randn(1, *model.latent_shape)
+
+    def guided(t, columns=ONE, **scales):
+        return [model.guided(columns, 1, scales, form, interval)(z, torch.tensor([t]))
+                for interval in ((.2, .8), (0., 1.))]
+    for t, inside in ((100, False), (500, True), (900, False)):
+        one, everywhere = guided(t, biology=3., experiment=3.)
+        assert_close(one, everywhere if inside else v(model, ONE, z, t=t), atol=1e-4, rtol=1e-4)
+    assert_close(guided(900, biology=0., experiment=3.)[0], guided(
+        900, ONE | {"smiles": ["CCO"]}, biology=0., experiment=3.)[0])  # 0 ignores it everywhere
+    assert_close(*guided(900, biology=1., experiment=.5), atol=1e-5, rtol=1e-5)  # the form's own
+
+
+def test_conditions_are_encoded_once_and_branches_run_together(hinted, monkeypatch):
+    """However many steps: one pass through the U-Net with a row for each branch that counts."""
+    def passes(steps, b, e, **options):
+        net, seen = hinted.denoiser, {"unet": [], "conditioner": [], "stem": []}
+        with monkeypatch.context() as patch:
+            for part in (net.unet, net.conditioner, net.controlnet.stem):
+                name = {net.unet: "unet", net.conditioner: "conditioner"}.get(part, "stem")
+                patch.setattr(part, "forward", lambda x, *rest, name=name, real=part.forward: (
+                    seen[name].append(len(x)), real(x, *rest))[1])
+            hinted.generate(TWO, [0, 1], steps=steps, guidance=dict(biology=b, experiment=e),
+                            progress=False, **options)
+        return seen["unet"], len(seen["conditioner"]), seen["stem"]
+    assert passes(10, 2., 1.5) == ([2] * 2 + [6] * 6 + [2] * 2, 2, [])  # inside, outside
+    assert passes(3, 2., 2., interval=(0., 1.)) == ([4] * 3, 1, [])     # v(e) has coefficient 0
+    assert passes(5, 1., 1., hint=HINT) == ([2] * 5, 4, [2, 2])
+    assert passes(9, 2., 2., hint=HINT, interval=(0., 1.)) == ([8] * 9, 2, [2])
+
+
+def test_images_follow_their_own_hint_in_any_batch(hinted):
+    def drawn(rows, **options):
+        hint = HINT[0][rows], {"batch": [HINT[1]["batch"][k] for k in rows]}
+        return hinted.generate({"dose": ["1"] * len(rows)}, [5] * len(rows), hint=hint, steps=2,
+                               progress=False, **options)
+    both = drawn([0, 1])
+    assert (both[0] - both[1]).abs().max() > 1e-4
+    for others in (torch.cat([drawn([0]), drawn([1])]), drawn([0, 1], batch=1)):
+        assert_close(others, both, atol=1e-4, rtol=1e-4)
+
+
+def test_windows_give_what_the_whole_field_gives_to_a_network_of_single_pixels(hinted, monkeypatch):
+    """No seams, every pixel covered, the right piece of the hint in each window; and one batch of
+    windows at a time, so that memory does not grow with the field."""
+    net, at_once = hinted.denoiser, []
+    monkeypatch.setattr(net.controlnet.stem, "forward", lambda x: F.avg_pool2d(x, 4))
+    monkeypatch.setattr(net.controlnet, "residuals", lambda z, t, *rest: [rest[3]])
+    monkeypatch.setattr(net.unet, "forward", lambda z, *rest: (
+        at_once.append(len(z)), .3 * z + rest[-1][0])[1])
+    monkeypatch.setattr(hinted.vae, "to_image", lambda z: F.interpolate(
+        z[:, :1].expand(-1, len(hinted.channels), -1, -1), scale_factor=4))
+    wide, scales = torch.rand(1, 1, 48, 72) * 2 - 1, dict.fromkeys(hinted.groups, 1.)
+    drawn = hinted.generate({"dose": ["1"]}, [3], scales, steps=4, batch=3, progress=False,
+                            hint=(wide, {}))
+    whole = F.avg_pool2d(F.pad(wide, (0, 8, 0, 0), mode="reflect"), 4)
+    z = diffusion.sample(lambda z, t: .3 * z + whole, hinted.schedule, [3], (4, 12, 20), 4,
+                         sampler="dpm")
+    assert_close(drawn, hinted.vae.to_image(z)[..., :72], atol=1e-4, rtol=1e-4)
+    assert at_once == [3, 3, 2] * 4
+
+
+def test_windows_that_disagree_fade_into_each_other():
+    values = itertools.count()
+    joined = sample.look(torch.zeros(1, 1, 8, 20), (8, 8), 1, lambda crops, first: torch.full(
+        (1, 1, 16, 16), float(next(values))))
+    assert joined.shape == (1, 1, 16, 40) and joined[0, 0, 0, [0, -1]].tolist() == [0., 3.]
+    assert 0 < joined.diff(dim=3).max() < .5  # a seam would be a step of 1
+
+
+def test_hints_of_rows_and_of_negative_controls_that_are_listed(hinted, screen):
+    manifest = data.read_manifest(screen)
+    opened = argparse.Namespace(manifest=manifest, settings=hinted.settings)
+    images, told = sample.hint_of(hinted, opened, [4, 9])
+    stack = np.load(screen.parent / "brightfield.npy")[[4, 9]].astype(np.float32)
+    assert_close(images.numpy(), data.scale_intensity(stack, hinted.controlnet["intensity"]))
+    assert "dose" not in told and told["plate"] == manifest.rows([4, 9], "plate")
+    again, _ = sample.hint_of(hinted, opened, [4] * 4)  # other views
+    assert torch.equal(again[0], images[0]) and not torch.equal(again[1:], again[:1].expand(
+        3, -1, -1, -1))
+
+    follows = argparse.Namespace(**vars(hinted) | {"controlnet": dict(
+        column="control_row", channels=5, intensity=hinted.intensity)})
+    doses = [float(dose) for dose in manifest.columns["dose"]]
+    treated, controls = doses.index(3.), [i for i, dose in enumerate(doses) if dose == 0][:3]
+    manifest.columns["control_row"] = [" ".join(str(i + 2) for i in controls)] * len(manifest)
+    every, drawn = sample.read_rows(hinted, manifest, controls)[0], set()
+    for i in range(20):
+        image, told = sample.hint_of(follows, opened, [i])
+        [k] = [k for k in range(3) if torch.equal(every[k], image[0])]
+        assert told["column"] == manifest.rows([controls[k]], "column") and "smiles" not in told
+        drawn.add(k)
+    assert drawn == {0, 1, 2}
+    assert torch.equal(sample.read_hint(follows, f"{screen}:{controls[0] + 2}", {})[0][0], every[0])
+    with pytest.raises(UserError, match="no negative control"):
+        sample.read_hint(follows, f"{screen}:{treated + 2}", {})
+
+
+@pytest.fixture(scope="module")
+def cells(model, screen):
+    """Two images of the screen and their own conditions."""
+    return sample.read_rows(model, data.read_manifest(screen), [5, 706])
+
+
+def test_an_edit_to_the_own_conditions_returns_the_image_and_to_others_does_not(model, cells):
+    (images, own), options = cells, dict(steps=10, rounds=10)
+    rebuilt, untreated = train_vae.reconstruct(model.vae, images)[0], own | {"dose": ["0"] * 2}
+    same, other = (model.edit(images, own, target, **options) for target in (own, untreated))
+    assert (same - rebuilt).abs().max() < .25 * (other - rebuilt).abs().max()
+    assert_close(model.edit(images, own, untreated, batch=1, **options), other, atol=1e-3, rtol=0)
+    with pytest.raises(UserError, match="1 to"):
+        model.edit(images, own, own, steps=1000)
+
+
+def test_a_difference_is_that_of_two_predictions_on_the_same_noise(model, cells):
+    images, own = cells
+    other, t = own | {"dose": ["0"] * 2}, torch.tensor([500, 500])
+    [found] = model.difference(images, own, other, levels=(.5,), seed=4)
+    z = model.schedule.add_noise(model.vae.to_latent(images), diffusion.gaussian(
+        diffusion.generators([4, 5]), model.latent_shape), t)
+    x, y = (model.vae.to_image(model.schedule.split(z, v(model, request, z), t)[0])
+            for request in (own, other))
+    assert_close(found, (x - y).abs().mean(1) / 2, atol=1e-5, rtol=1e-4)
+    assert found.max() > 1e-4 and not model.difference(images, own, own).any()
+
+
+def test_what_changes_beside_a_condition(model, screen):
+    columns = data.read_manifest(screen).columns
+    own = {f.name: columns[f.name][4] for f in model.fields}
+    with pytest.warns(UserWarning, match="plate=.* does not occur with batch=B2: told as unknown"):
+        assert sample.changed(model, columns, own, {"batch": "B2"}) == own | {
+            "batch": "B2", "plate": ""}
+    for change in ({"batch": ""}, {"dose": "0"}, {"batch": "B2", "plate": "P03"}):
+        assert sample.changed(model, columns, own, change) == own | change
+
+
+@pytest.fixture
+def run(cli, monkeypatch, tmp_path):
+    """run(words) -> (the arguments of data.picture, the record, what is printed)."""
+    def call(*words, name="samples"):
+        drawn = []
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "picture", lambda *given, real=data.picture: (
+                drawn.append(given), real(*given)))
+            status, out, error = cli(sample, *words, "--out", tmp_path)
+        assert status == 0, error
+        return drawn[0], json.loads((tmp_path / f"{name}.json").read_text()), out
+    return call
+
+
+def test_a_record_repeats_its_hyperstack(ldm_path, tmp_path, cli, run):
+    _, record, out = run("--guidance", "biology=2", "batch=B2", "-n", 3, "dose=900", "--steps", 2,
+                         "--checkpoint", ldm_path, "--seed", 7)
+    assert out.count("dose=900 is outside the training range: taken as 10") == 1
+    assert "not given, so unknown: smiles, plate, row, column" in out
+    assert record["seeds"] == [7, 8, 9] and len(record["sha1"]) == 40
+    assert record["requests"] == [{"batch": "B2", "dose": "900"}] * 3
+    assert record["used"][0]["dose"] == "10" and record["used"][0]["plate"] == ""
+    assert record["guidance"] == {"biology": 2.0, "experiment": sample.GUIDANCE}
+    before = (tmp_path / "samples.tif").read_bytes()
+    with tifffile.TiffFile(tmp_path / "samples.tif") as tif:
+        metadata, pixels = tif.imagej_metadata, tif.asarray()
+        assert tif.series[0].axes == "TCYX" and pixels.shape == (3, 5, 32, 32)
+        assert metadata["Labels"][:5] == list(data.CHANNELS) and metadata["unit"] == "um"
+        assert 1 < pixels.max() <= 255  # in the units of the files
+    (tmp_path / "samples.tif").unlink()
+    python, script, *words = shlex.split(record["command"])
+    assert (python, script) == ("python", "sample.py") and cli(sample, *words)[0] == 0
+    assert (tmp_path / "samples.tif").read_bytes() == before
+
+
+def test_a_sweep_shares_its_noise_and_words_come_in_any_order(ldm_path, run):
+    words = ["--grid", "dose=0,3", "batch=B1,B2,B3", "smiles=CCO"]
+    for order in (words, [words[-1], *words[:-1]]):
+        (_, rows, _, down, across, *_), record, _ = run(*order, "--checkpoint", ldm_path, "--steps",
+                                                        1)
+        assert record["seeds"] == [0] * 6 and list(map(len, rows)) == [2] * 3
+        assert [tuple(r[k] for k in ("dose", "batch", "smiles")) for r in record["requests"]] == [
+            (d, b, "CCO") for b in ("B1", "B2", "B3") for d in "03"]
+        assert down == ["batch=B1", "batch=B2", "batch=B3"] and across == ["dose=0", "dose=3"]
+
+
+def test_editing_and_attribution_from_the_command_line(ldm_path, screen, run):
+    _, record, out = run("--checkpoint", ldm_path, "--edit", f"{screen}:9", "batch=B2", "--grid",
+                         "dose=1,3", "--steps", 2)
+    assert out.count("told as unknown") == 1  # once, not for each image
+    assert [r["dose"] for r in record["requests"]] == ["1", "3"] and record["own"]["plate"]
+    assert record["guidance"] == {"biology": 1., "experiment": 1.} and record["steps"] == 2
+    treated, drawn = data.read_manifest(screen).columns["dose"].index("3.0"), {}
+    for change in ("dose=0", "batch=B2"):
+        (_, [row], _, _, labels, *_), record, _ = run(
+            "--checkpoint", ldm_path, "--attribution", f"{screen}:{treated + 2}", change,
+            name="attribution")
+        assert len(row) == len(labels) and record["own"]["dose"] == "3.0"
+        drawn |= dict(zip(labels, row))
+        assert (labels[-1] == "true") == (change == "dose=0")  # of the same cells, untreated
+    image, untreated = (np.load(screen.parent / f"{name}.npy")[treated].astype(float)
+                        for name in ("image", "untreated"))
+    change = abs(image - untreated).mean(0)
+    assert np.corrcoef(drawn["true"].ravel(), change.ravel())[0, 1] > .98
+
+
+def test_conditioning_images_from_the_command_line(hinted, screen, hinted_path, run, monkeypatch,
+                                                   tmp_path):
+    monkeypatch.setattr(sample.Model, "load", lambda path: hinted)
+    tifffile.imwrite(tmp_path / "field.tif", np.random.default_rng(0).integers(
+        0, 255, (48, 72), np.uint8))
+    stack, shown, drawn = screen.parent / "brightfield.npy", [], []
+    for control in (f"{screen}:9", f"{stack}:7", f"{stack}:107", tmp_path / "field.tif"):
+        (_, rows, *_), record, _ = run("--checkpoint", hinted_path, "--control", control, "-n", 2,
+                                       "dose=1", "--steps", 1)
+        shown.append(rows[0][0])
+        drawn.append(tifffile.imread(tmp_path / "samples.tif"))
+        assert drawn[-1].shape == (2, 5, *shown[-1].shape) and record["control"] == str(control)
+    assert np.array_equal(shown[0], shown[1]) and shown[3].shape == (48, 72)
+    assert abs(drawn[1] - drawn[2]).max() > 1e-3 and record["guidance"]["image"] == 1
+
+
+def test_refusals(ldm_path, hinted_path, screen, tmp_path, refused):
+    np.save(tmp_path / "two.npy", np.zeros((2, 32, 32), np.uint8))
+    np.save(tmp_path / "small.npy", np.zeros((16, 16), np.uint8))
+    (tmp_path / "file").write_text("mine")
+    row, follow = f"{screen}:9", ("--checkpoint", hinted_path, "dose=1", "--control")
+    for words, says in (
+            (["batch=B9"], ["unknown batch B9", "B1, B2, B3"]), (["dose=much"], ["dose=much"]),
+            (["bath=B1"], ["unknown field bath", "smiles, dose, batch"]), (["dose=nan"], ["nan"]),
+            (["smiles=C1CC"], ["C1CC", "no valid SMILES"]), (["batch"], ["NAME=VALUE"]),
+            (["batch=B1", "dose=1", "--grid", "batch=B1,B2"], ["batch=B1,B2", "each name once"]),
+            (["--guidance", "chemistry=2"], ["no group chemistry", "biology, experiment"]),
+            (["--guidance", "image=2"], ["--control FILE"]), (["--step", 3], ["unrecognized"]),
+            (["--grid", "dose=0,1", "batch=B1,B2", "row=1,2"], ["at most two"]),
+            (["-n", 0], ["at least one"]), (["--seed", 2 ** 70], ["--seed"]),
+            (["--steps", 1001], ["--steps", "1000"]), (["--interval", .9, .1], ["--interval"]),
+            (["--interval", "nan", 1], ["--interval"]), (["--form", "odd"], ["invalid choice"]),
+            (["--out", tmp_path / "file/inside"], ["stands in the way"]),
+            (["--edit", row, "--sampler", "dpm", "-n", 8], ["no use for -n and --sampler"]),
+            (["--edit", f"{screen}:1"], ["MANIFEST:ROW"]), (["--edit", row, "batch=B9"], ["B9"]),
+            (["--attribution", row, "dose=0", "--steps", 15], ["--attribution takes conditions"]),
+            (["--attribution", row], ["a change"]), (["--edit", row, "--control", row], ["with"]),
+            (["--control", row], ["ControlNet", "--control_column"]),
+            ([*follow, tmp_path / "two.npy"], ["2 channels", "1 expected"]),
+            ([*follow, tmp_path / "small.npy"], ["16x16", "32x32"]),
+            ([*follow, screen], ["MANIFEST:ROW"]), ([*follow, "none.npy"], ["none.npy"]),
+            (["--checkpoint", tmp_path / "none.pt"], ["no ldm checkpoint", "train_ldm.py"])):
+        said = refused(sample, "--checkpoint", ldm_path, "--out", tmp_path / "o", *words, says=says)
+        assert len(said) == 1, said
+    assert not (tmp_path / "o").exists() and (tmp_path / "file").read_text() == "mine"
