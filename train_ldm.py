@@ -101,7 +101,7 @@ def train(config=Config()):
         report(average, run, config, 0)
     del found, known  # checkpoints, which would stay in memory
     workers = config.workers if device().type == "cuda" else 0  # a CPU does not wait for a batch
-    gpu = dict(multiprocessing_context="fork", pin_memory=True) if workers else {}  # unpickled
+    gpu = dict(multiprocessing_context="fork", pin_memory=True) if workers else {}  # not pickled
     steps = range(first, config.steps)
     batches = data.loader(Steps(run, config), steps, workers, batch_size=None, **gpu)
     progress = Progress(batches, config, first, "training the diffusion model")
