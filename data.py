@@ -6,10 +6,10 @@ as a real plate; because it is simulated, what biology and experiment did to eac
 
     python data.py simulate --out runs/data      # draw the default screen
     python data.py show runs/data/manifest.csv   # check every file, summarise, draw a contact sheet
-    python data.py mol2image IMAGES train.csv test.csv    # Mol2Image's data set, as a manifest
-    python data.py load_data load_data.csv       # CellProfiler's tables (JUMP, LINCS), likewise
     python data.py restain MANIFEST --by batch plate --out DIR    # images as other plates show them
     python data.py controls MANIFEST --by plate --out NEW.csv     # each row's negative controls
+    python data.py mol2image IMAGES train.csv test.csv    # Mol2Image's data set, as a manifest
+    python data.py load_data load_data.csv       # CellProfiler's tables (JUMP, LINCS), likewise
     python data.py                               # the same cells under each mechanism, as a picture
 """
 import argparse
@@ -20,16 +20,18 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 import os
 import re
 import signal
 import sys
+import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from functools import cache, partial
-from itertools import combinations, islice, product, repeat
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache, lru_cache
+from itertools import combinations, product, repeat
 from pathlib import Path
 
 import numpy as np
@@ -488,32 +490,36 @@ def molecule_key(smiles):
 
 # --- 3. The manifest: one row per image -----------------------------------------------------------
 
+@contextmanager
+def readable(path, kinds=Exception):
+    """Within the block, whatever is wrong with the bytes of a file is a UserError that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as fault:
+        text = " ".join(str(fault).split())[:120] or type(fault).__name__
+        raise UserError(f"{path} is unreadable: {text}") from None
+
+
 def read_table(path):
-    """A table (.csv, or .txt and .tsv with tabs; .gz of either) as {column: list of texts}, a
-    million rows in seconds: a text that repeats is held once. All rows of another length are named;
-    empty lines may stand at the end alone, so that rows have the numbers of a spreadsheet."""
-    header, columns, faults = attempt(lambda: parse_table(Path(path)), path)
+    """A table (.csv, or .txt and .tsv with tabs; .gz of either) as {column: list of texts}. All
+    rows of another length are named; empty lines may stand at the end alone, so that rows have the
+    numbers of a spreadsheet."""
+    opener = gzip.open if Path(path).suffix == ".gz" else open
+    tabs = {".txt", ".tsv"} & {*Path(path).suffixes}
+    with readable(path, (OSError, ValueError, EOFError, csv.Error, zlib.error)), opener(
+            path, "rt", newline="", encoding="utf-8-sig") as file:
+        lines = [[*map(sys.intern, line)]  # a text that repeats is held once
+                 for line in csv.reader(file, delimiter="\t" if tabs else ",")]
+    while lines and not lines[-1]:
+        lines.pop()
+    header, *rows = lines or [[]]
+    faults = [f"row {k}: {len(row)} values for {len(header)} columns"
+              for k, row in enumerate(rows, 2) if len(row) != len(header)]
     faults += [f"more than one column {c}" for c, k in Counter(header).items() if c and k > 1]
-    report(path, faults or ([] if columns and columns[0] else ["the table has no rows"]))
-    return {name: values for name, values in zip(header, columns) if name}
-
-
-def parse_table(path):
-    opener, tabs = gzip.open if path.suffix == ".gz" else open, {".txt", ".tsv"} & {*path.suffixes}
-    with opener(path, "rt", newline="", encoding="utf-8-sig") as file:
-        lines = enumerate(csv.reader(file, delimiter="\t" if tabs else ","), 1)
-        number, header = next(lines, (1, []))
-        columns, faults = [[] for _ in header], []
-        while block := list(islice(lines, 200)):  # few enough for the processor's cache
-            faults += [f"row {k}: {len(line)} values for {len(header)} columns"
-                       for k, line in block if len(line) != len(header)]
-            good, number = [line for _, line in block if len(line) == len(header)], block[-1][0]
-            for column, values in zip(columns, zip(*good)):
-                repeats = len(set(values)) < len(values)
-                column.extend(map(sys.intern, values) if repeats else values)
-    while faults and faults[-1].startswith(f"row {number}: 0 "):
-        number, _ = number - 1, faults.pop()
-    return header, columns, faults
+    report(path, faults or ([] if rows else ["the table has no rows"]))
+    return {name: list(values) for name, values in zip(header, zip(*rows)) if name}
 
 
 def write_manifest(out, rows):
@@ -541,7 +547,6 @@ class Manifest:
     index: list          # place in a .npy stack of images, or None
     sizes: dict          # {(H, W): "row 2"}, each size with the first row that has it
     depths: dict = field(default_factory=dict)  # {column: {8: "row 2"}}, bits of its numbers
-    notes: dict = field(default_factory=dict)   # {file: what is odd about it}
 
     def __len__(self):
         return len(self.index)
@@ -552,18 +557,14 @@ class Manifest:
 
     def sha1(self):
         """The hash of the file: a manifest that has changed is another data set."""
-        with open(self.path, "rb") as file:
-            return hashlib.file_digest(file, "sha1").hexdigest()
+        return hashlib.sha1(Path(self.path).read_bytes()).hexdigest()
 
-    def files(self, i):
-        """The image files of row i, "" where a value is blank."""
-        return tuple(name and os.path.join(self.path.parent, name) for name in (
-            self.columns[column][i] for column in self.file_columns))
-
-    def channels_first(self, i, array, file):
-        """The image (C, H, W) of row i in the array that a file holds."""
+    def plane(self, i, column):
+        """What the file of row i in this column holds, (C, H, W) in its units, or a UserError."""
+        name, place = self.columns[column][i], self.index[i]
         wanted = 1 if len(self.file_columns) > 1 else self.channels and len(self.channels)
-        place = self.index[i]
+        file = name and os.path.join(self.path.parent, name)
+        array = open_image(file)
         if array.dtype.newbyteorder("=") not in (np.uint8, np.uint16):
             raise UserError(f"{file} holds {array.dtype}: uint8 and uint16 images can be read")
         if place is not None and (not file.endswith(".npy") or place >= len(array)):
@@ -584,30 +585,27 @@ class Manifest:
         """Image i, (C, H, W) in the file's units; a UserError names row, column and file. top:
         bring each file from the range of its numbers to 0..top; without, all have one range."""
         planes = []
-        for column, file in zip(self.file_columns, self.files(i)):
+        for column in self.file_columns:
             try:
-                blank, decode, _ = open_image(file)
-                array, bits = attempt(decode, file), blank.dtype.itemsize * 8
-                if (array.shape, array.dtype) != (blank.shape, blank.dtype):
-                    raise UserError(f"{file} does not hold what its header says")
-                planes.append(self.channels_first(i, array, file))
-                if top is None and bits != next(iter(self.depths.get(column, [bits]))):
-                    raise UserError(f"{file} has {bits} bits, other rows have not")
+                planes.append(self.plane(i, column))
+                bits = 8 * planes[-1].dtype.itemsize
+                if top is None and bits not in self.depths.get(column, [bits]):
+                    raise UserError(f"{bits} bits, other rows have not")
                 if planes[-1].shape[1:] != planes[0].shape[1:]:
-                    raise UserError(f"{file} has another size than other channels")
+                    raise UserError("another size than other channels")
             except UserError as fault:
                 raise UserError(f"{self.path}, row {i + 2}, column {column}: {fault}") from None
         return np.concatenate(planes if top is None else [
             plane * np.float32(top / np.iinfo(plane.dtype).max) for plane in planes])
 
 
-def read_manifest(path, channels=CHANNELS, column="image", check=10_000, faults=None):
+def read_manifest(path, channels=CHANNELS, column="image", check=1000, faults=None):
     """Read a manifest and check it; every fault is reported, each with its row and column.
 
     channels: the names of the stains, in file order. They are also the columns to look for; where
     they are absent, `column` names one file with all channels (None: as many as there are).
-    check: up to this many distinct images are opened (header and length; pixels are decoded when
-    they are read), of more only that of the first row. faults: a list to gather faults in.
+    check: up to this many distinct images are read now, of more only that of the first row; the
+    others are checked when they are read. faults: a list to gather faults in.
     """
     columns, path, channels = read_table(path), Path(path), channels and tuple(channels)
     missing = [c for c in channels or () if c not in columns]
@@ -619,123 +617,96 @@ def read_manifest(path, channels=CHANNELS, column="image", check=10_000, faults=
                         f"columns are {', '.join(columns)} (--channels names the stains)")
     found = [f"channel {c} is named twice" for c, k in Counter(names).items() if k > 1]
     for a, b in combinations(dict.fromkeys(names), 2):
-        same = (i for i, (x, y) in enumerate(zip(columns[a], columns[b])) if x and x == y)
+        same = [i for i, (x, y) in enumerate(zip(columns[a], columns[b])) if x and x == y]
         found += [f"row {i + 2}: columns {a} and {b} name the same file, {columns[a][i]}"
-                  for i in islice(same, 1)]
+                  for i in same[:1]]
     index = columns.get("index", [""] * len(columns[names[0]]))
     found += [f"row {i + 2}, column index: {value} is no place in a stack (0, 1, ...)"
               for i, value in enumerate(index) if value and not value.isdecimal()]
     index = [int(v) if v.isdecimal() else None for v in index]
     manifest = Manifest(path, columns, channels, names, index, {})
     few = len(set().union(*(columns[name] for name in names))) <= check * len(names)
-    found += file_faults(manifest, range(len(manifest)) if few else [0])
+    found += check_files(manifest, range(len(manifest)) if few else [0])
     report(path, found) if faults is None else faults.extend(found)
     return manifest
 
 
-def file_faults(manifest, rows):
-    """The faults of the files of these rows. Their sizes, depths and notes are noted."""
-    faults, opened = [], {}
+def check_files(manifest, rows):
+    """Read the files of these rows, note their sizes and depths, and return their faults."""
+    faults = {}
     for i in tqdm(rows, "checking files", delay=3):
         sizes = set()
-        for column, file in zip(manifest.file_columns, manifest.files(i)):
+        for column in manifest.file_columns:
             try:
-                if file not in opened:
-                    opened[file] = None  # an unreadable file is named once
-                    opened[file], _, note = open_image(file)
-                    manifest.notes |= {file: note} if note else {}
-                if opened[file] is not None:
-                    sizes.add(manifest.channels_first(i, opened[file], file).shape[1:])
-                    depth = manifest.depths.setdefault(column, {})
-                    depth.setdefault(8 * opened[file].dtype.itemsize, f"row {i + 2}")
-            except UserError as fault:
-                faults.append(f"row {i + 2}, column {column}: {fault}")
+                plane = manifest.plane(i, column)
+            except UserError as fault:  # an unreadable file is named once
+                faults.setdefault(str(fault), f"row {i + 2}, column {column}: {fault}")
+                continue
+            sizes.add(plane.shape[1:])
+            depths = manifest.depths.setdefault(column, {})
+            depths.setdefault(8 * plane.dtype.itemsize, f"row {i + 2}")
         if len(sizes) > 1:
-            faults.append(f"row {i + 2}: channels of different sizes, "
-                          + ", ".join(f"{w}x{h}" for h, w in sorted(sizes)))
+            text = f"row {i + 2}: channels of different sizes, "
+            faults[text] = text + ", ".join(f"{w}x{h}" for h, w in sorted(sizes))
         manifest.sizes |= {size: f"row {i + 2}" for size in sizes - manifest.sizes.keys()}
-    return faults
+    return faults.values()
 
 
-# --- 4. Image files: each format says shape and type at once, and pixels when it is asked ---------
-
-def attempt(action, path):
-    """action(), once more where the system fails. Whatever else is wrong with foreign bytes is a
-    UserError."""
-    for last in (False, True):
-        try:
-            return action()
-        except Exception as fault:
-            if last or not isinstance(fault, OSError):
-                text = " ".join(str(fault).split())[:120] or type(fault).__name__
-                raise UserError(f"{path} is unreadable: {text}") from None
-
+# --- 4. Image files -------------------------------------------------------------------------------
 
 def open_image(file):
-    """(blank, decode, note): an array of the file's shape and type without its pixels, the function
-    that reads them, and what is odd about the file. UserError for one that cannot be read."""
+    """The numbers in an image file, in its own shape and type; a UserError says why not."""
     suffix = Path(file).suffix.lower()
     if not os.path.isfile(file):
         raise UserError(f"there is no image file {file}" if file else "the image file is blank")
-    with open(file, "rb") as opened:
+    with readable(file), open(file, "rb") as opened:
         if opened.read(64).startswith(b"version https://git-lfs"):
             raise UserError(f"{file} is a Git LFS pointer, not an image: run git lfs pull")
-    if suffix not in FORMATS:
-        raise UserError(f"{file}: no image format read here ({', '.join(FORMATS)})")
-    shape, dtype, decode, *note = attempt(lambda: FORMATS[suffix](file), file)
-    return np.broadcast_to(np.zeros((), dtype), shape), decode, "".join(note)
+        if suffix not in FORMATS:
+            raise UserError(f"{file}: no image format read here ({', '.join(FORMATS)})")
+        return FORMATS[suffix](file)
 
 
 def open_tiff(path):
     """The first series of a TIFF. OME files that belong together are read one by one: tifffile
     fills those that are missing with zeros."""
     with tifffile.TiffFile(path, is_ome=False) as tif:
-        page, series, count = tif.pages[0], tif.series[0], len(tif.series)
-        ends = [o + n for p in tif.pages for o, n in zip(p.dataoffsets, p.databytecounts)]
-        if series.dataoffset is not None:  # of pages one after the other the first alone tells
-            ends.append(series.dataoffset + series.nbytes)
-        pages, lzw = [p.index for p in series.pages], page.compression == 5
-    axes = [a for a, n in zip(series.axes, series.shape) if n > 1] + re.findall(
-        r'Size([ZT])="(?!1")', page.description)
-    deep = page.samplesperpixel > 1 and (page.planarconfig != 1 or page.dtype != np.uint8)
-    if max(ends) > os.path.getsize(path):
-        raise ValueError("the file ends before its pixels do")
-    if page.photometric not in (1, 2):
-        raise ValueError(f"its numbers are {page.photometric.name}, not intensities")
-    if {"Z", "T"} & set(axes):
-        raise ValueError(f"its axes are {''.join(axes)}: one plane at one time can be read")
-    if page.compression not in tifffile.TIFF.DECOMPRESSORS and not lzw or lzw and deep:
-        raise ValueError(f"{page.compression.name} of {page.dtype} and {page.samplesperpixel} "
-                         "samples a pixel cannot be read here")
-
-    def decode():
-        if not lzw:
-            return tifffile.imread(path, is_ome=False, series=0)
-        with Image.open(path) as image:  # tifffile leaves LZW to a package of its own
-            frames = [image.seek(k) or np.array(image) for k in pages]
-        return np.stack(frames).reshape(series.shape)
-    note = f"holds {count} series, of which the first is read" if count > 1 else ""
-    return series.shape, series.dtype, decode, note
+        page, series = tif.pages[0], tif.series[0]
+        axes = [a for a, n in zip(series.axes, series.shape) if n > 1] + re.findall(
+            r'Size([ZT])="(?!1")', page.description)
+        deep = page.samplesperpixel > 1 and (page.planarconfig != 1 or page.dtype != np.uint8)
+        if page.photometric not in (1, 2):
+            raise ValueError(f"its numbers are {page.photometric.name}, not intensities")
+        if {"Z", "T"} & set(axes):
+            raise ValueError(f"its axes are {''.join(axes)}: one plane at one time can be read")
+        if page.compression in tifffile.TIFF.DECOMPRESSORS:
+            return series.asarray()
+        if page.compression != 5 or deep:
+            raise ValueError(f"{page.compression.name} of {page.dtype} and {page.samplesperpixel} "
+                             "samples a pixel cannot be read here")
+        pages = [p.index for p in series.pages]
+    with Image.open(path) as image:  # tifffile leaves LZW to a package of its own
+        frames = [image.seek(k) or np.array(image) for k in pages]
+    return np.stack(frames).reshape(series.shape)
 
 
 def open_png(path):
     """A PNG of 8 bits, grey or RGB, or of 16 bits, grey: Pillow reads 16-bit RGB as 8 bits."""
     with open(path, "rb") as file:
-        head = file.read(26)
-        file.seek(max(0, os.path.getsize(path) - 12))
-        if b"IEND" not in file.read():
-            raise ValueError("the file ends before its pixels do")
-    bands = {(8, 0): (), (16, 0): (), (8, 2): (3,), (8, 6): (4,)}.get((head[24], head[25]))
-    if bands is None:
-        raise ValueError(f"PNG of type {head[25]}, {head[24]} bits: grey and 8-bit RGB can be read")
-    width, height = (int.from_bytes(head[k:k + 4], "big") for k in (16, 20))
-    dtype = np.dtype(f"uint{head[24]}")
-    return (height, width, *bands), dtype, lambda: np.array(Image.open(path)).astype(dtype)
+        bits, kind = file.read(26)[24:]
+    if (bits, kind) not in ((8, 0), (16, 0), (8, 2), (8, 6)):
+        raise ValueError(f"PNG of type {kind}, {bits} bits: grey and 8-bit RGB can be read")
+    with Image.open(path) as image:
+        return np.array(image).astype(f"uint{bits}")
 
 
 def open_npy(path):
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-    return array.shape, array.dtype, lambda: array
+    return map_npy(path, os.stat(path).st_mtime_ns)
+
+
+@lru_cache(64)
+def map_npy(path, changed):
+    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def open_npz(path):
@@ -745,11 +716,7 @@ def open_npz(path):
         name = "sample" if "sample" in archive.files else archive.files[0]
         if name != "sample" and len(archive.files) > 1:
             raise ValueError(f"which of {', '.join(archive.files)} is the image? name it sample")
-        with archive.zip.open(f"{name}.npy") as file:
-            header = {(1, 0): np.lib.format.read_array_header_1_0,
-                      (2, 0): np.lib.format.read_array_header_2_0}[np.lib.format.read_magic(file)]
-            shape, _, dtype = header(file)
-    return shape, dtype, lambda: np.load(path, allow_pickle=False)[name]
+        return archive[name]
 
 
 FORMATS = {".tif": open_tiff, ".tiff": open_tiff, ".png": open_png, ".npy": open_npy,
@@ -768,9 +735,7 @@ class Views(torch.utils.data.Dataset):
     """
 
     def __init__(self, manifest, intensity, crop=0, flips=True, binning=1, seed=0, top=None):
-        self.manifest = replace(manifest, columns={  # what a process that reads needs
-            column: manifest.columns[column] for column in manifest.file_columns})
-        self.intensity, self.crop, self.flips = intensity, crop, flips
+        self.manifest, self.intensity, self.crop, self.flips = manifest, intensity, crop, flips
         self.binning, self.seed, self.top = binning, seed, top
         if intensity and intensity["rule"] == "dtype":
             self.top = intensity["high"][0]
@@ -860,14 +825,14 @@ def fit_intensity(rule, manifest, rows, binning=1, workers=0):
         low, high = np.percentile(torch.cat([x for x, fault in found if not fault], 1).numpy(),
                                   (.1, 99.9), axis=1).tolist()
     else:
-        first = manifest.read(int(rows[0]), 1. if rule == "dtype" else None)
+        channels = len(manifest.read(int(rows[0]), 1. if rule == "dtype" else None))
         bits = max([b for found in manifest.depths.values() for b in found], default=8)
         words = rule.split(":") if rule != "dtype" else ["0", 2 ** bits - 1]
-        low, high = ([number(word)] * len(first) for word in (words[0], words[-1]))
+        low, high = ([number(word)] * channels for word in (words[0], words[-1]))
         if not low < high or len(words) != 2:
             raise UserError(f"--intensity {rule}: percentile, dtype, or a range such as 0:4095")
-    names = manifest.channels or [f"{k}" for k in range(1, len(low) + 1)]
-    flat = [name for name, a, b in zip(names, low, high) if a >= b]
+    names = manifest.channels or range(1, len(low) + 1)
+    flat = [str(name) for name, a, b in zip(names, low, high) if a >= b]
     if flat:
         raise UserError(f"{manifest.path}: channel {', '.join(flat)} has no contrast: 99.8 % of "
                         "its pixels or more have one value")
@@ -904,12 +869,10 @@ def number(text):
 
 
 def pixel_size(manifest, binning):
-    """Micrometres of a pixel after binning; None where the column pixel_um is not there, or does
-    not say one size for all."""
-    sizes = manifest.columns.get("pixel_um", [""])
-    report(manifest.path, (f"row {i + 2}, column pixel_um: {text} is no size in micrometres"
-                           for i, text in enumerate(sizes) if text and not number(text) > 0))
-    return float(sizes[0]) * binning if len(set(sizes)) == 1 and sizes[0] else None
+    """Micrometres of a pixel after binning; None where the column pixel_um does not say one size
+    for all."""
+    size, *others = {*manifest.columns.get("pixel_um", [""])}
+    return number(size) * binning if number(size) > 0 and not others else None
 
 
 def doses(columns):
@@ -942,9 +905,7 @@ def split_rows(manifest, how="auto", fraction=.1, seed=0):
     if how == "auto":
         text = "plate+well" if "plate" in columns and all(columns.get("well", [""])) else "image"
     names = text.split("+") if text != "image" else []
-    if not set(names) <= set(columns):
-        raise UserError(f"--split {how}: {manifest.path} has no column "
-                        + ", ".join(name for name in names if name not in columns))
+    require(manifest, names)
     same = {name: molecule_key if name.lower() == "smiles" else str for name in names}
     keys = ["+".join(v) for v in zip(*(map(same[name], columns[name]) for name in names))]
     keys, free = np.array(keys or range(n), str), np.ones(n, bool)
@@ -963,6 +924,11 @@ def split_rows(manifest, how="auto", fraction=.1, seed=0):
     if held.all():
         raise UserError(f"--split {how}: nothing is left to train on")
     return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def require(manifest, names):
+    """Refuse a manifest without these columns."""
+    report(manifest.path, [f"there is no column {n}" for n in names if n not in manifest.columns])
 
 
 def share_of(text):
@@ -1003,82 +969,8 @@ def restain(image, own, other):
 CONTROLS_NEEDED, CONTROLS_SEEN = 8, 96  # images of negative controls that tell a plate's style
 
 
-class Plates:
-    """The plates of the training rows: `of[i]` names that of row i by its values in the columns
-    `by`, `controls` lists the negative controls of those that have enough, and `moves` says which
-    treated images i are shown as which other plate: [(i, plate)]."""
-
-    def __init__(self, manifest, by, train):
-        columns, untreated = manifest.columns, negative_controls(manifest.columns)
-        found, controls = fit_intensity("percentile", manifest, train), defaultdict(list)
-        self.low, self.high = (np.array(found[k])[:, None, None] for k in ("low", "high"))
-        self.manifest, self.style = manifest, cache(self.style)
-        self.of = {i: tuple(columns[name][i] for name in by) for i in train}
-        for i in keyed_rng(0, CONTROLS).permutation(train).tolist():
-            if untreated[i] and all(self.of[i]):
-                controls[self.of[i]].append(i)
-        self.controls = {plate: rows for plate, rows in sorted(controls.items())
-                         if len(rows) >= CONTROLS_NEEDED}
-        treated, known = [i for i in train if not untreated[i]], list(self.controls)
-        chosen = [i for i in treated if self.of[i] in self.controls
-                  and all(values[i] for values in doses(columns).values())]
-        if len(known) < 2 or not chosen:
-            raise UserError(f"{manifest.path}: restaining needs treated images, and two plates "
-                            f"(--by {' '.join(by)}) of {CONTROLS_NEEDED} negative controls or more")
-        ahead = keyed_rng(0, OTHER_PLATE).integers(1, len(known), len(chosen))
-        self.moves = [(i, known[(known.index(self.of[i]) + k) % len(known)])
-                      for i, k in zip(chosen, ahead)]
-        print(f"restained: {len(known)} plates, {len(chosen)} images; {len(treated) - len(chosen)} "
-              "other treated images stay as they are")
-
-    def read(self, i):
-        """Image i, scaled but not clipped, so that low and high of the intensities are -1 and 1."""
-        image = (self.manifest.read(i) - self.low) / (self.high - self.low) * 2 - 1
-        return image.astype(np.float32)
-
-    def style(self, plate):
-        rows = self.controls[plate][:CONTROLS_SEEN]
-        count = max(CONTROLS_NEEDED, 2 ** 26 // self.read(rows[0]).size)  # 256 MB
-        return plate_style(np.stack([self.read(i) for i in rows[:count]]))
-
-    def restained(self, i, other):
-        return restain(self.read(i), self.style(self.of[i]), self.style(other))
-
-    def told(self):
-        """{plate: {column: value}} of the columns that have one value on each whole plate."""
-        columns, first = self.manifest.columns, {p: rows[0] for p, rows in self.controls.items()}
-        constant = [c for c, v in columns.items() if all(
-            v[i] == v[first[plate]] for i, plate in self.of.items() if plate in first)]
-        return {plate: {c: columns[c][i] for c in constant} for plate, i in first.items()}
-
-    def report_contrast(self, count=64, sites=4):
-        """Print how much the contrast of one treatment differs between plates, and how much when
-        one of the two is restained: a first check whether this suits the plates."""
-        columns, alike, gaps = self.manifest.columns, defaultdict(list), []
-        names = [n for n in ("smiles", "compound", *doses(columns)) if n in columns]
-        treatment = {i: tuple(columns[n][i] for n in names) for i, _ in self.moves}
-        for i in treatment:
-            alike[treatment[i], self.of[i]].append(i)
-        pairs = [(i, other) for i, other in self.moves if (treatment[i], other) in alike]
-        for k in keyed_rng(0, CHECK).permutation(len(pairs))[:count]:
-            i, other = pairs[k]
-            own, there = (alike[treatment[i], plate][:sites] for plate in (self.of[i], other))
-            a, b, moved = (np.log(np.std(images, (0, 2, 3)) + .01) for images in (
-                [self.read(j) for j in own], [self.read(j) for j in there],
-                [self.restained(j, other) for j in own]))                            # (C,)
-            gaps.append([abs(a - b).mean(), abs(moved - b).mean()])
-        if not gaps:
-            return print("no treatment lies on two of them: nothing shows whether it suits them")
-        before, after = np.mean(gaps, 0)
-        print(f"the contrast of one treatment differs between two plates by {before:.2f} (log, "
-              f"mean of {len(gaps)} pairs), restained by {after:.2f}")
-        if after >= before:
-            print("warning: restained images are no nearer to those of the other plate: it needs "
-                  "more negative controls on each, or plates that differ in optics only")
-
-
 def write_restained(manifest, by: list = ("plate",), share=.75, balance: list = (),
-                    out="runs/restained"):
+                    out="runs/restained", channels=",".join(CHANNELS)):
     """Write a manifest with treated images as other plates show them, and sampling weights.
 
     Each treated training row is copied as another plate, chosen at random, would show it; the copy
@@ -1086,42 +978,74 @@ def write_restained(manifest, by: list = ("plate",), share=.75, balance: list = 
     `share` of the row's weight. by: the columns that name a plate. share 0: no copies. balance:
     draw each combination of the values of these columns equally often. out: a folder.
     """
-    columns, out = manifest.columns, Path(out)
-    report(manifest.path, [f"there is no column {n}" for n in (*by, *balance) if n not in columns]
-           + ["column weight: there are sampling weights already"] * ("weight" in columns)
-           + [f"--share {share} is not between 0 and 1"] * (not 0 <= share <= 1)
-           + ["images of several sizes cannot be restained"] * (len(manifest.sizes) > 1))
-    train, held = (v.tolist() for v in split_rows(manifest))
+    manifest, out = read_manifest(manifest, channels.split(",")), Path(out)
+    columns = manifest.columns
+    require(manifest, [*by, *balance])
+    if "weight" in columns or not 0 <= share <= 1 or len(manifest.sizes) > 1:
+        raise UserError(f"{manifest.path}: restaining takes a share between 0 and 1, images of one "
+                        "size, and no column weight (there are sampling weights already)")
+    train, held = (rows.tolist() for rows in split_rows(manifest))
     weights, moved = balanced(columns, train, balance), relative_columns(manifest, out)
-    rows, held, copies = table_rows(moved), set(held), []
+    rows, held = table_rows(moved), set(held)
     if "split" not in columns:
         rows = [row | {"split": "val" if i in held else "train"} for i, row in enumerate(rows)]
-    if share:
-        plates = Plates(manifest, by, train)
-        plates.report_contrast()
-        told, blank = plates.told(), {c: "" for c in columns if moved[c] is not columns[c]}
-        for i, other in plates.moves:
-            copies.append(rows[i] | told[other] | blank | {
-                "split": "train", "weight": f"{weights[i] * share:.6g}"})
-            weights[i] *= 1 - share
-        copies = write_stack(out, copies, *draw_restained(plates), "{}_restained.npy")
+    told, moves, images = restained_images(manifest, by, train) if share else ({}, [], ())
+    copies, own = [], {name: "" for name in columns if moved[name] is not columns[name]}  # files
+    for i, other in moves:
+        copies.append(rows[i] | told[other] | own | {
+            "split": "train", "weight": f"{weights[i] * share:.6g}"})
+        weights[i] *= 1 - share
+    if copies:
+        each = len(manifest.read(moves[0][0])) // len(manifest.file_columns)
+        shapes = {c: (each, *next(iter(manifest.sizes)), np.dtype(f"uint{bits}"))
+                  for c, (bits, *_) in manifest.depths.items()}
+        copies = write_stack(out, copies, shapes, (
+            dict(zip(shapes, np.split(image, len(shapes)))) for image in images),
+            "{}_restained.npy")
     for i, weight in weights.items():
         rows[i]["weight"] = f"{weight:.6g}"
     return write_manifest(out / "manifest.csv", rows + copies)
 
 
-def draw_restained(plates):
-    """The restained images, in the type of numbers of their files: shapes and fields, as
-    write_stack takes them."""
-    manifest, each = plates.manifest, len(plates.low) // len(plates.manifest.file_columns)
-    depths = {c: np.dtype(f"uint{next(iter(manifest.depths[c]))}") for c in manifest.file_columns}
+def restained_images(manifest, by, train):
+    """Training images as other plates, named by the columns `by`, show them: ({plate: {column:
+    value}} of the columns with one value on each whole plate, moves [(row, other plate)], and for
+    each move the image in the units of its files). Plates of too few negative controls are left."""
+    columns, untreated = manifest.columns, negative_controls(manifest.columns)
+    fitted, controls = fit_intensity("percentile", manifest, train), defaultdict(list)
+    low, high = (np.array(fitted[k])[:, None, None] for k in ("low", "high"))
+    plate = {i: tuple(columns[name][i] for name in by) for i in train}
+    for i in keyed_rng(0, CONTROLS).permutation(train).tolist():
+        if untreated[i] and all(plate[i]):
+            controls[plate[i]].append(i)
+    known = sorted(p for p, rows in controls.items() if len(rows) >= CONTROLS_NEEDED)
+    treated = [i for i in train if not untreated[i]]
+    chosen = [i for i in treated if plate[i] in known
+              and all(values[i] for values in doses(columns).values())]
+    if len(known) < 2 or not chosen:
+        raise UserError(f"{manifest.path}: restaining needs treated images, and two plates "
+                        f"(--by {' '.join(by)}) of {CONTROLS_NEEDED} negative controls or more")
+    ahead = keyed_rng(0, OTHER_PLATE).integers(1, len(known), len(chosen))
+    moves = [(i, known[(known.index(plate[i]) + k) % len(known)]) for i, k in zip(chosen, ahead)]
+    print(f"restained: {len(known)} plates, {len(chosen)} images; {len(treated) - len(chosen)} "
+          "other treated images stay as they are")
+    constant = [name for name, v in columns.items()
+                if all(v[i] == v[controls[p][0]] for i, p in plate.items() if p in known)]
 
-    def fields():
-        for i, other in tqdm(plates.moves, "restaining"):
-            image = (plates.restained(i, other) + 1) / 2 * (plates.high - plates.low) + plates.low
-            yield {c: image[k * each:(k + 1) * each].round().clip(0, np.iinfo(depth).max)
-                   for k, (c, depth) in enumerate(depths.items())}
-    return {c: (each, *next(iter(manifest.sizes)), depth) for c, depth in depths.items()}, fields()
+    def scaled(i):  # not clipped, and -1 and 1 are low and high
+        return ((manifest.read(i) - low) / (high - low) * 2 - 1).astype(np.float32)
+
+    @cache
+    def style(p):
+        count = max(CONTROLS_NEEDED, 2 ** 26 // low.size // math.prod(next(iter(manifest.sizes))))
+        return plate_style(np.stack([scaled(i) for i in controls[p][:CONTROLS_SEEN][:count]]))
+
+    def images():
+        top = 2 ** min(min(bits) for bits in manifest.depths.values()) - 1
+        for i, other in tqdm(moves, "restaining"):
+            image = restain(scaled(i), style(plate[i]), style(other))
+            yield ((image + 1) / 2 * (high - low) + low).round().clip(0, top)
+    return {p: {c: columns[c][controls[p][0]] for c in constant} for p in known}, moves, images()
 
 
 def balanced(columns, rows, names):
@@ -1138,23 +1062,21 @@ def balanced(columns, rows, names):
     return {i: scale / count[keys[i]] if i in keys else 1. for i in rows}
 
 
-def list_controls(manifest, by: list = ("plate",), out="controls.csv"):
+def list_controls(manifest, by: list = ("plate",), out="controls.csv",
+                  channels=",".join(CHANNELS)):
     """Write a manifest with the column control_row: each row's negative controls.
 
     They are row numbers, as in a spreadsheet, of all negative controls (dose 0) of the same plate,
     named by the columns `by`, in other wells than the row's own.
     """
-    columns, controls = manifest.columns, defaultdict(list)
-    report(manifest.path, [f"there is no column {name}" for name in by if name not in columns])
-    plates = list(zip(*(columns[name] for name in by)))
-    wells = columns.get("well") or range(len(manifest))
-    for i in np.flatnonzero(negative_controls(columns)).tolist():
+    manifest, controls = read_manifest(manifest, channels.split(",")), defaultdict(list)
+    require(manifest, by)
+    plates = list(zip(*(manifest.columns[name] for name in by)))
+    wells = manifest.columns.get("well") or range(len(manifest))
+    for i in np.flatnonzero(negative_controls(manifest.columns)).tolist():
         controls[plates[i]].append(i)
-
-    @cache
-    def others(plate, well):
-        return " ".join(str(i + 2) for i in controls[plate] if wells[i] != well)
-    found = [all(plate) and others(plate, well) for plate, well in zip(plates, wells)]
+    found = [" ".join(str(k + 2) for k in controls[p] if wells[k] != well) if all(p) else ""
+             for p, well in zip(plates, wells)]
     report(manifest.path, (
         f"row {i + 2}: plate {' '.join(plates[i]) or 'blank'} has no negative control (dose 0) in "
         "another well" for i, listed in enumerate(found) if not listed))
@@ -1182,25 +1104,10 @@ def table_rows(columns):
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
-def tidy_name(column):
-    return re.sub("^metadata_", "", column.lower())
-
-
-@cache
-def well_position(text):
-    """A well, however it is written (A1, a01), as (A01, row, column), counted from 1."""
-    found = re.fullmatch(r"(A?)([A-P])(\d\d?)", text.upper())
-    return (f"{found[1]}{found[2]}{int(found[3]):02d}",
-            str(26 * len(found[1]) + ord(found[2]) - ord("A") + 1), str(int(found[3]))) if found \
-        else (text, "", "")
-
-
 def tidy_table(path, needed=()):
     """A published table, {column: list of texts}: the names in small letters without Metadata_,
     plate_id and well_position as plate and well; wells as A01, with row and column where untold."""
-    same = {"plate_id": "plate", "assay_plate_barcode": "plate", "well_position": "well",
-            "broad_id": "compound"}
-    columns = {same.get(tidy_name(name), tidy_name(name)): [v.strip() for v in values]
+    columns = {tidy_name(name): [v.strip() for v in values]
                for name, values in read_table(path).items()}
     report(path, [f"there is no column {name}" for name in needed if name not in columns])
     if "well" in columns:
@@ -1210,41 +1117,38 @@ def tidy_table(path, needed=()):
     return columns
 
 
-def plate_maps(folder):
-    """Bray's plate maps, {(plate, well): {dose, role}}: mmoles_per_liter of the *stock*, and
-    DMSO wells (no compound) as controls at dose 0."""
-    found, barcodes = {}, Path(folder) / "barcode_platemap.csv"
-    for entry in table_rows(tidy_table(barcodes, ["plate_map_name", "plate"])):
-        path = Path(folder) / "platemap" / f"{entry['plate_map_name']}.txt"
-        for well in table_rows(tidy_table(path, ["well", "broad_sample", "mmoles_per_liter"])):
-            control = well["broad_sample"] in ("", "DMSO")
-            found[entry["plate"], well["well"]] = {
-                "dose": "0" if control else well["mmoles_per_liter"],
-                "role": "control" if control else "treated"}
-    return found
+def tidy_name(column):
+    name = re.sub("^metadata_", "", column.lower())
+    return {"plate_id": "plate", "well_position": "well", "broad_id": "compound"}.get(name, name)
 
 
-def mol2image(images, splits: list, out="manifest.csv", platemaps="", val=.02):
+@cache
+def well_position(text):
+    """A well, however it is written (A1, a01), as (A01, row, column), counted from 1."""
+    found = re.fullmatch(r"([A-P])(\d\d?)", text.upper())
+    return (f"{found[1]}{int(found[2]):02d}", str(ord(found[1]) - 64), str(int(found[2]))
+            ) if found else (text, "", "")
+
+
+def mol2image(images, splits: list, out="manifest.csv", val=.02):
     """Write Mol2Image's data set, the download of Hofmarcher et al. 2019, as a manifest.
 
     images: its folder, searched for {PLATE}-{WELL}-{SITE}.npz; listed files that are missing are
     counted and left out. splits: the tables datasplit_gen_*.csv; the column `split` is their name
-    (train, test_easy, test_hard ...), val for a share `val` of the wells of train. platemaps:
-    Bray's, for dose and role: a folder with barcode_platemap.csv and platemap/.
+    (train, test_easy, test_hard ...), val for a share `val` of the wells of train.
     """
-    files = {path.stem.upper(): path for path in Path(images).rglob("*.npz")}
-    wells, rows, missing = plate_maps(platemaps) if platemaps else {}, {}, []
+    files, rows = {path.stem.upper(): path for path in Path(images).rglob("*.npz")}, {}
+    missing = []
     for table in splits:
         split = Path(table).name.partition(".")[0].removeprefix("datasplit_gen_")
         for row in table_rows(tidy_table(table, ("sample_key", "plate", "well"))):
-            key, well = row.pop("sample_key").upper(), (row["plate"], row["well"])
-            held = split == "train" and share_of("-".join(well)) < val
+            key = row.pop("sample_key").upper()
             if key not in files:
                 missing.append(key)
                 continue
+            held = split == "train" and share_of(f"{row['plate']}-{row['well']}") < val
             image = {"image": os.path.relpath(files[key], Path(out).parent)}
-            name = {"split": "val" if held else split}
-            rows[key, split] = image | row | name | wells.get(well, {})
+            rows[key, split] = image | row | {"split": "val" if held else split}
     write_manifest(out, list(rows.values()))
     print(f"wrote {out}: {len(rows)} images, {summary([row['split'] for row in rows.values()])}\n"
           f"{len(missing)} listed images are not in {images}: {', '.join(missing[:5])}\n"
@@ -1263,11 +1167,10 @@ def load_data(tables: list, out="manifest.csv", join: list = (), root=""):
         columns, made = read_table(table), {}
         for column in [c for c in columns if re.match("FileName_(?!.*Illum)", c)]:
             folders = columns.get(column.replace("FileName_", "PathName_"), repeat(""))
-            paths = [Path(table).parent / re.sub(f"^{re.escape(published)}", lambda _: mine, folder)
-                     for folder, _ in zip(folders, columns[column])]
-            made[re.sub("^FileName_(Orig)?", "", column)] = [
-                name and os.path.relpath(path / name, Path(out).parent)
-                for path, name in zip(paths, columns[column])]
+            made[re.sub("^FileName_(Orig)?", "", column)] = [name and os.path.relpath(
+                Path(table).parent / (mine + folder.removeprefix(published) if
+                                      folder.startswith(published) else folder) / name,
+                Path(out).parent) for folder, name in zip(folders, columns[column])]
         if not made:
             raise UserError(f"{table} has no column FileName_...: is it a LoadData table?")
         stains, tidy = ", ".join(made), tidy_table(table)
@@ -1319,14 +1222,14 @@ def composite(image, channels):
 
 
 @contextmanager
-def figure(path, *shape, layout=None, **options):
+def figure(path, *shape, **options):
     """with figure(path, ...) as axes: as plt.subplots, written to the file at the end."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(*shape, **options)
     yield axes
-    fig.tight_layout(**layout or {})
+    fig.tight_layout()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=110, bbox_inches="tight", pad_inches=.05)  # no label is cut
     plt.close(fig)
@@ -1334,9 +1237,8 @@ def figure(path, *shape, layout=None, **options):
 
 def picture(path, rows, channels, row_labels=(), column_labels=(), pixel_um=None, title=""):
     """Draw a grid as PNG. rows: list of lists of images, (C, H, W) in [-1, 1] shown in composite
-    colour with a legend, or (H, W) in [-1, 1] shown in grey; None leaves a place empty."""
-    tiles = {(i, j): np.asarray(image) for i, row in enumerate(rows)
-             for j, image in enumerate(row) if image is not None}
+    colour with a legend, or (H, W) in [-1, 1] shown in grey."""
+    tiles = {(i, j): np.asarray(image) for i, row in enumerate(rows) for j, image in enumerate(row)}
     h, w = (max(tile.shape[k] for tile in tiles.values()) for k in (-2, -1))
     n, gap = max(map(len, rows)), 1 + w // 32
     sheet = np.ones((len(rows) * (h + gap) - gap, n * (w + gap) - gap, 3))
@@ -1350,7 +1252,7 @@ def picture(path, rows, channels, row_labels=(), column_labels=(), pixel_um=None
         axis.set_xticks([w / 2 + k * (w + gap) for k in range(len(column_labels))], column_labels)
         axis.set_yticks([h / 2 + k * (h + gap) for k in range(len(row_labels))], row_labels)
         axis.set_title(title, fontsize=8)
-        if pixel_um:  # a bar of a round number of micrometres, about a third of the width
+        if pixel_um:  # a bar of a round number of micrometres, less than half of the width
             length = max((v for v in (1, 2, 5, 10, 20, 50, 100, 200) if v < .5 * w * pixel_um),
                          default=round(.3 * w * pixel_um, 3))
             x, y = .05 * w, len(sheet) - .06 * h
@@ -1373,35 +1275,37 @@ def summary(values):
         f"{len(count)} distinct, {ordered[0][:30]} to {ordered[-1][:30]}")
 
 
-def value_faults(columns):
-    """SMILES that are invalid, and doses that are no number of at least 0."""
-    sound = {name: lambda v: number(v) >= 0 for name in doses(columns)} | {"smiles": canonical}
-    for name in sound.keys() & columns.keys():
-        wrong = {v for v in set(columns[name]) if v and not sound[name](v)}
-        what = "valid SMILES" if name == "smiles" else "number of at least 0"
-        yield from (f"row {i + 2}, column {name}: {v} is no {what}"
-                    for i, v in enumerate(columns[name]) if v in wrong)
-
-
 def show(manifest, channels=",".join(CHANNELS), out=""):
     """Check every file and value of a manifest, summarise it, and draw a contact sheet.
 
     channels: the stains, in file order. out: the picture. Faults are listed after the summary.
     """
-    if out and Path(out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".tif", ".pdf", ".svg"):
+    if out and Path(out).suffix.lower() not in (".png", ".jpg", ".tif", ".pdf", ".svg"):
         raise UserError(f"--out {out}: name a picture, such as sheet.png")
     faults, channels, path = [], channels.split(","), manifest
     manifest = read_manifest(path, channels, check=np.inf, faults=faults)
-    n, mixed, notes = len(manifest), mixed_depth(manifest), manifest.notes
+    n, mixed, columns = len(manifest), mixed_depth(manifest), manifest.columns
     print(f"{path}: {n} images, channels {', '.join(channels)}")
-    for name, values in manifest.columns.items():
+    for name, values in columns.items():
         print(f"  {name:26s} {values.count(''):6d} blank   {summary(values)}")
+    sound = {name: lambda v: number(v) >= 0 for name in doses(columns)} | {"smiles": canonical}
+    for name in sound.keys() & columns.keys():
+        wrong = {v for v in set(columns[name]) if v and not sound[name](v)}
+        faults += [f"row {i + 2}, column {name}: {v} is no valid SMILES or dose"
+                   for i, v in enumerate(columns[name]) if v in wrong]
+    report(path, faults)
     if mixed:
         print(f"warning: {mixed}: --intensity dtype scales each by its own type")
-    for file, note in islice(notes.items(), 1):
-        print(f"note: {file} {note} (as of {len(notes)} files)")
-    report(path, [*faults, *value_faults(manifest.columns)])
-    report_values(manifest)
+    files = sorted({manifest.path.parent / f for c in manifest.file_columns for f in columns[c]})
+    several = [f for f in files if f.suffix.lower() in (".tif", ".tiff") and len(
+        tifffile.TiffFile(f, is_ome=False).series) > 1]
+    for file in several[:1]:
+        print(f"note: {file} (as {len(several)} files) holds series, of which the first is read")
+    high = np.array([manifest.read(i, 1.).max((1, 2)) for i in tqdm(range(n), delay=3)])  # (n, C)
+    for name, top in zip(channels, high.T):
+        if rows := (np.flatnonzero(top == 0) + 2).tolist():
+            print(f"warning: channel {name} is zero everywhere in {len(rows)} of {n} images: row "
+                  + ", ".join(map(str, rows[:10])))
     some = np.sort(keyed_rng(0, CHECK).permutation(n)[:24]).tolist()
     crop = min(256, *(side for size in manifest.sizes for side in size))
     views = Views(manifest, fit_intensity("dtype" if mixed else "percentile", manifest, some), crop)
@@ -1411,29 +1315,6 @@ def show(manifest, channels=",".join(CHANNELS), out=""):
             [f"rows {part[0] + 2}\nto {part[-1] + 2}" for part in parts],
             title=f"{path}: {len(some)} of {n} images")
     print(f"no faults; contact sheet: {out}")
-
-
-def report_values(manifest):
-    """Decode every image, print how large they are and which values each channel takes, and warn of
-    channels that are zero everywhere."""
-    n, sizes, faults, ranges = len(manifest), Counter(), [], []
-    views = Views(manifest, None, top=65535. if mixed_depth(manifest) else None)
-    for x, fault in tqdm(loader(views, [(i, -1) for i in range(n)], cores() if n > 200 else 0,
-                                batch_size=None), "reading images", delay=3):
-        faults += [fault.removeprefix(f"{manifest.path}, ")] if fault else []
-        sizes[f"{x.shape[2]} x {x.shape[1]}"] += 1
-        ranges.append((x.amin((1, 2)).numpy(), x.amax((1, 2)).numpy()))
-    report(manifest.path, faults)
-    low, high = np.stack(ranges, 1)                                                  # (n, C)
-    for size, count in sizes.most_common(8):
-        print(f"  {count} images of {size} pixels")
-    print("  values " + ", ".join(f"{name} {a:g} to {b:g}" for name, a, b in zip(
-        manifest.channels, low.min(0), high.max(0))))
-    for name, top in zip(manifest.channels, high.T):
-        if not all(top):
-            rows = np.flatnonzero(top == 0) + 2
-            print(f"warning: channel {name} is zero everywhere in {len(rows)} of {n} images: row "
-                  + ", ".join(map(str, rows[:10])) + (" ..." if len(rows) > 10 else ""))
 
 
 def draw_mechanisms(path="runs/mechanisms.png", effect=.9):
@@ -1455,30 +1336,27 @@ COMMANDS = {"simulate": simulate, "show": show, "mol2image": mol2image, "load_da
 
 def main():
     """The arguments of a command are those of its function, and its help is the docstring."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layout = dict(formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, **layout)
     subparsers, notes = parser.add_subparsers(dest="command"), comments(Screen)
     for name, run in COMMANDS.items():
         text = inspect.cleandoc(run.__doc__)
-        command = subparsers.add_parser(name, help=text.partition("\n")[0], description=text,
-                                        formatter_class=argparse.RawDescriptionHelpFormatter)
-        options = [(p.name, p.default, p.annotation is list, None)
-                   for p in inspect.signature(run).parameters.values() if p.name != "screen"]
-        options += [("channels", ",".join(CHANNELS), False, "stains, in file order")] * (
-            run in (write_restained, list_controls))
-        options += [(key, value, False, f"{notes[key]} (default: {value})")
-                    for key, value in asdict(Screen()).items() if run is simulate]
-        for option, default, many, note in options:
-            required = default is inspect.Parameter.empty
-            command.add_argument(option if required else f"--{option}", help=note, **(
-                {"nargs": "+"} if many else {}), **({} if required else {
-                    "default": default, "type": str if many else type(default)}))
+        add = subparsers.add_parser(name, help=text.partition("\n")[0], description=text,
+                                    **layout).add_argument
+        for p in inspect.signature(run).parameters.values():
+            many = {"nargs": "+"} if p.annotation is list else {}
+            if p.name == "screen":
+                for f in fields(Screen):
+                    add(f"--{f.name}", type=f.type, default=f.default, help=notes[f.name])
+            elif p.default is p.empty:
+                add(p.name, **many)
+            else:
+                add(f"--{p.name}", default=p.default, **many or {"type": type(p.default)})
     args = vars(parser.parse_args())
     command = args.pop("command")
     try:
         if command == "simulate":
             args = {"out": args.pop("out"), "screen": Screen(**args)}
-        if command in ("restain", "controls"):
-            args["manifest"] = read_manifest(args["manifest"], args.pop("channels").split(","))
         if made := COMMANDS.get(command, draw_mechanisms)(**args):
             print(f"wrote {made}")
     except (UserError, OSError) as fault:

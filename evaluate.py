@@ -1125,7 +1125,7 @@ def train_model(args, base, name, confounding, seed):
     if name in ("balanced", "restained"):
         manifest = Path(args.out) / f"data-{confounding:g}-{name}" / "manifest.csv"
         if not manifest.exists():
-            data.write_restained(data.read_manifest(source), ("batch", "plate"), .75 * (
+            data.write_restained(source, ("batch", "plate"), .75 * (
                 name == "restained"), ("smiles", "batch"), manifest.parent)
     path = train_vae.train_if_missing(train_ldm.train, train_ldm.Config(
         data=str(manifest), vae=args.vae, seed=seed, steps=args.train_steps, **MODELS[name],
