@@ -503,15 +503,12 @@ def readable(path, kinds=Exception):
 
 
 def read_table(path):
-    """A table (.csv, or .txt and .tsv with tabs; .gz of either) as {column: list of texts}. All
-    rows of another length are named; empty lines may stand at the end alone, so that rows have the
-    numbers of a spreadsheet."""
+    """A .csv or .csv.gz as {column: list of texts}. All rows of another length are named; empty
+    lines may stand at the end alone, so that rows have the numbers of a spreadsheet."""
     opener = gzip.open if Path(path).suffix == ".gz" else open
-    tabs = {".txt", ".tsv"} & {*Path(path).suffixes}
     with readable(path, (OSError, ValueError, EOFError, csv.Error, zlib.error)), opener(
             path, "rt", newline="", encoding="utf-8-sig") as file:
-        lines = [[*map(sys.intern, line)]  # a text that repeats is held once
-                 for line in csv.reader(file, delimiter="\t" if tabs else ",")]
+        lines = [[*map(sys.intern, line)] for line in csv.reader(file)]  # equal texts: one object
     while lines and not lines[-1]:
         lines.pop()
     header, *rows = lines or [[]]
@@ -731,14 +728,12 @@ class Views(torch.utils.data.Dataset):
     views[row, view] is (x (C, h, w) float32, ""). view >= 0 is a random crop, flip and turn that
     depends on the key alone, so that a conditioning image follows its target; -1 is the middle, as
     it stands. Of an unreadable image, or one of another size, x is NaN and the text says why.
-    intensity None: whole images of any size, in the units of the files (top: see Manifest.read).
     """
 
-    def __init__(self, manifest, intensity, crop=0, flips=True, binning=1, seed=0, top=None):
+    def __init__(self, manifest, intensity, crop=0, flips=True, binning=1, seed=0):
         self.manifest, self.intensity, self.crop, self.flips = manifest, intensity, crop, flips
-        self.binning, self.seed, self.top = binning, seed, top
-        if intensity and intensity["rule"] == "dtype":
-            self.top = intensity["high"][0]
+        self.binning, self.seed = binning, seed
+        self.top = intensity["high"][0] if intensity["rule"] == "dtype" else None
         sizes, names = list(manifest.sizes), manifest.channels
         c, h, w = (len(names), *sizes[0]) if sizes and names else manifest.read(0, 1.).shape
         self.shape = (c, crop or h // binning, crop or w // binning)
@@ -748,8 +743,6 @@ class Views(torch.utils.data.Dataset):
         try:
             image = bin_pixels(self.manifest.read(row, self.top), self.binning)
             c, h, w = image.shape
-            if self.intensity is None:
-                return torch.from_numpy(image.astype(np.float32)), ""
             if c != self.shape[0] or (min(h, w) < self.crop if self.crop else
                                       (h, w) != self.shape[1:]):
                 raise UserError(f"{self.manifest.path}, row {row + 2}: {c} channels of {w}x{h} "
@@ -805,7 +798,7 @@ def mixed_depth(manifest):
                  for c, d in manifest.depths.items() if len(d) > 1), "")
 
 
-def fit_intensity(rule, manifest, rows, binning=1, workers=0):
+def fit_intensity(rule, manifest, rows, binning=1):
     """How intensities become [-1, 1]: {"rule", "low": [C], "high": [C]}, kept in checkpoints.
 
     rule: "percentile" (0.1 and 99.9 % of each channel over at most 400 training images), "dtype"
@@ -815,15 +808,16 @@ def fit_intensity(rule, manifest, rows, binning=1, workers=0):
         raise UserError(f"{manifest.path}, {mixed_depth(manifest)}: convert one of them, or scale "
                         "each file by its own type with --intensity dtype")
     if rule == "percentile":
-        keys = [(i, -1) for i in keyed_rng(0).permutation(rows)[:400].tolist()]
-        images = loader(Views(manifest, None, binning=binning), keys, workers, batch_size=None)
-        # every 7th pixel is plenty for a percentile, and plates fit in memory
-        found = [(x.flatten(1)[:, ::7].clone(), fault) for x, fault in tqdm(
-            images, "measuring intensities", delay=3)]
-        if all(fault for _, fault in found):
-            raise UserError(f"none of {len(found)} images can be read: {found[0][1]}")
-        low, high = np.percentile(torch.cat([x for x, fault in found if not fault], 1).numpy(),
-                                  (.1, 99.9), axis=1).tolist()
+        found, fault = [], ""
+        for i in tqdm(keyed_rng(0).permutation(rows)[:400].tolist(), "measuring intensities"):
+            try:  # every 7th pixel is plenty, and plates fit in memory
+                image = bin_pixels(manifest.read(i), binning)
+                found.append(image.reshape(len(image), -1)[:, ::7].astype(np.float32))
+            except UserError as why:
+                fault = why
+        if not found:
+            raise UserError(f"no image can be read: {fault}")
+        low, high = np.percentile(np.concatenate(found, 1), (.1, 99.9), axis=1).tolist()
     else:
         channels = len(manifest.read(int(rows[0]), 1. if rule == "dtype" else None))
         bits = max([b for found in manifest.depths.values() for b in found], default=8)
@@ -905,7 +899,7 @@ def split_rows(manifest, how="auto", fraction=.1, seed=0):
     if how == "auto":
         text = "plate+well" if "plate" in columns and all(columns.get("well", [""])) else "image"
     names = text.split("+") if text != "image" else []
-    require(manifest, names)
+    require(manifest.path, columns, names)
     same = {name: molecule_key if name.lower() == "smiles" else str for name in names}
     keys = ["+".join(v) for v in zip(*(map(same[name], columns[name]) for name in names))]
     keys, free = np.array(keys or range(n), str), np.ones(n, bool)
@@ -926,9 +920,9 @@ def split_rows(manifest, how="auto", fraction=.1, seed=0):
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
-def require(manifest, names):
-    """Refuse a manifest without these columns."""
-    report(manifest.path, [f"there is no column {n}" for n in names if n not in manifest.columns])
+def require(path, columns, names):
+    """Refuse a table without these columns."""
+    report(path, [f"there is no column {name}" for name in names if name not in columns])
 
 
 def share_of(text):
@@ -980,7 +974,7 @@ def write_restained(manifest, by: list = ("plate",), share=.75, balance: list = 
     """
     manifest, out = read_manifest(manifest, channels.split(",")), Path(out)
     columns = manifest.columns
-    require(manifest, [*by, *balance])
+    require(manifest.path, columns, [*by, *balance])
     if "weight" in columns or not 0 <= share <= 1 or len(manifest.sizes) > 1:
         raise UserError(f"{manifest.path}: restaining takes a share between 0 and 1, images of one "
                         "size, and no column weight (there are sampling weights already)")
@@ -1070,7 +1064,7 @@ def list_controls(manifest, by: list = ("plate",), out="controls.csv",
     named by the columns `by`, in other wells than the row's own.
     """
     manifest, controls = read_manifest(manifest, channels.split(",")), defaultdict(list)
-    require(manifest, by)
+    require(manifest.path, manifest.columns, by)
     plates = list(zip(*(manifest.columns[name] for name in by)))
     wells = manifest.columns.get("well") or range(len(manifest))
     for i in np.flatnonzero(negative_controls(manifest.columns)).tolist():
@@ -1109,7 +1103,7 @@ def tidy_table(path, needed=()):
     plate_id and well_position as plate and well; wells as A01, with row and column where untold."""
     columns = {tidy_name(name): [v.strip() for v in values]
                for name, values in read_table(path).items()}
-    report(path, [f"there is no column {name}" for name in needed if name not in columns])
+    require(path, columns, needed)
     if "well" in columns:
         columns["well"], *places = zip(*map(well_position, columns["well"]))
         for name, place in zip(("row", "column"), places):
@@ -1137,8 +1131,7 @@ def mol2image(images, splits: list, out="manifest.csv", val=.02):
     counted and left out. splits: the tables datasplit_gen_*.csv; the column `split` is their name
     (train, test_easy, test_hard ...), val for a share `val` of the wells of train.
     """
-    files, rows = {path.stem.upper(): path for path in Path(images).rglob("*.npz")}, {}
-    missing = []
+    files, rows, missing = {p.stem.upper(): p for p in Path(images).rglob("*.npz")}, {}, []
     for table in splits:
         split = Path(table).name.partition(".")[0].removeprefix("datasplit_gen_")
         for row in table_rows(tidy_table(table, ("sample_key", "plate", "well"))):

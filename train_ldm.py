@@ -456,7 +456,7 @@ def add_hints(run, config):
         # one file with as many channels as there are stains: the stains themselves
         stains = channels == len(images.channels) and "," not in column
         intensity = run.intensity if stains else data.fit_intensity(
-            "percentile", hints, run.data.train, s.binning, config.workers)
+            "percentile", hints, run.data.train, s.binning)
         run.controlnet = dict(column=column, channels=channels, downsampling=s.downsampling,
                               stains=stains, intensity=intensity)
         torch.manual_seed(config.seed)

@@ -187,7 +187,7 @@ def prepare(config, found):
         vae.load_state_dict(found["weights"])
         run.first, run.losses, intensity = found["step"], found["losses"], found["intensity"]
     intensity = intensity or data.fit_intensity(config.intensity, run.manifest, run.train,
-                                                config.binning, config.workers)
+                                                config.binning)
     run.views = data.Views(run.manifest, intensity, config.crop, config.flips, config.binning,
                            config.seed)
     count = max(16, min(256, 2 ** 20 // math.prod(run.views.shape[1:])))  # fewer of large images
