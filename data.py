@@ -863,10 +863,12 @@ def number(text):
 
 
 def pixel_size(manifest, binning):
-    """Micrometres of a pixel after binning; None where the column pixel_um does not say one size
-    for all."""
-    size, *others = {*manifest.columns.get("pixel_um", [""])}
-    return number(size) * binning if number(size) > 0 and not others else None
+    """Micrometres of a pixel after binning; None where the column pixel_um is not there, or does
+    not say one size for all."""
+    sizes = manifest.columns.get("pixel_um", [""])
+    report(manifest.path, (f"row {i + 2}, column pixel_um: {text} is no size in micrometres"
+                           for i, text in enumerate(sizes) if text and not number(text) > 0))
+    return float(sizes[0]) * binning if len(set(sizes)) == 1 and sizes[0] else None
 
 
 def doses(columns):
