@@ -809,7 +809,8 @@ def fit_intensity(rule, manifest, rows, binning=1):
                         "each file by its own type with --intensity dtype")
     if rule == "percentile":
         found, fault = [], ""
-        for i in tqdm(keyed_rng(0).permutation(rows)[:400].tolist(), "measuring intensities"):
+        for i in tqdm(keyed_rng(0).permutation(rows)[:400].tolist(), "measuring intensities",
+                      delay=3):
             try:  # every 7th pixel is plenty, and plates fit in memory
                 image = bin_pixels(manifest.read(i), binning)
                 found.append(image.reshape(len(image), -1)[:, ::7].astype(np.float32))
