@@ -29,8 +29,8 @@ from conditioning import (MOLECULE_ENCODERS, Conditioner, FieldError, dose_field
                           negative_controls, parse_fields, treatment_group)
 from data import UserError
 from sample import Model, hint_manifest, hint_of, read_rows
-from train_vae import (Progress, StopSignal, autocast, choose_threads, device, is_main,
-                       learning_rate, load_checkpoint, main_first, step_rng)
+from train_vae import (Progress, autocast, device, is_main, learning_rate, load_checkpoint,
+                       main_first, step_rng, stop_signals)
 from unet import SIZES, ControlNet, Denoiser, UNet, unet_config
 
 VAE = "runs/vae/model.pt"
@@ -57,9 +57,8 @@ class Config:
     min_snr: bool = False                 # weigh the loss by min(SNR, 5)
     # ControlNet: the model also follows a conditioning image
     control_column: str = ""              # a column of images, columns a,b, or control_row
-    control_dropout: float = 0.1          # share of samples without it (unfrozen decoder only)
     base: str = "runs/ldm/model.pt"       # the model to which the ControlNet is added
-    unfreeze_decoder: bool = False        # train the base's way up as well
+    unfreeze_decoder: bool = False        # train the base's way up as well; a tenth sees no image
     # training
     out: str = ""                         # results go to this folder; runs/ldm, or runs/COLUMN
     steps: int = 2000                     # optimiser steps
@@ -69,12 +68,10 @@ class Config:
     views: int = 2                        # random views of each image in the latent cache
     seed: int = 0                         # of weights, order, noise and dropout
     eval_every: int = 500                 # steps between held-out losses and checkpoints
-    keep: int = 0                         # the last so many checkpoints stay, as step-N.pt
     resume: bool = False                  # go on from model.pt
     overwrite: bool = False               # train again where model.pt exists
     overfit: bool = False                 # one fixed batch, nothing saved: its loss must collapse
     # memory and speed: what is learned stays the same
-    accumulate: int = 1                   # parts of a batch that are computed one after the other
     compile: bool = False                 # torch.compile, for a GPU
     threads: int = 0                      # of the CPU; 0 times one thread and all, takes the faster
     workers: int = 4                      # processes that read image files
@@ -105,26 +102,22 @@ def train(config=Config()):
     steps = range(first, config.steps)
     batches = data.loader(Steps(run, config), steps, workers, batch_size=None, **gpu)
     progress = Progress(batches, config, first, "training the diffusion model")
-    with StopSignal() as stop:
+    with stop_signals() as stop:
         for step, batch in progress:
-            batch, loss = to_device(batch), 0.
-            if step == first or step % config.eval_every == 0 or progress.slowed():
-                choose_threads(config.threads, lambda: loss_of(
-                    denoiser, batch, run, config).backward(), again=step > first)
+            batch = to_device(batch)
             optimiser.param_groups[0]["lr"] = learning_rate(step, config.steps, config.lr)
             optimiser.zero_grad()
-            for part in train_vae.micro_batches(model, config):
-                part_loss = loss_of(model, each(lambda x: x[part], batch), run, config)
-                (part_loss / config.accumulate).backward()
-                loss += part_loss.detach() / config.accumulate
+            loss = loss_of(model, batch, run, config)
+            loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.)
             train_vae.check_finite(loss, norm, config, step)
             optimiser.step()
             decay = min(config.ema, (1 + step) / (10 + step))  # of the averaged weights: warms up
             with torch.no_grad():
                 torch._foreach_lerp_([*average.parameters()], [*denoiser.parameters()], 1 - decay)
-            losses.append(float(loss))
-            number = stop.asked()
+            losses.append(float(loss.detach()))
+
+            number = stop()
             evaluates = (step + 1) % config.eval_every == 0 or step + 1 == config.steps
             if evaluates or number:
                 losses = train_vae.average(losses)
@@ -132,7 +125,7 @@ def train(config=Config()):
                     train_vae.save_checkpoint(path, "ldm", run.saved | {
                         "weights": denoiser.state_dict(), "ema": average.state_dict(),
                         "optimiser": optimiser.state_dict(), "step": step + 1,
-                        "losses": [] if evaluates else losses}, config.keep)
+                        "losses": [] if evaluates else losses})
                 if is_main() and evaluates:
                     report(average, run, config, step + 1, losses, progress)
                 losses = [] if evaluates else losses
@@ -170,7 +163,7 @@ class Steps(torch.utils.data.Dataset):
             _, _, known, shown = batch["hint"]
             known &= draw_keep(fields, n, noise_rng)  # a user may know none of its own conditions
             # on a frozen base a sample without the image would teach nothing
-            shown[torch.rand(n, generator=noise_rng) < c.control_dropout * c.unfreeze_decoder] = 0.
+            shown[torch.rand(n, generator=noise_rng) < .1 * c.unfreeze_decoder] = 0.
         places = train_vae.part_of_batch(c)
         return each(lambda x: x[places.start:places.stop], batch)
 
@@ -326,10 +319,9 @@ def open_side(run, config, name, rows, count, allowed):
 def settle(config):
     """(config with what it leaves open, what is there to start from: the checkpoint of its base, or
     {"vae": the autoencoder's, None where the default one is missing})."""
-    for name, needs in (("base", "control_column"), ("unfreeze_decoder", "control_column"),
-                        ("control_dropout", "unfreeze_decoder")):
-        if getattr(config, name) != getattr(Config, name) and not getattr(config, needs):
-            raise UserError(f"--{name} is for a run with --{needs}")
+    for name in ("base", "unfreeze_decoder"):
+        if getattr(config, name) != getattr(Config, name) and not config.control_column:
+            raise UserError(f"--{name} is for a run with --control_column")
     if config.control_column:
         base = load_checkpoint(config.base, "ldm", "run python train_ldm.py")
         own, out = base["settings"], f"runs/{config.control_column.replace(',', '_')}"

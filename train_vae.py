@@ -13,7 +13,6 @@ import json
 import math
 import os
 import resource
-import shlex
 import signal
 import sys
 import time
@@ -60,19 +59,17 @@ class Config:
     lr: float = 2e-3                      # peak learning rate, after warm-up, before decay
     seed: int = 0                         # of weights, order and noise
     eval_every: int = 500                 # steps between evaluations and checkpoints
-    keep: int = 0                         # the last so many checkpoints stay, as step-N.pt
     resume: bool = False                  # go on from model.pt
     overwrite: bool = False               # train again where model.pt exists
     # memory and speed: what is learned stays the same
-    accumulate: int = 1                   # parts of a batch that are computed one after the other
     compile: bool = False                 # torch.compile, for a GPU
     threads: int = 0                      # of the CPU; 0 times one thread and all, takes the faster
     workers: int = 4                      # processes that read images; 0: the one that trains
     max_corrupt: float = 0.01             # share of images that may be unreadable and are left out
 
 
-FREE = {"steps", "resume", "overwrite", "overfit", "eval_every", "out", "keep", "accumulate",
-        "compile", "threads", "workers", "max_corrupt"}  # settings that may change on --resume
+FREE = {"steps", "resume", "overwrite", "overfit", "eval_every", "out", "compile", "threads",
+        "workers", "max_corrupt"}  # settings that may change on --resume
 NOISE = 3  # purpose of the random numbers of a step, beside data.VIEW and data.ROWS
 ALL_THREADS = torch.get_num_threads()
 
@@ -99,26 +96,20 @@ def train(config=Config()):
     steps = Steps(run.views, run.train, config, places)
     batches = data.loader(steps, range(first, config.steps), config.workers, batch_size=None)
     progress = Progress(batches, config, first, "training the autoencoder")
-    with StopSignal() as stop:
+    with stop_signals() as stop:
         for step, (x, noise, faults) in progress:
             steps.leave_out(faults)
             x, noise = (v.to(device(), non_blocking=True) for v in (x, noise))
-            if step == first or step % max(200, config.eval_every) == 0 or progress.slowed():
-                choose_threads(config.threads, lambda: loss_of(
-                    run.vae, x, noise, config)[0].backward(), again=step > first)
             optimiser.param_groups[0]["lr"] = learning_rate(step, config.steps, config.lr)
             optimiser.zero_grad()
-            mean_l1 = 0.
-            for part in micro_batches(model, config):
-                loss, l1 = loss_of(model, x[part], noise[part], config)
-                (loss / config.accumulate).backward()
-                mean_l1 += l1.detach() / config.accumulate
+            loss, l1 = loss_of(model, x, noise, config)
+            loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(run.vae.parameters(), 1.)
             check_finite(loss, norm, config, step)
             optimiser.step()
-            losses.append(float(mean_l1))
+            losses.append(float(l1.detach()))
 
-            number, last = stop.asked(), step + 1 == config.steps
+            number, last = stop(), step + 1 == config.steps
             evaluates = last or (step + 1) % config.eval_every == 0
             if evaluates or number:
                 losses = average(losses)
@@ -218,7 +209,7 @@ def save_and_report(run, config, step, optimiser=None, losses=(), progress=None)
         measure_latents(run.vae, (x for x, *_ in batches))
     save_checkpoint(out / "model.pt", "vae", run.saved | {
         "weights": run.vae.state_dict(), "optimiser": optimiser and optimiser.state_dict(),
-        "step": step, "losses": [] if progress else list(losses)}, config.keep)
+        "step": step, "losses": [] if progress else list(losses)})
     if progress or last:
         speed, text = progress.report() if progress else ({}, "nothing is trained")
         x_hat, kl = reconstruct(run.vae, run.images)
@@ -331,28 +322,19 @@ class Progress:
     """for step, batch in progress: the batches of a run from step `first` on, with a bar."""
 
     def __init__(self, batches, config, first, what):
-        self.batches, self.batch, self.count, self.waited = batches, config.batch, 0, 0.
-        self.slow, self.fastest = 0, math.inf  # steps in a row of twice the fastest one's time
+        self.batches, self.batch, self.threads = batches, config.batch, Threads(config.threads)
         self.bar = tqdm(range(first, config.steps), what, config.steps, initial=first,
                         mininterval=1, disable=not is_main())
 
     def __iter__(self):
-        batches, self.since = iter(self.batches), time.time()
+        batches, self.count, self.waited, self.since = iter(self.batches), 0, 0., time.time()
         for step in self.bar:
-            began = time.time()
+            began, reported = time.time(), self.since
             batch = next(batches)
             self.waited, self.count = self.waited + time.time() - began, self.count + 1
             yield step, batch
-            seconds = time.time() - began
-            self.fastest = min(self.fastest, seconds)
-            self.slow = self.slow + 1 if seconds > 2 * self.fastest else 0
-
-    def slowed(self):
-        """Whether the last three steps took twice the time: another program runs beside this."""
-        if self.slow < 3:
-            return False
-        self.slow, self.fastest = 0, math.inf
-        return True
+            if self.since == reported:  # else this step has evaluated as well
+                self.threads.took(time.time() - began)
 
     def report(self):
         """Since it was last asked, for the log and as text: images a second and the share of time
@@ -365,38 +347,67 @@ class Progress:
                 f"{speed:.0f} images/s, {wait:.0%} waiting for data, {gb:.1f} GB")
 
 
-class StopSignal:
+class Threads:
+    """On a CPU steps take turns with one thread and with all of them until each has had four; then
+    the faster goes on, for 200 steps or until three steps in a row take twice the time. All have to
+    gain a tenth, because beside another program they cost far more. `requested` (--threads) or the
+    variable OMP_NUM_THREADS decide instead."""
+
+    def __init__(self, requested):
+        if requested:
+            torch.set_num_threads(requested)
+        self.free = not requested and "OMP_NUM_THREADS" not in os.environ and (
+            device().type == "cpu") and ALL_THREADS > 1
+        self.times, self.left, self.slow, self.best = {1: [], ALL_THREADS: []}, 0, 0, None
+
+    def took(self, seconds):
+        """A step took so long: choose the number of threads for the next one."""
+        if not self.free:
+            return
+        now, self.left = torch.get_num_threads(), self.left - 1
+        if self.left > 0:
+            self.slow = self.slow + 1 if seconds > 2 * min(self.times[now]) else 0
+            self.left = 0 if self.slow == 3 else self.left
+            return
+        if self.left == 0:
+            self.times = {1: [], ALL_THREADS: []}
+        self.times[now].append(seconds)
+        one, every = (min(found, default=0.) for found in self.times.values())
+        torch.set_num_threads(1 if now > 1 else ALL_THREADS)
+        if one and (every > 3 * one or len(self.times[1]) + len(self.times[ALL_THREADS]) == 8):
+            before, self.best = self.best, 1 if one < 1.1 * every else ALL_THREADS
+            torch.set_num_threads(self.best)
+            self.left, self.slow = 200, 0
+            if self.best != before:
+                tqdm.write(f"threads: {self.best}, as a step takes {one:.3f} s with one, "
+                           f"{every:.3f} s with all {ALL_THREADS}")
+
+
+@contextlib.contextmanager
+def stop_signals():
     """Within the block SIGTERM and Ctrl-C are only noted, so that the running step can be finished
-    and saved; a second Ctrl-C interrupts."""
+    and saved; a second Ctrl-C interrupts. Yields a function: the number of the signal that this or
+    another process was sent, 0 for none."""
+    seen = []
 
-    def __enter__(self):
-        self.number = 0
-        self.before = {n: signal.signal(n, self.note) for n in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def note(self, number, frame):
-        if self.number == number == signal.SIGINT:
+    def note(number, frame):
+        if signal.SIGINT in seen and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.number = number
-
-    def asked(self):
-        """The number of the signal that this or another process was sent, 0 for none."""
-        return (self.number or signal.SIGTERM) if any(average([self.number])) else 0
-
-    def __exit__(self, *fault):
-        for number, handler in self.before.items():
+        seen.append(number)
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: [*seen, signal.SIGTERM][0] if any(average([len(seen)])) else 0
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def stopped(number, config, step):
-    """Say how a stopped run goes on: the command as typed and --resume (but for evaluate.py, which
-    resumes what it trains by itself). Returns the exception that ends it."""
-    words = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
-    words += ["--resume"] * Path(sys.argv[0]).name.startswith("train_")
-    start = f"torchrun --nproc_per_node={rank_and_world()[1]}" * dist.is_initialized() or "python"
+    """Say how a stopped run goes on. Returns the exception that ends it."""
     if is_main():
-        tqdm.write(f"stopped by {signal.Signals(number).name} after step {step} of {config.steps}, "
-                   f"to go on: {start} {shlex.join(words)}", file=sys.stderr)
+        tqdm.write(f"stopped by {signal.Signals(number).name} after step {step} of {config.steps}: "
+                   "the same command goes on (train_vae.py and train_ldm.py with --resume)",
+                   file=sys.stderr)
     return SystemExit(128 + number)
 
 
@@ -454,28 +465,6 @@ def autocast():
     return torch.autocast(device().type, torch.bfloat16, enabled=has_bf16())
 
 
-def choose_threads(requested, one_step, again=False):
-    """On a CPU: time one_step() with one thread and with all, and take the faster. All have to gain
-    a tenth, because beside a busy process they cost far more. `requested` (--threads) or the
-    variable OMP_NUM_THREADS overrule. Said in one line, `again` only where something changes."""
-    if requested:
-        torch.set_num_threads(requested)
-    elif "OMP_NUM_THREADS" not in os.environ and device().type == "cpu":
-        before, times = torch.get_num_threads(), {1: [], ALL_THREADS: []}
-        while len(times[1]) < 4 and (not times[1] or times[ALL_THREADS][-1] < 3 * times[1][-1]):
-            for threads in times:
-                torch.set_num_threads(threads)
-                began = time.perf_counter()
-                one_step()
-                times[threads].append(time.perf_counter() - began)
-        seconds = {threads: min(found) for threads, found in times.items()}
-        best = 1 if seconds[1] < 1.1 * seconds[ALL_THREADS] else ALL_THREADS
-        torch.set_num_threads(best)
-        if not again or best != before:
-            tqdm.write(f"threads: {best}, as a step takes {seconds[1]:.3f} s with one, "
-                       f"{seconds[ALL_THREADS]:.3f} s with all {ALL_THREADS}")
-
-
 def for_training(model, compiled=False):
     """What the training loop calls instead of `model`, with the same weights: channels-last on a
     GPU, its gradients averaged over the processes, compiled if asked."""
@@ -487,9 +476,8 @@ def for_training(model, compiled=False):
     if compiled:
         try:  # next to nothing first, to say in one line what this machine lacks
             torch.compile(torch.sin)(torch.zeros(1, device=device()))
-        except RuntimeError as fault:
-            why = str(fault.__context__ or fault).splitlines()[0]
-            raise UserError(f"--compile cannot be used on this machine: {why}") from None
+        except RuntimeError as why:
+            raise UserError(f"--compile cannot be used here: {str(why).splitlines()[0]}") from None
         model.compile()
     return model
 
@@ -546,27 +534,15 @@ def main_first():
 def part_of_batch(config):
     """The places of a batch that this process computes: a range."""
     (rank, world), batch = rank_and_world(), config.batch
-    if batch % (world * config.accumulate):
-        raise UserError(f"--batch {batch} is no multiple of --accumulate {config.accumulate} times "
-                        f"the number of processes, {world}")
+    if batch % world:
+        raise UserError(f"--batch {batch} is no multiple of the {world} processes")
     return range(rank * batch // world, (rank + 1) * batch // world)
-
-
-def micro_batches(model, config):
-    """The slices of this process's part of a batch, to be computed one after the other. Gradients
-    are averaged over the processes after the last one alone."""
-    size = config.batch // rank_and_world()[1] // config.accumulate
-    for k in range(config.accumulate):
-        waits = isinstance(model, DistributedDataParallel) and k + 1 < config.accumulate
-        with model.no_sync() if waits else contextlib.nullcontext():
-            yield slice(k * size, (k + 1) * size)
 
 
 # --- checkpoints and logs -----------------------------------------------------------------------
 
-def save_checkpoint(path, kind, content, keep=0):
-    """Write {"kind": kind, ...}, under a temporary name first: interrupted, it loses nothing.
-    keep: the last so many of a run stay beside it, as step-N.pt."""
+def save_checkpoint(path, kind, content):
+    """Write {"kind": kind, ...}, under a temporary name first: interrupted, it loses nothing."""
     path, part = Path(path), Path(path).with_suffix(".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -579,16 +555,6 @@ def save_checkpoint(path, kind, content, keep=0):
         why = str(fault.__context__ or fault).splitlines()[0]  # torch's own error does not say
         raise UserError(f"{path} cannot be written ({why}): what was there is as it was") from None
     os.replace(part, path)
-    if keep:  # a second name for the same file, which the next checkpoint takes only one away from
-        path.with_name(f"step-{content['step']}.pt").unlink(missing_ok=True)
-        os.link(path, path.with_name(f"step-{content['step']}.pt"))
-        for old in step_files(path.parent)[:-keep]:
-            old.unlink()
-
-
-def step_files(folder):
-    """The kept checkpoints of a run, oldest first."""
-    return sorted(Path(folder).glob("step-*.pt"), key=lambda path: int(path.stem[5:]))
 
 
 def load_checkpoint(path, kind, hint):
@@ -636,13 +602,10 @@ def train_if_missing(train, config):
 
 
 def start_anew(out, step=0):
-    """Clear away what a run from `step` on will write again: lines of the log, kept checkpoints."""
+    """Leave in the log what a run from `step` on will not write again."""
     Path(out).mkdir(parents=True, exist_ok=True)
     before = [line for line in read_log(out) if step and line["step"] <= step]
     (Path(out) / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in before))
-    for old in step_files(out):
-        if int(old.stem[5:]) > step:
-            old.unlink()
 
 
 def write_log(path, **values):

@@ -4,11 +4,9 @@ import multiprocessing
 import os
 import pickle
 import resource
-import shlex
 import signal
 import socket
 import sys
-import time
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -170,46 +168,38 @@ def test_unreadable_images_are_left_out_until_they_are_too_many(config, tmp_path
 
 # --- stopping and going on ------------------------------------------------------------------------
 
-def test_a_stopped_run_goes_on_as_if_nothing_had_happened(config, tmp_path, monkeypatch, capsys,
-                                                          cli):
-    whole, cut = (replace(config, eval_every=3, out=str(tmp_path / k)) for k in ("whole", "my cut"))
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(config, tmp_path, monkeypatch, capsys):
+    whole, cut = (replace(config, eval_every=3, out=str(tmp_path / k)) for k in ("whole", "cut"))
     train_vae.train(whole)
-    words = [word for k, v in vars(cut).items() if v != getattr(train_vae.Config, k)
-             for word in (f"--{k}", str(v))]
-    monkeypatch.setattr(sys, "argv", ["train_vae.py", *words, "--overwrite"])
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as stop:
         told(signal.SIGINT, cut)
     assert stop.value.code == 130 and signal.getsignal(signal.SIGINT) is before
-    with pytest.raises(KeyboardInterrupt), train_vae.StopSignal():
+    with pytest.raises(KeyboardInterrupt), train_vae.stop_signals():
         for _ in range(2):  # a second Ctrl-C interrupts at once
             os.kill(os.getpid(), signal.SIGINT)
-    assert load(tmp_path / "my cut/model.pt")["step"] == 2  # the running step is finished and saved
+    assert load(tmp_path / "cut/model.pt")["step"] == 2  # the running step is finished and saved
     with pytest.raises(UserError, match="not trained to its end: python train_vae.py --resume"):
-        train_vae.load_vae(tmp_path / "my cut/model.pt")
-    _, says, command = capsys.readouterr().err.partition("SIGINT after step 2 of 4, to go on: ")
+        train_vae.load_vae(tmp_path / "cut/model.pt")
+    assert "SIGINT after step 2 of 4: the same command goes on" in capsys.readouterr().err
     monkeypatch.setattr(data, "fit_intensity", lambda *_: pytest.fail("measured again"))
-    status, _, error = cli(train_vae, *shlex.split(command.splitlines()[0])[2:])
-    assert status == 0, error
-    assert_same(tmp_path / "whole/model.pt", tmp_path / "my cut/model.pt")
-    one, other = (train_vae.read_log(tmp_path / name) for name in ("whole", "my cut"))
+    train_vae.train(replace(cut, resume=True))
+    assert_same(tmp_path / "whole/model.pt", tmp_path / "cut/model.pt")
+    one, other = (train_vae.read_log(tmp_path / name) for name in ("whole", "cut"))
     assert [(a["step"], a["train_l1"], a["l1"]) for a in one] == [
         (a["step"], a["train_l1"], a["l1"]) for a in other]
 
 
-def test_a_run_drops_what_it_will_write_again_and_keeps_the_last_checkpoints(config):
-    config = replace(config, eval_every=1, keep=2)
-    path = train_vae.train(config)
-    assert [p.name for p in train_vae.step_files(path.parent)] == ["step-3.pt", "step-4.pt"]
-    assert_same(path, path.with_name("step-4.pt"))
-    os.replace(path.with_name("step-3.pt"), path)  # as if step 4 had not been saved
+def test_a_log_drops_what_will_be_written_again(config, tmp_path):
+    before = tmp_path / "before.pt"
+    path = train_vae.train(replace(config, steps=3))
+    os.replace(path, before)
+    train_vae.train(replace(config, steps=4))
     with open(path.with_name("log.jsonl"), "a") as file:
         file.write('{"step": 5, "l')
+    os.replace(before, path)  # as if step 4 had not been saved
     train_vae.train(replace(config, steps=5, resume=True))
-    assert [line["step"] for line in train_vae.read_log(path.parent)] == [1, 2, 3, 4, 5]
-    train_vae.train(replace(config, steps=2, overwrite=True))
-    assert [line["step"] for line in train_vae.read_log(path.parent)] == [1, 2]
-    assert [p.name for p in train_vae.step_files(path.parent)] == ["step-1.pt", "step-2.pt"]
+    assert [line["step"] for line in train_vae.read_log(path.parent)] == [2, 4, 5]
 
 
 def test_a_finished_model_is_used_and_another_one_refused(config, tmp_path, capsys):
@@ -279,13 +269,11 @@ def test_a_kill_or_a_full_disc_leaves_the_checkpoint_before(tmp_path):
 
 # --- processes, threads, devices ------------------------------------------------------------------
 
-def test_two_processes_and_parts_of_a_batch_train_like_one(config, tmp_path):
-    two = replace(config, out=str(tmp_path / "two"), accumulate=2)
-    both = start_two(train_vae.train, two, says=tmp_path / "says")
-    one, parts = (train_vae.train(replace(config, accumulate=n, out=str(tmp_path / str(n))))
-                  for n in (1, 4))
+def test_two_processes_train_like_one(config, tmp_path):
+    both = start_two(train_vae.train, replace(config, out=str(tmp_path / "two")),
+                     says=tmp_path / "says")
+    one = train_vae.train(config)
     assert [ended(p) for p in both] == [0, 0], (tmp_path / "says-0").read_text()
-    assert_alike(one, parts)
     assert_alike(one, tmp_path / "two/model.pt")
     assert "step     4" in (tmp_path / "says-0").read_text()
     assert (tmp_path / "says-1").read_text() == ""
@@ -302,23 +290,35 @@ def test_processes_stop_together(config, tmp_path):
     both = start_two(told, signal.SIGTERM, config, False, says=tmp_path / "says")
     assert [ended(p) for p in both] == [143, 143]
     assert load(tmp_path / "vae/model.pt")["step"] == 2
-    assert "--nproc_per_node=2 train_vae.py --seed 0 --resume" in (tmp_path / "says-0").read_text()
+    assert "SIGTERM after step 2 of 4" in (tmp_path / "says-0").read_text()
 
 
-def test_the_faster_number_of_threads_is_taken(monkeypatch, capsys):
+def test_the_faster_number_of_threads_is_taken_until_another_program_begins(monkeypatch, capsys):
     threads = [2]
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(train_vae, "ALL_THREADS", 2)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
-    for one, two, again, best in ((.001, .02, False, 1), (.001, .02, True, 1), (.02, .001, True, 2),
-                                  (.0205, .02, False, 1)):
-        train_vae.choose_threads(0, lambda: time.sleep((one, two)[threads[-1] - 1]), again)
-        said = capsys.readouterr().out
-        assert threads[-1] == best and (f"threads: {best}" in said) == (best == 2 or not again)
+
+    def train(chosen, steps, one, two):
+        seconds = []
+        for _ in range(steps):
+            seconds.append((one, two)[threads[-1] - 1])
+            chosen.took(seconds[-1])
+        return seconds, capsys.readouterr().out
+    for one, two, best in ((.1, .05, 2), (.05, .1, 1), (.105, .1, 1), (.05, 2., 1)):
+        seconds, said = train(train_vae.Threads(0), 30, one, two)
+        assert threads[-1] == best and f"threads: {best}, as a step takes {one:.3f} s" in said
+        assert seconds.count(two) == {.05: 26, .1: 4, 2.: 1}[two]
+    chosen = train_vae.Threads(0)
+    train(chosen, 30, .1, .05)
+    seconds, said = train(chosen, 30, .1, 2.)  # all of them become slow
+    assert "threads: 1" in said and seconds.count(2.) < 6 and threads[-1] == 1
+    seconds, said = train(chosen, 250, .1, .05)  # the other program has ended
+    assert "threads: 2" in said and threads[-1] == 2
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     for requested, best in ((1, 1), (0, 1), (2, 2)):
-        train_vae.choose_threads(requested, lambda: pytest.fail("timed"))
+        train(train_vae.Threads(requested), 9, .1, .01)
         assert threads[-1] == best
 
 
@@ -347,7 +347,6 @@ def test_settings_are_refused(tmp_path, refused, cli):
             ("--steps 0", "--steps 0 is out of range: at least 1"), ("--lr nan", "--lr nan"),
             (f"--seed {2 ** 70}", "out of range"), ("--width 12", "no multiple of 8"),
             ("--fold 4 --downsampling 2", "power of two"),
-            ("--batch 9 --accumulate 2", "--batch 9 is no multiple of --accumulate 2"),
             ("--crop 40", "row 2: 32x32 pixels, but all views must"),
             ("--crop 30", "a multiple of 4: choose"), ("--split plate", "no column plate"),
             (f"--data {tmp_path}/none.csv", "none.csv")):
