@@ -468,17 +468,21 @@ def finish(run, average, folder):
 
 
 def draw_samples(path, run, count=8):
-    """Held-out images of the highest doses above generated ones, with a ControlNet what it saw."""
-    columns = run.data.manifest.columns
-    doses = [columns[field.name] for field in dose_fields(run.fields)]
+    """Held-out images above generated ones, of each mechanism (or combination of conditions) one at
+    its highest dose; with a ControlNet what it saw."""
+    manifest = run.data.manifest
+    columns, doses = manifest.columns, [manifest.columns[f.name] for f in dose_fields(run.fields)]
+    told = list(zip(*(columns[f.name] for f in run.fields))) or range(len(manifest))
+    kinds = columns.get("true_mechanism", told)
     rows = sorted(run.held.rows[run.held.usable], key=lambda i: [float(d[i] or 0) for d in doses])
-    rows = rows[::-max(1, min(7, len(rows) // count))][:count]  # apart: of different molecules
-    (true, known), hint = read_rows(run, run.data.manifest, rows, run.settings.crop), hint_of(
+    rows = [int(i) for i in {kinds[i]: i for i in rows}.values()][-count:]
+    (true, known), hint = read_rows(run, manifest, rows, run.settings.crop), hint_of(
         run, run.data, rows)
     pictures = {"true": true, "generated": run.generate(known, range(len(rows)), hint=hint)}
     if hint:
         pictures = {"shown": hint[0] if run.controlnet["stains"] else hint[0][:, 0]} | pictures
-    labels = ["\n".join(v[:18] for v in values[:3]) for values in zip(*known.values())]
+    names = [n for n in ("true_mechanism", "dose", "batch", "plate") if n in columns][:3]
+    labels = ["\n".join(columns[name][i][:12] for name in names) for i in rows]
     data.picture(path, [*map(list, pictures.values())], run.channels, [*pictures], labels,
                  run.pixel_um)
 

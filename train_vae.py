@@ -364,13 +364,12 @@ class Threads:
         """A step took so long: choose the number of threads for the next one."""
         if not self.free:
             return
-        now, self.left = torch.get_num_threads(), self.left - 1
-        if self.left > 0:
+        now = torch.get_num_threads()
+        if self.left:
             self.slow = self.slow + 1 if seconds > 2 * min(self.times[now]) else 0
-            self.left = 0 if self.slow == 3 else self.left
+            self.left = 0 if self.slow == 3 else self.left - 1
+            self.times = self.times if self.left else {1: [], ALL_THREADS: []}
             return
-        if self.left == 0:
-            self.times = {1: [], ALL_THREADS: []}
         self.times[now].append(seconds)
         one, every = (min(found, default=0.) for found in self.times.values())
         torch.set_num_threads(1 if now > 1 else ALL_THREADS)
