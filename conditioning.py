@@ -100,11 +100,10 @@ class Field:
         vocabulary. Molecules are encoded by `Conditioner`."""
         if self.kind != "category":
             return torch.tensor([self.scale(float(v)) if v else 0. for v in values])
-        places = {"": 0} | {category: i for i, category in enumerate(self.vocabulary)}
-        if unknown := [v for v in values if v not in places]:
+        if unknown := sorted(set(values) - {"", *self.vocabulary}):
             raise FieldError(f"unknown {self.name} {unknown[0]}: known are "
                              + ", ".join(self.vocabulary))
-        return torch.tensor([places[v] for v in values])
+        return torch.tensor([self.vocabulary.index(v) if v else 0 for v in values])
 
 
 def parse_fields(groups, columns, is_molecule=parse_smiles, path=""):
@@ -146,8 +145,6 @@ def check_columns(fields, columns, is_molecule=parse_smiles, path=""):
     if lines:
         raise FieldError("\n".join(lines))
 
-
-# --- what the fields say of a manifest's rows -----------------------------------------------------
 
 def treatment_group(fields):
     """The group that says what was done to the cells: that of the first molecule, or dose."""
@@ -288,7 +285,8 @@ class Table(Standardised):
                              zip(keys, smiles) for name in (key, s) if name in table} | found
             if missing := [s for key, s in zip(keys, smiles) if key not in found]:
                 raise ValueError(f"nothing for {len(missing)} molecules, such as {missing[0]}")
-            return np.stack([found[key] for key in keys])
+            np.stack([*found.values()])  # refuses vectors of different lengths
+            return np.array([found[key] for key in keys])
         except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as fault:
             raise FieldError(f"--molecule_table {settings['table']}: {fault} (wanted: an .npz of "
                              "vectors of one length by SMILES, InChIKey or name)") from None
@@ -501,10 +499,9 @@ class Conditioner(nn.Module):
 def draw_keep(fields, n, rng, single=.2, each=.3):
     """The dropout plan: which fields each of n samples is shown, (n, fields) bool.
 
-    First the branch: everything 0.7, nothing 0.1, and 0.2 shared by the other subsets of groups
-    (with two groups: biology only 0.1, experiment only 0.1). Then, in a share `single` of the
-    samples, each kept field is dropped on its own with probability `each`, so that any subset may
-    be asked for. Independent dropping would leave the full condition to few samples.
+    First the branch: everything 0.7, nothing 0.1, and 0.2 shared by the other subsets of groups.
+    Then, in a share `single` of the samples, each kept field is dropped on its own with probability
+    `each`, so that any subset may be asked for. That alone would leave all fields to few samples.
     """
     groups = list(dict.fromkeys(f.group for f in fields))
     subsets = [s for s in itertools.product((True, False), repeat=len(groups))
@@ -518,12 +515,10 @@ def draw_keep(fields, n, rng, single=.2, each=.3):
 
 
 def hide_molecule_of_controls(fields, codes, keep, molecules, rng, share=.5):
-    """At dose 0 the molecule cannot matter: show half of the controls with a random molecule, so
-    that a dose sweep from 0 stays inside what was learned. Returns codes with some replaced.
-
-    A control is a sample that is *shown* all its doses (dose_fields) at 0: where one is hidden or
-    unknown, another molecule would be a lie. keep (n, fields) bool.
-    """
+    """Codes of which half of the controls show a random molecule: at dose 0 it cannot matter, and
+    so a dose sweep from 0 stays inside what was learned. A control is a sample that is *shown* all
+    its doses (dose_fields) at 0: where one is hidden or unknown, another molecule would be a lie.
+    keep (n, fields) bool."""
     doses = [keep[:, fields.index(f)] & (codes[f.name] == 0) for f in dose_fields(fields)]
     for field in (f for f in fields if f.kind == "molecule" and doses):
         swap = torch.stack(doses).all(0) & (torch.rand(len(keep), generator=rng) < share)

@@ -98,11 +98,8 @@ def test_networks_run_in_bfloat16_where_it_pays_and_are_summed_in_float32(model,
     assert model.guided(ONE, 1)(z, T).dtype == torch.float32
 
 
-def test_a_model_keeps_no_second_copy_of_its_weights_and_tells_of_steps_to_go(
-        ldm_path, tmp_path, capsys):
+def test_a_model_tells_of_steps_to_go(ldm_path, tmp_path, capsys):
     content = torch.load(ldm_path, weights_only=True)
-    dropped = set(content) - set(sample.Model(content).content)
-    assert dropped == {"weights", "ema", "optimiser", "vae"}
     content["settings"]["steps"] = 10
     torch.save(content, tmp_path / "half.pt")
     sample.Model.load(tmp_path / "half.pt"), sample.Model.load(ldm_path)
@@ -219,7 +216,7 @@ def test_hints_of_rows_and_of_negative_controls_that_are_listed(hinted, screen):
     follows = argparse.Namespace(**vars(hinted) | {"controlnet": dict(
         column="control_row", channels=5, intensity=hinted.intensity)})
     doses = [float(dose) for dose in manifest.columns["dose"]]
-    treated, controls = doses.index(3.), [i for i, dose in enumerate(doses) if dose == 0][:3]
+    controls = [i for i, dose in enumerate(doses) if dose == 0][:3]
     manifest.columns["control_row"] = [" ".join(str(i + 2) for i in controls)] * len(manifest)
     every, drawn = sample.read_rows(hinted, manifest, controls)[0], set()
     for i in range(20):
@@ -228,9 +225,9 @@ def test_hints_of_rows_and_of_negative_controls_that_are_listed(hinted, screen):
         assert told["column"] == manifest.rows([controls[k]], "column") and "smiles" not in told
         drawn.add(k)
     assert drawn == {0, 1, 2}
-    assert torch.equal(sample.read_hint(follows, f"{screen}:{controls[0] + 2}", {})[0][0], every[0])
-    with pytest.raises(UserError, match="no negative control"):
-        sample.read_hint(follows, f"{screen}:{treated + 2}", {})
+    two, told = sample.read_hint(follows, f"{screen}:{controls[0] + 2}", {}, 2)
+    assert torch.equal(two, every[[0, 0]]) and told["column"] == manifest.rows(
+        [controls[0]] * 2, "column")
 
 
 @pytest.fixture(scope="module")
@@ -264,11 +261,9 @@ def test_a_difference_is_that_of_two_predictions_on_the_same_noise(model, cells)
 def test_what_changes_beside_a_condition(model, screen):
     columns = data.read_manifest(screen).columns
     own = {f.name: columns[f.name][4] for f in model.fields}
-    with pytest.warns(UserWarning, match="plate=.* does not occur with batch=B2: told as unknown"):
-        assert sample.changed(model, columns, own, {"batch": "B2"}) == own | {
-            "batch": "B2", "plate": ""}
-    for change in ({"batch": ""}, {"dose": "0"}, {"batch": "B2", "plate": "P03"}):
-        assert sample.changed(model, columns, own, change) == own | change
+    for change, lost in (({"batch": "B2"}, {"plate": ""}), ({"batch": ""}, {}), ({"dose": "0"}, {}),
+                         ({"batch": "B2", "plate": "P03"}, {})):
+        assert sample.changed(model, columns, own, change) == own | change | lost
 
 
 @pytest.fixture
@@ -286,13 +281,11 @@ def run(cli, monkeypatch, tmp_path):
 
 
 def test_a_record_repeats_its_hyperstack(ldm_path, tmp_path, cli, run):
-    _, record, out = run("--guidance", "biology=2", "batch=B2", "-n", 3, "dose=900", "--steps", 2,
+    _, record, out = run("--guidance", "biology=2", "batch=B2", "-n", 3, "dose=9", "--steps", 2,
                          "--checkpoint", ldm_path, "--seed", 7)
-    assert out.count("dose=900 is outside the training range: taken as 10") == 1
     assert "not given, so unknown: smiles, plate, row, column" in out
     assert record["seeds"] == [7, 8, 9] and len(record["sha1"]) == 40
-    assert record["requests"] == [{"batch": "B2", "dose": "900"}] * 3
-    assert record["used"][0]["dose"] == "10" and record["used"][0]["plate"] == ""
+    assert record["requests"] == [{"batch": "B2", "dose": "9"}] * 3
     assert record["guidance"] == {"biology": 2.0, "experiment": sample.GUIDANCE}
     before = (tmp_path / "samples.tif").read_bytes()
     with tifffile.TiffFile(tmp_path / "samples.tif") as tif:
@@ -318,23 +311,17 @@ def test_a_sweep_shares_its_noise_and_words_come_in_any_order(ldm_path, run):
 
 
 def test_editing_and_attribution_from_the_command_line(ldm_path, screen, run):
-    _, record, out = run("--checkpoint", ldm_path, "--edit", f"{screen}:9", "batch=B2", "--grid",
-                         "dose=1,3", "--steps", 2)
-    assert out.count("told as unknown") == 1  # once, not for each image
+    (_, [row], _, _, labels, *_), record, out = run(
+        "--checkpoint", ldm_path, "--edit", f"{screen}:9", "batch=B2", "--grid", "dose=1,3",
+        "--steps", 2)
+    assert out.count("told as unknown, since never seen with what is new: plate") == 1
     assert [r["dose"] for r in record["requests"]] == ["1", "3"] and record["own"]["plate"]
     assert record["guidance"] == {"biology": 1., "experiment": 1.} and record["steps"] == 2
-    treated, drawn = data.read_manifest(screen).columns["dose"].index("3.0"), {}
-    for change in ("dose=0", "batch=B2"):
-        (_, [row], _, _, labels, *_), record, _ = run(
-            "--checkpoint", ldm_path, "--attribution", f"{screen}:{treated + 2}", change,
-            name="attribution")
-        assert len(row) == len(labels) and record["own"]["dose"] == "3.0"
-        drawn |= dict(zip(labels, row))
-        assert (labels[-1] == "true") == (change == "dose=0")  # of the same cells, untreated
-    image, untreated = (np.load(screen.parent / f"{name}.npy")[treated].astype(float)
-                        for name in ("image", "untreated"))
-    change = abs(image - untreated).mean(0)
-    assert np.corrcoef(drawn["true"].ravel(), change.ravel())[0, 1] > .98
+    assert labels == ["as it is", "through the autoencoder", "dose=1", "dose=3"] and len(row) == 4
+    (_, [row], _, _, labels, *_), record, _ = run(
+        "--checkpoint", ldm_path, "--attribution", f"{screen}:706", "dose=0", name="attribution")
+    assert len(row) == len(labels) == 6 and row[1].shape == (32, 32) and row[1].std() > .01
+    assert record["requests"][0] == record["own"] | {"dose": "0"}
 
 
 def test_conditioning_images_from_the_command_line(hinted, screen, hinted_path, run, monkeypatch,
@@ -362,23 +349,21 @@ def test_refusals(ldm_path, hinted_path, screen, tmp_path, refused):
             (["batch=B9"], ["unknown batch B9", "B1, B2, B3"]), (["dose=much"], ["dose=much"]),
             (["bath=B1"], ["unknown field bath", "smiles, dose, batch"]), (["dose=nan"], ["nan"]),
             (["smiles=C1CC"], ["C1CC", "no valid SMILES"]), (["batch"], ["NAME=VALUE"]),
+            (["--grid", "dose=1,900"], ["training saw", "to 10"]), (["--step", 3], ["unrecog"]),
             (["batch=B1", "dose=1", "--grid", "batch=B1,B2"], ["batch=B1,B2", "each name once"]),
             (["--guidance", "chemistry=2"], ["no group chemistry", "biology, experiment"]),
-            (["--guidance", "image=2"], ["--control FILE"]), (["--step", 3], ["unrecognized"]),
+            (["--guidance", "biology=much"], ["biology=much"]), (["-n", 0], ["at least one"]),
             (["--grid", "dose=0,1", "batch=B1,B2", "row=1,2"], ["at most two"]),
-            (["-n", 0], ["at least one"]), (["--seed", 2 ** 70], ["--seed"]),
-            (["--steps", 1001], ["--steps", "1000"]), (["--interval", .9, .1], ["--interval"]),
-            (["--interval", "nan", 1], ["--interval"]), (["--form", "odd"], ["invalid choice"]),
-            (["--out", tmp_path / "file/inside"], ["stands in the way"]),
-            (["--edit", row, "--sampler", "dpm", "-n", 8], ["no use for -n and --sampler"]),
+            (["--seed", 2 ** 70], ["--seed"]), (["--steps", 1001], ["--steps", "1000"]),
+            (["--interval", .9, .1], ["--interval"]), (["--interval", "nan", 1], ["--interval"]),
+            (["--form", "odd"], ["invalid choice"]), (["--attribution", row], ["a change"]),
+            (["--out", tmp_path / "file/inside"], ["Not a directory"]),
             (["--edit", f"{screen}:1"], ["MANIFEST:ROW"]), (["--edit", row, "batch=B9"], ["B9"]),
-            (["--attribution", row, "dose=0", "--steps", 15], ["--attribution takes conditions"]),
-            (["--attribution", row], ["a change"]), (["--edit", row, "--control", row], ["with"]),
-            (["--control", row], ["ControlNet", "--control_column"]),
+            (["--edit", row, "--control", row], ["with"]), (["--control", row], ["ControlNet"]),
             ([*follow, tmp_path / "two.npy"], ["2 channels", "1 expected"]),
             ([*follow, tmp_path / "small.npy"], ["16x16", "32x32"]),
             ([*follow, screen], ["MANIFEST:ROW"]), ([*follow, "none.npy"], ["none.npy"]),
             (["--checkpoint", tmp_path / "none.pt"], ["no ldm checkpoint", "train_ldm.py"])):
         said = refused(sample, "--checkpoint", ldm_path, "--out", tmp_path / "o", *words, says=says)
         assert len(said) == 1, said
-    assert not (tmp_path / "o").exists() and (tmp_path / "file").read_text() == "mine"
+    assert not any((tmp_path / "o").iterdir()) and (tmp_path / "file").read_text() == "mine"
