@@ -136,7 +136,8 @@ def check_columns(fields, columns, is_molecule=parse_smiles, path=""):
         elif name not in columns:
             lines.append(f"{where}no column {name}: there are {', '.join(columns)}")
         elif field.kind not in KINDS:
-            lines.append(f"{where}column {name}: write {name}:KIND, one of {', '.join(KINDS)}")
+            lines.append(f"{where}column {name}: write {name}:category or {name}:number, :log or "
+                         ":molecule")
         else:
             unfit = field.unfit(columns[name], is_molecule)
             rows = [f"{where}row {k + 2}, column {name}: {value} {unfit[value]}"

@@ -28,8 +28,7 @@ from tqdm import tqdm
 
 import data
 import diffusion
-from conditioning import (Conditioner, Field, FieldError, is_number, known_columns,
-                          treatment_group)
+from conditioning import Conditioner, Field, FieldError, is_number, known_columns, treatment_group
 from data import UserError
 from train_vae import autocast, build_vae, device, load_checkpoint, reconstruct, run
 from unet import ControlNet, Denoiser, UNet, UNetConfig

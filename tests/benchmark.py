@@ -1,11 +1,10 @@
 """How fast the networks are on the CPU or GPU at hand, as a table.
 
-    OMP_NUM_THREADS=1 python tests/benchmark.py [--only training sampling autoencoder]
+    OMP_NUM_THREADS=1 python tests/benchmark.py
 
 Not a test. Weights are random, times are medians. Where diffusers is installed, its U-Net of as
 many parameters (within 5 %) runs in turn with ours, and `ratio` is our time over its.
 """
-import argparse
 import statistics
 import sys
 import time
@@ -102,14 +101,11 @@ def sampling(n=8, steps=10, k=3):
 def autoencoder(n=256 if GPU else 8):
     vae = for_training(VAE(VAEConfig(width=32, latent_channels=LATENT[0])).to(device()))
     x = torch.rand(n, 5, 64, 64, device=device())
-    step = training_step(vae, lambda: vae_loss(x, *vae(x), 1e-2)[0])
-    return f"autoencoder: training step, {n} images of 64x64", n, {"ours": step}
+    return f"autoencoder: training step, {n} images of 64x64", n, {
+        "ours": training_step(vae, lambda: vae_loss(x, *vae(x), 1e-2)[0])}
 
 
 if __name__ == "__main__":
-    parts = {"training": training, "sampling": sampling, "autoencoder": autoencoder}
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
     print(f"{device()}, {torch.get_num_threads()} threads")
-    for part in parser.parse_args().only:
-        measure(*parts[part]())
+    for part in (training, sampling, autoencoder):
+        measure(*part())

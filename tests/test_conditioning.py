@@ -35,12 +35,12 @@ def embed(conditioner, rows, keep=True):
 # --- fields ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("specification, values, says", [
-    ("plate", ["24277"], "m.csv, column plate: write plate:KIND"), ("plat", None, "no column plat"),
-    ("plate:colour", ["24277"], "write plate:KIND, one of molecule"), ("dose", ["-2"], "dose: -2"),
+    ("plate", ["24277"], "m.csv, column plate: write plate:c"), ("plat", None, "no column plat"),
+    ("plate:colour", ["24277"], "write plate:category"), ("dose", ["-2"], "dose: -2"),
     ("Metadata_n_nuclei", ["1"], "outcome"), ("true_effect:number", ["1"], "outcome"),
     ("smiles", ["CCO", "C1CC"], "m.csv, row 3, column smiles: C1CC"),
     ("age:number", ["1", "old"], "row 3, column age: old"), ("dose", ["inf"], "column dose: inf"),
-    ("note", ["", ""], "write note:KIND"), ("batch:category", ["nan"], "column batch: nan")])
+    ("note", ["", ""], "write note:category"), ("batch:category", ["nan"], "column batch: nan")])
 def test_faults_are_named(specification, values, says):
     columns = {"other": ["1"]} if values is None else {specification.partition(":")[0]: values}
     with pytest.raises(FieldError) as fault:
