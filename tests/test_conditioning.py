@@ -53,14 +53,7 @@ def test_all_faults_are_reported_together_and_at_most_ten_rows_of_a_column():
     with pytest.raises(FieldError, match="30 more(.|\n)*dose is given twice") as fault:
         parse_fields({"biology": ["smiles", "dose", "nothing"], "experiment": ["dose"]}, rows)
     assert len(str(fault.value).splitlines()) == 10 + 1 + 1 + 1
-
-
-def test_a_manifest_is_checked_against_the_fields_of_a_trained_model():
-    fields, columns = fitted(GROUPS, ROWS), ROWS | {"row": [""] * 4}
-    check_columns(fields, columns)  # unknown everywhere is no fault
-    del columns["dose"]
-    with pytest.raises(FieldError, match="no column dose(.|\n)*x.csv, row 2, column row: A"):
-        check_columns(fields, columns | {"row": ["A"]}, path="x.csv")
+    check_columns(fitted(GROUPS, ROWS), ROWS | {"row": [""] * 4})  # unknown everywhere is no fault
 
 
 def test_numbers_are_scaled_shifted_and_clipped_and_dose_0_is_legal():
@@ -170,8 +163,7 @@ def test_only_those_shown_all_doses_at_0_get_another_molecule():
     codes, keep, molecules = Conditioner(fields, 8, 4).encode(
         {k: v * 500 for k, v in wells.items()}, 2000)
     keep[3::4, 1] = False  # the dose of the last is not shown
-    rng = torch.Generator().manual_seed(0)
-    shown = hide_molecule_of_controls(fields, codes, keep, molecules, rng)
+    shown = hide_molecule_of_controls(fields, codes, keep, molecules, torch.Generator())
     changed = (shown["smiles"] != codes["smiles"]).float().view(500, 4).mean(0)
     assert_close(changed, torch.tensor([0., .5 * .75, 0., 0.]), atol=.06, rtol=0)
 

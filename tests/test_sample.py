@@ -72,14 +72,13 @@ def test_an_image_depends_on_its_seed_and_its_hint_and_not_on_its_batch(hinted):
 
 
 def test_networks_run_in_bfloat16_where_it_pays_and_are_summed_in_float32(model, monkeypatch):
-    seen = {}
-    for name, part in (("unet", model.denoiser.unet), ("decoder", model.vae.decoder),
-                       ("conditioner", model.denoiser.conditioner)):
-        monkeypatch.setattr(part, "forward", lambda *given, name=name, real=part.forward: (
-            seen.setdefault(name, torch.is_autocast_enabled("cpu")), real(*given))[1])
+    seen = set()
+    for part in model.denoiser.unet, model.vae.decoder, model.denoiser.conditioner:
+        monkeypatch.setattr(part, "forward", lambda *given, real=part.forward: (
+            seen.add((real, torch.is_autocast_enabled("cpu"))), real(*given))[1])
     monkeypatch.setattr(sample, "autocast", lambda: torch.autocast("cpu", torch.bfloat16))
     model.generate(ONE, [0], steps=1, progress=False)
-    assert seen == {"unet": True, "decoder": True, "conditioner": True}
+    assert len(seen) == 3 and all(inside for _, inside in seen)
     with sample.sampling():
         v = model.guided(ONE, 1)(torch.randn(1, *model.latent_shape), T)
     assert v.dtype == torch.float32
@@ -308,8 +307,7 @@ def test_refusals(ldm_path, hinted_path, screen, tmp_path, refused):
             (["--seed", 2 ** 70], ["--seed"]), (["--steps", 1001], ["--steps", "1000"]),
             (["--interval", "nan", 1], ["--interval"]), (["--attribution", row], ["a change"]),
             (["--out", tmp_path / "file/inside"], ["Not a directory"]),
-            (["--edit", f"{screen}:1"], ["MANIFEST:ROW"]), (["--edit", row, "batch=B9"], ["B9"]),
-            (["--edit", row, "--control", row], ["with"]), (["--control", row], ["ControlNet"]),
+            (["--edit", f"{screen}:1"], ["MANIFEST:ROW"]), (["--control", row], ["ControlNet"]),
             ([*follow, tmp_path / "two.npy"], ["2 channels", "1 expected"]),
             ([*follow, tmp_path / "small.npy"], ["16x16", "32x32"]),
             ([*follow, screen], ["MANIFEST:ROW"]), ([*follow, "none.npy"], ["none.npy"]),
