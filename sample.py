@@ -392,8 +392,8 @@ def parse_request(model, args):
         scale = word in args.guidance and not field
         if not equals or name in names or scale and not is_number(text):
             raise UserError(f"{word}: write NAME=VALUE or GROUP=NUMBER, and each name once")
-        for value in filter(is_number, values) if field and field.kind in ("number", "log") else ():
-            if field.clip(float(value)) != float(value):
+        if field and field.kind in ("number", "log"):
+            if any(field.clip(float(v)) != float(v) for v in values if is_number(v)):
                 raise UserError(f"{word}: training saw {field.low:g} to {field.high:g}")
         names.append(name)
         if scale:
