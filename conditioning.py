@@ -1,17 +1,15 @@
 """Metadata and molecules to what the U-Net receives: a vector, and tokens for cross-attention.
 
 A field is a metadata column with a kind and a group (biology or experiment). As in DiffusionSat
-(Khanna et al. 2024, arXiv:2312.03606) a number is scaled to the timestep's range, goes through the
-timestep's sinusoid and an MLP of its own, and is added to the timestep embedding. Unlike there,
-absence is a learned null and not the legal value 0, each group is mixed by an MLP and normalised,
-and the combinations that guidance needs are trained on purpose (`draw_keep`).
+(Khanna et al. 2024, arXiv:2312.03606) a number goes through the timestep's sinusoid and an MLP of
+its own, and is added to the timestep embedding. Unlike there, absence is a learned null and not the
+legal value 0, each group is mixed by an MLP and normalised, and the combinations that guidance
+needs are trained on purpose (`draw_keep`).
 """
-import functools
 import itertools
 import math
 import re
 import zipfile
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field as dataclass_field
 
 import numpy as np
@@ -21,10 +19,11 @@ import torch.nn.functional as F
 from rdkit import Chem, RDLogger
 from rdkit.Chem import Descriptors, rdFingerprintGenerator
 from rdkit.ML.Descriptors.MoleculeDescriptors import MolecularDescriptorCalculator
-from tqdm import tqdm
 
 RDLogger.DisableLog("rdApp.*")
 OUTCOMES = ("true_", "n_nuclei", "img_cnt_cells")  # measured from the image: telling them leaks it
+DOSES = ("dose", "conc")  # how the names of doses begin
+KINDS = ("molecule", "number", "log", "category")  # log: a number of at least 0, such as a dose
 
 
 class FieldError(ValueError):
@@ -33,15 +32,44 @@ class FieldError(ValueError):
 
 # --- fields: what each column means, learned from the training rows ------------------------------
 
+def is_number(text):
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def parse_smiles(text):
+    """SMILES to an RDKit molecule; None if it is none. A ChemAxon tail (` |c:5|`) is cut off, and
+    of a salt only the largest part is kept: the counter-ion does not act on cells."""
+    words = text.split()
+    molecule = Chem.MolFromSmiles(words[0]) if words else None
+    if molecule and "." in words[0]:
+        molecule = max(Chem.GetMolFrags(molecule, asMols=True), key=lambda part: (
+            part.GetNumHeavyAtoms(), Chem.MolToSmiles(part)))  # whatever the order in the text
+    return molecule
+
+
 @dataclass
 class Field:
     """One condition. `low`, `high` and `vocabulary` are learned by `fit` from training rows."""
     name: str
-    kind: str           # molecule, number, log or category
+    kind: str           # one of KINDS
     group: str
     low: float = 0.     # smallest training value; of a log field the smallest above zero
     high: float = 1.    # largest training value
     vocabulary: list = dataclass_field(default_factory=list)  # categories, sorted
+
+    def unfit(self, values, is_molecule=parse_smiles):
+        """{value: what is wrong with it} of those of the strings that this kind cannot be; a blank
+        is unknown and always fits. is_molecule: the encoder's, which may take more than SMILES."""
+        fits, complaint = {
+            "molecule": (is_molecule, "is no valid SMILES"),
+            "number": (is_number, "is not a number"),
+            "log": (lambda v: is_number(v) and float(v) >= 0, "is not a number of at least 0"),
+            "category": (lambda v: v.lower() != "nan", "is no category: leave unknowns blank"),
+        }[self.kind]
+        return {v: complaint for v in dict.fromkeys(values) if v != "" and not fits(v)}
 
     def fit(self, values):
         """Learn the range or the vocabulary from strings; blanks are skipped. Returns self."""
@@ -49,7 +77,7 @@ class Field:
         if not known:
             raise FieldError(f"column {self.name} is blank in every training row")
         if self.kind == "category":
-            self.vocabulary = sorted(set(known), key=natural)
+            self.vocabulary = sorted(set(known))
         elif self.kind in ("number", "log"):
             numbers = [float(v) for v in known if self.kind == "number" or float(v) > 0] or [1.]
             self.low, self.high = min(numbers), max(numbers)
@@ -68,116 +96,56 @@ class Field:
         return 1000 * (value - self.low) / ((self.high - self.low) or 1.)
 
     def encode(self, values):
-        """Strings to codes (N,) and a mask (N,) of what is known. A number is scaled; a category is
-        its place in the vocabulary; molecules are encoded by `Conditioner`."""
-        codes, category = {"": 0}, self.kind == "category"
-        for value in dict.fromkeys(v for v in values if v != ""):
-            if category and value not in self.vocabulary:
-                raise FieldError(f"unknown {self.name} {value}: known are "
-                                 + ", ".join(self.vocabulary))
-            codes[value] = (self.vocabulary.index(value) if category
-                            else self.scale(parse_number(self.name, value)))
-        codes = torch.tensor([codes[v] for v in values])
-        return (codes if category else codes.float()), torch.tensor([v != "" for v in values])
+        """Strings to codes (N,), 0 for a blank: a scaled number, or a category's place in the
+        vocabulary. Molecules are encoded by `Conditioner`."""
+        if self.kind != "category":
+            return torch.tensor([self.scale(float(v)) if v else 0. for v in values])
+        if unknown := sorted(set(values) - {"", *self.vocabulary}):
+            raise FieldError(f"unknown {self.name} {unknown[0]}: known are "
+                             + ", ".join(self.vocabulary))
+        return torch.tensor([self.vocabulary.index(v) if v else 0 for v in values])
 
 
-def natural(text):
-    """Sort key that puts B10 after B2: text and numbers in turn."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", text))]
-
-
-def is_number(text):
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
-
-
-def parse_number(name, text):
-    """The number of a request NAME=TEXT; FieldError where it is none."""
-    if not is_number(text):
-        raise FieldError(f"{name}={text}: not a finite number")
-    return float(text)
-
-
-def parse_smiles(text):
-    """SMILES to an RDKit molecule; None if it is none. A ChemAxon tail (` |c:5|`) is cut off, and
-    of a salt only the largest part is kept: the counter-ion does not act on cells."""
-    words = text.split()
-    molecule = Chem.MolFromSmiles(words[0]) if words else None
-    if molecule is not None and "." in words[0]:
-        molecule = max(Chem.GetMolFrags(molecule, asMols=True), key=lambda part: (
-            part.GetNumHeavyAtoms(), Chem.MolToSmiles(part)))  # whatever the order in the text
-    return molecule
-
-
-def is_smiles(text):
-    return parse_smiles(text) is not None
-
-
-def parse_fields(groups, columns, is_molecule=is_smiles, path=""):
-    """Field specifications to Fields, not fitted yet.
-
-    groups: {group: ["smiles:molecule", "dose", ...]}, the kind optional where it can be told.
-    columns: {name: list of strings} of the manifest at `path`. is_molecule: the molecule encoder's,
-    which may take other texts than SMILES. All faults are raised together as one FieldError.
-    """
+def parse_fields(groups, columns, is_molecule=parse_smiles, path=""):
+    """Fields, not fitted yet, from groups {group: ["smiles:molecule", "dose", ...]}, the kind
+    optional where it can be told. The rest, and the faults: see check_columns."""
     fields = []
     for group, specifications in groups.items():
         for name, _, kind in (text.partition(":") for text in specifications):
-            fields.append(Field(name, kind or guess_kind(name, columns.get(name, ())), group))
+            if not kind and name.lower() == "smiles":
+                kind = "molecule"
+            elif not kind and name.lower().startswith(DOSES):
+                kind = "log"
+            elif not kind and not all(v == "" or is_number(v) for v in columns.get(name, ())):
+                kind = "category"
+            fields.append(Field(name, kind, group))
     check_columns(fields, columns, is_molecule, path)
     return fields
 
 
-def guess_kind(name, values):
-    """The kind that a column's name or text tells; "" where it has to be said."""
-    if name.lower() == "smiles":
-        return "molecule"
-    if name.lower().startswith(("dose", "conc")):
-        return "log"
-    return "category" if any(v != "" and not is_number(v) for v in values) else ""
-
-
-def check_columns(fields, columns, is_molecule=is_smiles, path=""):
-    """Refuse columns {name: strings} that lack a field or have unsound values of one. All faults
-    are raised together as one FieldError."""
-    names = [f.name for f in fields]
-    lines = [f"field {n} is given twice" for n in dict.fromkeys(names) if names.count(n) > 1]
-    for field in fields:
-        lines += faults(field, columns, is_molecule, f"{path}, " if path else "")
+def check_columns(fields, columns, is_molecule=parse_smiles, path=""):
+    """Refuse columns {name: strings} of the manifest at `path` that lack a field or have unsound
+    values of one. All faults are raised together as one FieldError, at most ten rows of a column;
+    rows are counted as in a spreadsheet, where the header is row 1."""
+    lines, names, where = [], [f.name for f in fields], f"{path}, " if path else ""
+    for i, (name, field) in enumerate(zip(names, fields)):
+        if name in names[:i]:
+            lines.append(f"field {name} is given twice")
+        elif name.lower().removeprefix("metadata_").startswith(OUTCOMES):
+            lines.append(f"field {name} is an outcome: it would give the answer away")
+        elif name not in columns:
+            lines.append(f"{where}no column {name}: there are {', '.join(columns)}")
+        elif field.kind not in KINDS:
+            lines.append(f"{where}column {name}: write {name}:category or {name}:number, :log or "
+                         ":molecule")
+        else:
+            unfit = field.unfit(columns[name], is_molecule)
+            rows = [f"{where}row {k + 2}, column {name}: {value} {unfit[value]}"
+                    for k, value in enumerate(columns[name]) if value in unfit]
+            lines += rows[:10] + [f"and {len(rows) - 10} more such rows"] * (len(rows) > 10)
     if lines:
         raise FieldError("\n".join(lines))
 
-
-def faults(field, columns, is_molecule, where):
-    """What is wrong with the column of a field, a line each; of rows at most ten. Rows are counted
-    as in a spreadsheet, where the header is row 1."""
-    name, values = field.name, columns.get(field.name)
-    if name.lower().removeprefix("metadata_").startswith(OUTCOMES):
-        return [f"field {name} is an outcome: as a condition it would give the answer away"]
-    if values is None:
-        return [f"{where}no column {name}: there are {', '.join(columns)} (--biology and "
-                "--experiment name the fields of a model)"]
-    if not field.kind:
-        return [f"{where}column {name} " + (f"holds numbers: write {name}:category or {name}:number"
-                                            if any(values) else "is blank in every row")]
-    fits, complaint = {
-        "molecule": (is_molecule, "is no valid SMILES"),
-        "number": (is_number, "is not a number"),
-        "log": (lambda v: is_number(v) and float(v) >= 0, "is not a number of at least 0"),
-        "category": (lambda v: v.lower() != "nan", "is no category: leave what is unknown blank")
-    }.get(field.kind, (None, ""))
-    if fits is None:
-        return [f"field {name}: unknown kind {field.kind}: molecule, number, log or category"]
-    unfit = {v for v in set(values) if v != "" and not fits(v)}
-    lines = [f"{where}row {i + 2}, column {name}: {v} {complaint}" for i, v in enumerate(values)
-             if v in unfit]
-    more = [f"{where}column {name}: {len(lines) - 10} more such rows"]
-    return lines[:10] + more * (len(lines) > 10)
-
-
-# --- what the fields say of a manifest's rows -----------------------------------------------------
 
 def treatment_group(fields):
     """The group that says what was done to the cells: that of the first molecule, or dose."""
@@ -185,12 +153,11 @@ def treatment_group(fields):
 
 
 def dose_fields(fields):
-    """The fields that are 0 for a negative control: log fields named dose or conc in the molecule's
-    group; else its log fields; else those of that name in any group. May be none."""
+    """The fields that are 0 for a negative control: log fields named dose or conc, or else those
+    of the molecule's group. May be none."""
     logs = [f for f in fields if f.kind == "log"]
-    named = [f for f in logs if f.name.lower().startswith(("dose", "conc"))]
-    ours = [f for f in logs if f.group == treatment_group(fields)]
-    return [f for f in named if f in ours] or ours or named
+    named = [f for f in logs if f.name.lower().startswith(DOSES)]
+    return named or [f for f in logs if f.group == treatment_group(fields)]
 
 
 def negative_controls(fields, columns, rows):
@@ -202,32 +169,17 @@ def negative_controls(fields, columns, rows):
 def known_columns(fields, columns, rows, hidden=None):
     """{field: values of these rows} without the fields of the group `hidden`; "" (unknown) where
     the column is missing or training never saw the category."""
-    known = {}
-    for f in (f for f in fields if f.group != hidden):
-        seen = set(f.vocabulary)
-        values = [columns[f.name][i] if f.name in columns else "" for i in rows]
-        known[f.name] = [v if f.kind != "category" or v in seen else "" for v in values]
-    return known
-
-
-def group_mask(fields, groups):
-    """Which fields belong to these groups, (fields,) bool: a branch of guidance is such a mask."""
-    return torch.tensor([f.group in groups for f in fields], dtype=torch.bool)
+    def known(field, i):
+        value = columns[field.name][i] if field.name in columns else ""
+        return value if field.kind != "category" or value in field.vocabulary else ""
+    return {f.name: [known(f, i) for i in rows] for f in fields if f.group != hidden}
 
 
 # --- molecule encoders ----------------------------------------------------------------------------
 #
-# An encoder has `fit`, what it learns from the training molecules or is told by an option (a dict
-# that travels in the checkpoint); `featurise`, done once for each molecule; and `forward`, at every
-# step: features (B, ...) to a pooled vector (B, E), tokens (B, L, D) and which tokens count (B, L).
-
-def each_molecule(function, smiles):
-    """[function(text) for each of the SMILES]; many are shared by all cores."""
-    if len(smiles) < 2000:
-        return [function(s) for s in smiles]
-    with ProcessPoolExecutor() as pool:
-        return list(tqdm(pool.map(function, smiles, chunksize=64), "molecules", len(smiles)))
-
+# An encoder has `fit`, its settings from the training molecules and {option: value}, which travel
+# in the checkpoint; `featurise`, done once for each molecule; and `forward`, at every step:
+# features (B, ...) to a pooled vector (B, E), tokens (B, L, D) and which tokens count (B, L).
 
 def mlp(cin, hidden, cout):
     return nn.Sequential(nn.Linear(cin, hidden), nn.SiLU(), nn.Linear(hidden, cout))
@@ -237,7 +189,7 @@ class Encoder(nn.Module):
     """An encoder of fixed vectors: an MLP, and a few tokens split from its output."""
     tokens = 4
     spellings = 1  # rows of `featurise` for each molecule, the canonical spelling first
-    is_molecule = staticmethod(is_smiles)
+    is_molecule = staticmethod(parse_smiles)
 
     def __init__(self, settings, embedding, token):
         super().__init__()
@@ -246,7 +198,6 @@ class Encoder(nn.Module):
 
     @classmethod
     def fit(cls, smiles, options):
-        """Settings from the training molecules and {option: value}, ready for JSON."""
         return {}
 
     def build(self, embedding, token):
@@ -294,24 +245,18 @@ class Standardised(Encoder):
         return torch.from_numpy(x).float().clamp(-5, 5)
 
 
-# all but the score of drug-likeness: a function of the others that takes a third of the time
-CALCULATOR = MolecularDescriptorCalculator([n for n, _ in Descriptors.descList if n != "qed"])
-
-
-def descriptors_of(smiles):
-    return CALCULATOR.CalcDescriptors(parse_smiles(smiles), missingVal=math.nan)
-
-
 class DescriptorEncoder(Standardised):
     """RDKit's two hundred descriptors (weight, polar area, charges, counts of fragments ...).
     Blind to handedness."""
 
     @staticmethod
     def vectors(smiles, settings):
-        return np.array(each_molecule(descriptors_of, smiles), float)
+        # without the score of drug-likeness: a function of the others, a third of the time
+        names = [name for name, _ in Descriptors.descList if name != "qed"]
+        calculate = MolecularDescriptorCalculator(names).CalcDescriptors
+        return np.array([calculate(parse_smiles(s), missingVal=math.nan) for s in smiles], float)
 
 
-@functools.cache
 def molecule_key(text):
     """InChIKey, the same for every spelling; a text that is no SMILES is its own key."""
     molecule = parse_smiles(text)
@@ -326,38 +271,26 @@ class Table(Standardised):
 
     @classmethod
     def fit(cls, smiles, options):
-        if not options.get("table"):
-            raise FieldError("the molecule encoder table needs --molecule_table FILE.npz")
-        found = add_vectors({}, options["table"], smiles)
-        known = {"table": str(options["table"]), "example": smiles[0],
-                 "vectors": {key: vector.tolist() for key, vector in found.items()}}
+        known = {"table": str(options.get("table", "")), "example": smiles[0], "vectors": {}}
+        vectors = cls.vectors(smiles, known).tolist()
+        known["vectors"] = dict(zip(map(molecule_key, smiles), vectors))
         return known | super().fit(smiles, known)
 
     @staticmethod
     def vectors(smiles, settings):
-        known = add_vectors(settings["vectors"], settings["table"], smiles)
-        return np.array([known[molecule_key(s)] for s in smiles])
-
-
-def add_vectors(known, path, smiles):
-    """{molecule_key: vector (width,)}, to which those of these molecules are added from a table."""
-    keys = dict(zip(smiles, each_molecule(molecule_key, smiles)))
-    new = [s for s in smiles if keys[s] not in known]
-    if not new:
-        return known
-    try:
-        with np.load(path, allow_pickle=False) as table:
-            known = known | {keys[s]: table[name].astype(float).ravel()
-                             for s in new for name in (keys[s], s) if name in table}
-        np.stack(list(known.values()) or [[]])  # all of one length
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as fault:
-        raise FieldError(f"{path} is no table of vectors of one length (.npz keyed by SMILES, "
-                         f"InChIKey or name): {fault}") from None
-    missing = [s for s in new if keys[s] not in known]
-    if missing:
-        raise FieldError(f"{path} has no vector for {len(missing)} molecules: "
-                         + ", ".join(missing[:5]) + " ..." * (len(missing) > 5))
-    return known
+        keys, found = [molecule_key(s) for s in smiles], settings["vectors"]
+        try:
+            if not set(keys) <= set(found):
+                with np.load(settings["table"]) as table:
+                    found = {key: table[name].astype(float).ravel() for key, s in
+                             zip(keys, smiles) for name in (key, s) if name in table} | found
+            if missing := [s for key, s in zip(keys, smiles) if key not in found]:
+                raise ValueError(f"nothing for {len(missing)} molecules, such as {missing[0]}")
+            np.stack([*found.values()])  # refuses vectors of different lengths
+            return np.array([found[key] for key in keys])
+        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as fault:
+            raise FieldError(f"--molecule_table {settings['table']}: {fault} (wanted: an .npz of "
+                             "vectors of one length by SMILES, InChIKey or name)") from None
 
 
 class Identity(Encoder):
@@ -366,72 +299,62 @@ class Identity(Encoder):
 
     @classmethod
     def fit(cls, smiles, options):
-        return {"known": sorted(set(each_molecule(molecule_key, smiles)))}
+        return {"known": sorted(set(map(molecule_key, smiles)))}
 
     def build(self, embedding, token):
-        self.vectors = nn.Embedding(len(self.settings["known"]) + 1, embedding)  # 0: unseen
+        self.pool = nn.Embedding(len(self.settings["known"]) + 1, embedding)  # 0: unseen
         self.split = nn.Linear(embedding, self.tokens * token)
 
     def featurise(self, smiles):                                         # (M,)
-        place = {key: i + 1 for i, key in enumerate(self.settings["known"])}
-        return torch.tensor([place.get(key, 0) for key in each_molecule(molecule_key, smiles)])
-
-    def pool(self, place):                                               # (B,)
-        return self.vectors(place)
+        places = {key: i + 1 for i, key in enumerate(self.settings["known"])}
+        return torch.tensor([places.get(molecule_key(s), 0) for s in smiles])
 
 
 BONDS = {"SINGLE": 1, "DOUBLE": 2, "TRIPLE": 3, "AROMATIC": 4, "STEREOE": 5, "STEREOZ": 6}
 ATOM_SIZES = (100, 8, 8, 3, 2, 2)  # element, charge, hydrogens, handedness, aromatic, ring
 
 
-def read_graph(smiles):
-    """Atoms (A, 6), the places in ATOM_SIZES, and bonds (A, A), 0 where there is none."""
-    molecule = parse_smiles(smiles)
-    Chem.AssignStereochemistry(molecule, cleanIt=True, force=True)
-    hand = {"R": 1, "S": 2}
-    atoms = [[min(a.GetAtomicNum(), 99), a.GetFormalCharge() % 8, min(a.GetTotalNumHs(), 7),
-              hand.get(a.GetPropsAsDict(True, True).get("_CIPCode"), 0), a.GetIsAromatic(),
-              a.IsInRing()] for a in molecule.GetAtoms()]
-    bonds = np.zeros((len(atoms), len(atoms)), np.uint8)
-    for bond in molecule.GetBonds():
-        i, j = bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()
-        bonds[i, j] = bonds[j, i] = BONDS.get(str(bond.GetStereo()),
-                                              BONDS.get(str(bond.GetBondType()), 1))
-    return np.array(atoms, np.uint8), bonds
-
-
 class Graph(Encoder):
     """Message passing over atoms and bonds: a graph isomorphism network (Xu et al. 2019,
     arXiv:1810.00826) with one weight per type of bond. Its states live on atoms, which are the
     tokens. Handedness and E/Z enter by their labels, so neither depends on the order of atoms."""
-    rounds, hidden = 4, 128
+    width = 128
 
     def build(self, embedding, token):
-        width = self.hidden
-        self.atom = nn.ModuleList(nn.Embedding(n, width) for n in ATOM_SIZES)
-        self.bond = nn.ModuleList(nn.Linear(width, 6 * width) for _ in range(self.rounds))
-        self.update = nn.ModuleList(mlp(width, 2 * width, width) for _ in range(self.rounds))
-        self.pool = mlp(width, embedding, embedding)
-        self.split = nn.Linear(width, token)
+        w, rounds = self.width, range(4)
+        self.atom = nn.ModuleList(nn.Embedding(n, w) for n in ATOM_SIZES)
+        self.bond = nn.ModuleList(nn.Linear(w, 6 * w) for _ in rounds)
+        self.update = nn.ModuleList(mlp(w, 2 * w, w) for _ in rounds)
+        self.pool = mlp(w, embedding, embedding)
+        self.split = nn.Linear(w, token)
 
     def featurise(self, smiles):
-        """(M, A, 6 + A): the atoms' features, of which the element is 0 for none, and bonds."""
-        graphs = each_molecule(read_graph, smiles)
-        size = max(len(atoms) for atoms, _ in graphs)
-        packed = np.zeros((len(graphs), size, 6 + size), np.uint8)
-        for row, (atoms, bonds) in zip(packed, graphs):
-            row[:len(atoms), :6 + len(atoms)] = np.concatenate([atoms, bonds], 1)
-        return torch.from_numpy(packed)
+        """(M, A, 6 + A) uint8: each atom's places in ATOM_SIZES, of which the element is 0 for
+        none, and its bonds with every atom, 0 for none."""
+        molecules = [parse_smiles(s) for s in smiles]
+        size = max(molecule.GetNumAtoms() for molecule in molecules)
+        graphs = np.zeros((len(smiles), size, 6 + size), np.uint8)
+        for graph, molecule in zip(graphs, molecules):
+            Chem.AssignStereochemistry(molecule, cleanIt=True, force=True)
+            for row, a in zip(graph, molecule.GetAtoms()):
+                hand = {"R": 1, "S": 2}.get(a.GetPropsAsDict(True, True).get("_CIPCode"), 0)
+                row[:6] = (min(a.GetAtomicNum(), 99), a.GetFormalCharge() % 8,
+                           min(a.GetTotalNumHs(), 7), hand, a.GetIsAromatic(), a.IsInRing())
+            for bond in molecule.GetBonds():
+                i, j = bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()
+                kind = BONDS.get(str(bond.GetStereo()), BONDS.get(str(bond.GetBondType()), 1))
+                graph[i, 6 + j] = graph[j, 6 + i] = kind
+        return torch.from_numpy(graphs)
 
     def forward(self, graph):                                            # (B, A, 6 + A)
         atoms, bonds = graph.long().tensor_split([6], 2)
         there = atoms[:, :, 0] > 0                                       # (B, A)
-        h = sum(table(code) for table, code in zip(self.atom, atoms.unbind(2)))  # (B, A, hidden)
+        h = sum(table(code) for table, code in zip(self.atom, atoms.unbind(2)))  # (B, A, width)
         bonds = F.one_hot(bonds, 7)[..., 1:].to(h)                       # (B, A, A, 6)
         for messages, update in zip(self.bond, self.update):
-            sent = messages(h).unflatten(2, (6, self.hidden))            # (B, A, 6, hidden)
-            h = h + update(F.layer_norm(h + torch.einsum("bijk,bjkc->bic", bonds, sent),
-                                        h.shape[-1:]))
+            sent = messages(h).unflatten(2, (6, self.width))             # (B, A, 6, width)
+            received = torch.einsum("bijk,bjkc->bic", bonds, sent)       # (B, A, width)
+            h = h + update(F.layer_norm(h + received, h.shape[-1:]))
         h = h * there[..., None]
         pooled = self.pool(F.layer_norm(h.sum(1), h.shape[-1:]))         # (B, E)
         return pooled, self.split(h), there                              # tokens are atoms
@@ -452,12 +375,10 @@ class SmilesTransformer(Encoder):
 
     @classmethod
     def fit(cls, smiles, options):
-        return {"vocabulary": sorted({token for ways in each_molecule(spell, smiles)
-                                      for spelling in ways for token in spelling})}
+        return {"vocabulary": sorted({token for s in smiles for way in spell(s) for token in way})}
 
     def build(self, embedding, token):
-        words = len(self.settings["vocabulary"]) + 2                     # 0 none, 1 unknown
-        self.embed = nn.Embedding(words, self.width)
+        self.embed = nn.Embedding(2 + len(self.settings["vocabulary"]), self.width)
         self.place = nn.Parameter(torch.randn(self.longest, self.width) * .02)
         layer = nn.TransformerEncoderLayer(self.width, 4, 2 * self.width, 0., "gelu",
                                            batch_first=True, norm_first=True)
@@ -466,16 +387,14 @@ class SmilesTransformer(Encoder):
         self.split = nn.Linear(self.width, token)
 
     def featurise(self, smiles):
-        """(M * spellings, L): places in the vocabulary, a molecule's spellings one after another.
-        Those of more than `longest` tokens are cut, which is said."""
-        place = {t: i + 2 for i, t in enumerate(self.settings["vocabulary"])}
-        spelt = each_molecule(spell, smiles)
-        if cut := sum(len(ways[0]) > self.longest for ways in spelt):
-            print(f"{cut} of {len(smiles)} SMILES have more than {self.longest} tokens: the "
-                  "encoder reads no further")
-        lines = [torch.tensor([place.get(t, 1) for t in spelling[:self.longest]])
-                 for ways in spelt for spelling in ways]
-        return nn.utils.rnn.pad_sequence(lines, batch_first=True)
+        """(M * spellings, L): places in the vocabulary, 0 for none and 1 for unknown, a molecule's
+        spellings one after another. What has more than `longest` tokens is cut, which is said."""
+        places = {t: i + 2 for i, t in enumerate(self.settings["vocabulary"])}
+        spelt = [way for s in smiles for way in spell(s)]
+        if cut := sum(len(way) > self.longest for way in spelt[::self.spellings]):
+            print(f"{cut} of {len(smiles)} SMILES are read no further than {self.longest} tokens")
+        return nn.utils.rnn.pad_sequence([torch.tensor(
+            [places.get(t, 1) for t in way[:self.longest]]) for way in spelt], batch_first=True)
 
     def forward(self, codes):                                            # (B, L)
         there = codes > 0
@@ -520,7 +439,7 @@ class Conditioner(nn.Module):
         self.fields, self.encoder_class = fields, MOLECULE_ENCODERS[molecule_encoder]
         self.molecule_settings = molecule_settings or self.encoder_class.fit([], {})
         self.groups = list(dict.fromkeys(f.group for f in fields))
-        # in the order of fields and groups: a column may have any name, a module may not
+        # lists in the order of fields and groups: a column may have any name, a module may not
         self.encoders = nn.ModuleList(self.encoder_of(f, embedding, token) for f in fields)
         self.null = nn.Parameter(torch.randn(len(fields), embedding) * .02)
         self.mix = nn.ModuleList(mlp(embedding, 2 * embedding, embedding) for _ in self.groups)
@@ -542,24 +461,23 @@ class Conditioner(nn.Module):
         codes, known, molecules = {}, torch.zeros(n, len(self.fields), dtype=torch.bool), {}
         for i, field in enumerate(self.fields):
             values = columns.get(field.name, [""] * n)
+            for value, complaint in field.unfit(values, self.encoder_class.is_molecule).items():
+                raise FieldError(f"{field.name}={value} {complaint}")
+            known[:, i] = torch.tensor([v != "" for v in values])
             if field.kind != "molecule":
-                codes[field.name], known[:, i] = field.encode(values)
+                codes[field.name] = field.encode(values)
                 continue
             # where no molecule is known, any that can be encoded stands in; it is not shown
             distinct = sorted(set(values) - {""}) or [self.molecule_settings.get("example", "C")]
-            for smiles in distinct:
-                if not self.encoder_class.is_molecule(smiles):
-                    raise FieldError(f"{field.name}={smiles}: no valid SMILES")
             places = dict(zip(distinct, itertools.count(0, self.encoder_class.spellings)))
             codes[field.name] = torch.tensor([places.get(v, 0) for v in values])
-            known[:, i] = torch.tensor([v != "" for v in values])
             molecules[field.name] = self.encoders[i].featurise(distinct)
         return codes, known, molecules
 
-    def parts(self, codes, keep, molecules):
-        """Each group's normalised part of the vector, {group: (B, E)}, and the molecule tokens."""
-        sums = {group: 0. for group in self.groups}
-        tokens = [self.null_token.expand(len(keep), -1, -1)]
+    def forward(self, codes, keep, molecules):
+        """codes {name: (B,)}, keep (B, fields) bool, molecules {name: (M, ...)} as from encode."""
+        sums = dict.fromkeys(self.groups, 0.)
+        tokens = [self.null_token.expand(len(keep), -1, -1)]             # of every sample
         mask = [torch.ones(len(keep), 1, dtype=torch.bool, device=keep.device)]
         for i, field in enumerate(self.fields):
             kept, code = keep[:, i:i + 1], codes[field.name]
@@ -569,17 +487,12 @@ class Conditioner(nn.Module):
                 mask.append(kept & there)
             else:
                 e = self.encoders[i](code)
-            e = F.layer_norm(e, e.shape[-1:])
+            e = F.layer_norm(e, e.shape[-1:])                            # (B, E)
             sums[field.group] = sums[field.group] + torch.where(kept, e, self.null[i])
-        parts = {group: gain * F.layer_norm(u + mix(u), u.shape[-1:])
-                 for gain, mix, (group, u) in zip(self.gain, self.mix, sums.items())}
-        return parts, torch.cat(tokens, 1), torch.cat(mask, 1)
-
-    def forward(self, codes, keep, molecules):
-        """codes {name: (B,)}, keep (B, fields) bool, molecules {name: (M, ...)} as from encode."""
-        parts, tokens, mask = self.parts(codes, keep, molecules)
-        vector = sum(parts.values(), self.empty.expand(len(keep), -1))
-        return vector, tokens, mask            # (B, E), (B, L, D), (B, L); one null token stays
+        vector = self.empty.expand(len(keep), -1)
+        for gain, mix, u in zip(self.gain, self.mix, sums.values()):
+            vector = vector + gain * F.layer_norm(u + mix(u), u.shape[-1:])
+        return vector, torch.cat(tokens, 1), torch.cat(mask, 1)          # (B, E), (B, L, D), (B, L)
 
 
 # --- what training hides and redraws --------------------------------------------------------------
@@ -587,10 +500,9 @@ class Conditioner(nn.Module):
 def draw_keep(fields, n, rng, single=.2, each=.3):
     """The dropout plan: which fields each of n samples is shown, (n, fields) bool.
 
-    First the branch: everything 0.7, nothing 0.1, and 0.2 shared by the other subsets of groups
-    (with two groups: biology only 0.1, experiment only 0.1). Then, in a share `single` of the
-    samples, each kept field is dropped on its own with probability `each`, so that any subset may
-    be asked for. Independent dropping would leave the full condition to few samples.
+    First the branch: everything 0.7, nothing 0.1, and 0.2 shared by the other subsets of groups.
+    Then, in a share `single` of the samples, each kept field is dropped on its own with probability
+    `each`, so that any subset may be asked for. That alone would leave all fields to few samples.
     """
     groups = list(dict.fromkeys(f.group for f in fields))
     subsets = [s for s in itertools.product((True, False), repeat=len(groups))
@@ -604,28 +516,22 @@ def draw_keep(fields, n, rng, single=.2, each=.3):
 
 
 def hide_molecule_of_controls(fields, codes, keep, molecules, rng, share=.5):
-    """At dose 0 the molecule cannot matter: show half of the controls with a random molecule, so
-    that a dose sweep from 0 stays inside what was learned. Returns codes with some replaced.
-
-    A control is a sample that is *shown* all its doses (dose_fields) at 0: where one is hidden or
-    unknown, another molecule would be a lie. keep (n, fields) bool.
-    """
+    """Codes of which half of the controls show a random molecule: at dose 0 it cannot matter, and
+    so a dose sweep from 0 stays inside what was learned. A control is a sample that is *shown* all
+    its doses (dose_fields) at 0: where one is hidden or unknown, another molecule would be a lie.
+    keep (n, fields) bool."""
     doses = [keep[:, fields.index(f)] & (codes[f.name] == 0) for f in dose_fields(fields)]
-    if not doses:
-        return codes
-    control, codes, n = torch.stack(doses).all(0), dict(codes), len(keep)
-    for field in fields:
-        if field.kind == "molecule":
-            swap = control & (torch.rand(n, generator=rng) < share).to(control.device)
-            other = torch.randint(len(molecules[field.name]), (n,), generator=rng)
-            codes[field.name] = torch.where(swap, other.to(control.device), codes[field.name])
+    for field in (f for f in fields if f.kind == "molecule" and doses):
+        swap = torch.stack(doses).all(0) & (torch.rand(len(keep), generator=rng) < share)
+        other = torch.randint(len(molecules[field.name]), (len(keep),), generator=rng)
+        codes = codes | {field.name: torch.where(swap, other, codes[field.name])}
     return codes
 
 
 def draw_spelling(fields, codes, encoder, rng):
     """Codes with one of the `spellings` of each molecule drawn at random; encoder: its class."""
-    ways = encoder.spellings
-    return codes if ways == 1 else codes | {
-        f.name: codes[f.name] // ways * ways + torch.randint(ways, codes[f.name].shape,
-                                                             generator=rng)
-        for f in fields if f.kind == "molecule"}
+    ways, drawn = encoder.spellings, dict(codes)
+    for name in (f.name for f in fields if f.kind == "molecule" and ways > 1):
+        way = torch.randint(ways, codes[name].shape, generator=rng)
+        drawn[name] = codes[name] // ways * ways + way
+    return drawn

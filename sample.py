@@ -17,8 +17,7 @@ import itertools
 import json
 import shlex
 import sys
-import warnings
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +28,7 @@ from tqdm import tqdm
 
 import data
 import diffusion
-from conditioning import (Conditioner, Field, FieldError, group_mask, known_columns,
-                          negative_controls, parse_number, treatment_group)
+from conditioning import Conditioner, Field, FieldError, is_number, known_columns, treatment_group
 from data import UserError
 from train_vae import autocast, build_vae, device, load_checkpoint, reconstruct, run
 from unet import ControlNet, Denoiser, UNet, UNetConfig
@@ -92,62 +90,70 @@ class Model:
         image = [("image", guidance.get("image", 1.))] * hinted
         return dict(scales[:-1] + image + scales[-1:])
 
-    def branches(self, request, composed, hint=None):
+    def encode(self, columns, n):
+        """A request {field: [n strings]}, "" for unknown, as the conditioner takes it, on the
+        device: (codes, known, molecules). What it does not know is a FieldError."""
+        names = [f.name for f in self.fields]
+        if unknown := [name for name in columns if name not in names]:
+            raise FieldError(f"unknown field {unknown[0]}: this model was told {', '.join(names)}")
+        codes, known, molecules = self.denoiser.conditioner.encode(columns, n)
+        codes, molecules = ({name: x.to(device()) for name, x in part.items()}
+                            for part in (codes, molecules))
+        return codes, known.to(device()), molecules
+
+    def branches(self, request, rows, composed, hint=None):
         """denoise(z, t) of n images: the sum of the predictions under {branch: coefficient}
         (diffusion.compose), all of one batch. A branch is a mask over the fields, as in training:
-        those of a group that is not given are hidden. request: encoded by the conditioner. hint:
-        (images (n, C, H, W), codes, known), which branches see that are given `image`."""
-        (codes, known, molecules), k, net = request, len(composed), self.denoiser
-        n, groups = len(known), list(self.scales(hinted=hint is not None))
+        those of a group that is not given are hidden. rows (n,): of the request (see `encode`).
+        hint: (images (n, C, H, W), a request of their own), for the branches given `image`."""
+        (codes, known, molecules), k, n, net = request, len(composed), len(rows), self.denoiser
+        groups = self.scales(hinted=bool(hint))
         given = [list(itertools.compress(groups, branch)) for branch in composed]
-        keep = torch.cat([known & group_mask(self.fields, g).to(device()) for g in given])
-        condition = list(net.conditioner({name: code.repeat(k) for name, code in codes.items()},
-                                         keep, molecules))               # (K n, ...) each
-        rows = torch.tensor(["image" in g for g in given]).repeat_interleave(n).nonzero()[:, 0]
-        rows, seen = rows.to(device()), len(rows) // n                   # those that see the hint
-        if seen:
-            features = net.controlnet.stem(hint[0]).repeat(seen, 1, 1, 1)
-            vector = net.conditioner(*hint[1:], molecules)[0].repeat(seen, 1)
-            condition[0][rows] += net.controlnet.style(hint[0]).repeat(seen, 1)
-            hinted = [c[rows] for c in condition]
+        keep = [known[rows] & known.new_tensor([f.group in g for f in self.fields]) for g in given]
+        codes = {name: code[rows].repeat(k) for name, code in codes.items()}
+        vector, tokens, mask = net.conditioner(codes, torch.cat(keep), molecules)  # (K n, ...) each
+        if hint:
+            images, (codes, known, _) = hint
+            own, _, _ = net.conditioner({name: code[rows] for name, code in codes.items()},
+                                        known[rows], molecules)
+            own, features = own.repeat(k, 1), net.controlnet.stem(images).repeat(k, 1, 1, 1)
+            shown = torch.tensor([["image" in g] for g in given]).repeat_interleave(n, 0).to(vector)
+            vector = vector + shown * net.controlnet.style(images).repeat(k, 1)
 
         def denoise(z, t):
             z, t, residuals = z.repeat(k, 1, 1, 1), t.repeat(k), None
-            if seen:
-                residuals = [r.new_zeros(k * n, *r.shape[1:]).index_copy(0, rows, r) for r in
-                             net.controlnet.residuals(z[rows], t[rows], *hinted, features, vector)]
-            v = net.unet(z, t, *condition, residuals)
+            if hint:
+                residuals = [shown[..., None, None] * r for r in net.controlnet.residuals(
+                    z, t, vector, tokens, mask, features, own)]
+            v = net.unet(z, t, vector, tokens, mask, residuals)
             return diffusion.combine(v.unflatten(0, (k, n)), composed.values())
         return denoise
 
     def guided(self, columns, n, guidance=None, form="nested", interval=INTERVAL, hint=None,
                batch=64):
-        """denoise(z, t) of n images under a request {field: [n strings]}, guided. guidance: {group:
+        """denoise(z, t) of n images under a request (see `encode`), guided. guidance: {group:
         scale}, see `scales`. form: one of diffusion.FORMS. interval: between which noise levels t/T
         guidance acts; outside, scales above 1 count as 1, and where all do the conditional model
         runs alone (Kynkaanniemi et al. 2024, arXiv:2404.07724). hint: (images (n, C, H, W) in
         [-1, 1], their own conditions {field: [n strings]}), seen through windows where larger than
         `size`, `batch` at a time: the conditions kept do not grow with the image."""
-        scales = self.scales(guidance, hint is not None)
+        scales, request, each = self.scales(guidance, bool(hint)), self.encode(columns, n), 1
         low = {group: min(scale, 1.) for group, scale in scales.items()}
         outside = "nested" if all(scale == 1 for scale in low.values()) else form
         composed = diffusion.compose(outside, low), diffusion.compose(form, scales)
-        encode, each, window = self.denoiser.conditioner.encode, 1, self.latent_shape[1:]
-        request = encode(columns, n)
         if hint:
-            crops, own = windows(hint[0], self.size), encode(hint[1], n)
+            crops, own = windows(hint[0], self.size), self.encode(hint[1], n)
             each = len(crops) // n
 
         @functools.lru_cache(2 if hint else 32)  # batches, inside the interval and outside
         def predictor(first, inside):
             rows = torch.arange(first, min(first + batch, n * each)) // each
-            shown = hint and (crops[first:first + batch].to(device()), *pick(own, rows)[:2])
-            return self.branches(pick(request, rows), composed[inside], shown)
+            seen = hint and (crops[first:first + batch].to(device()), own)
+            return self.branches(request, rows, composed[inside], seen)
 
-        @sampling()
         def denoise(z, t):
             inside = interval[0] <= t[0].item() / self.schedule.T <= interval[1]
-            return look(z, window, batch, lambda z, first: predictor(first, inside)(
+            return look(z, self.latent_shape[1:], batch, lambda z, first: predictor(first, inside)(
                 z, t[:1].expand(len(z))))
         return denoise
 
@@ -155,13 +161,11 @@ class Model:
     def generate(self, columns, seeds, guidance=None, form="nested", steps=STEPS, eta=0.,
                  sampler="dpm", batch=64, progress=True, interval=INTERVAL, hint=None):
         """Images (n, C, H, W) in [-1, 1] on the CPU, one per seed, the same whatever the batch, of
-        the hint's size. columns: {field: list of n strings}, "" for unknown; others are a
-        FieldError before any work. guidance, form, interval, hint: see `guided`. eta: of ddim."""
-        check_request(self, columns)
+        the hint's size. columns, guidance, form, interval, hint: see `guided`. eta: of ddim."""
+        denoise = self.guided(columns, len(seeds), guidance, form, interval, hint, batch)
         size, f = hint[0].shape[2:] if hint else self.size, self.vae.config.downsampling
         z, *window = self.latent_shape
         shape = z, *((n + -(n - m) % (m // 2)) // f for n, m in zip(size, self.size))
-        denoise = self.guided(columns, len(seeds), guidance, form, interval, hint, batch)
         with tqdm(total=steps, desc="generating", disable=not progress, leave=False) as bar:
             z = diffusion.sample(denoise, self.schedule, seeds, shape, steps, eta, sampler,
                                  device(), bar.update)
@@ -174,7 +178,6 @@ class Model:
         """Real images (n, C, H, W) in [-1, 1] as they would look under other conditions: the same
         cells. Inverted under their own conditions `source` ({field: [n strings]}), all scales 1,
         then generated from there under `target`, scales 1 unless `guidance` says more."""
-        check_request(self, target)
         n, ones, top = len(images), dict.fromkeys(self.groups, 1.), self.schedule.last_invertible()
         if not 1 <= steps <= top + 1:
             raise UserError(f"--steps {steps}: an image can be inverted in 1 to {top + 1} steps")
@@ -192,7 +195,6 @@ class Model:
         """Where the change of request `one` to `other` ({field: [n strings]} each) acts in images
         (n, C, H, W), by noise level t / T: (levels, n, H, W) on [0, 1], the difference behind the
         decoder of two predictions of z_0 from the same noise, mean over channels."""
-        check_request(self, one), check_request(self, other)
         n, ones, maps = len(images), dict.fromkeys(self.groups, 1.), []
         both = [self.guided(columns, n, ones) for columns in (one, other)]
         z0, rngs = self.vae.to_latent(images.to(device())), range(seed, seed + n)
@@ -204,13 +206,6 @@ class Model:
                     for denoise in both)
             maps.append((x - y).abs().mean(1).cpu() / 2)
         return torch.stack(maps)
-
-
-def pick(encoded, rows):
-    """Rows of an encoded request (codes, known, molecules), on the device."""
-    codes, known, molecules = encoded
-    return ({name: code[rows].to(device()) for name, code in codes.items()},
-            known[rows].to(device()), {name: x.to(device()) for name, x in molecules.items()})
 
 
 def windows(x, size):
@@ -239,29 +234,14 @@ def look(z, window, batch, see):
     return fold(fade * seen) / fold(fade)
 
 
-def check_request(model, columns):
-    """Refuse unknown fields, categories and molecules (FieldError); warn of numbers that training
-    never saw. columns: {field: list of strings}, "" for unknown."""
-    fields = {f.name: f for f in model.fields}
-    if unknown := [name for name in columns if name not in fields]:
-        raise FieldError(f"unknown field {unknown[0]}: this model was told {', '.join(fields)}")
-    for name, field in fields.items():
-        numeric = field.kind in ("number", "log")
-        for value in sorted(set(columns.get(name, ())) - {""}) if numeric else ():
-            if (used := field.clip(wanted := parse_number(name, value))) != wanted:
-                warnings.warn(f"{name}={value} is outside the training range: taken as {used:g}")
-    model.denoiser.conditioner.encode(columns, len(next(iter(columns.values()), ())))
-
-
 def changed(model, columns, own, changes):
-    """A row's own conditions with some changed. A category that occurs nowhere together with a new
-    one of its group (the plate, when the batch is changed) becomes unknown, with a warning."""
-    groups, target = {f.name: f.group for f in model.fields if f.kind == "category"}, own | changes
-    for (name, value), (other, new) in itertools.product(own.items(), changes.items()):
-        pairs = zip(columns.get(name, ()), columns.get(other, ()))
-        if (value and new and name not in changes and groups.get(name, name) == groups.get(other)
-                and other in columns and (value, new) not in pairs):
-            warnings.warn(f"{name}={value} does not occur with {other}={new}: told as unknown")
+    """A row's own conditions with some changed. A category that occurs nowhere in the manifest's
+    columns together with a new one of its group (the plate, of another batch) becomes unknown."""
+    target, groups = own | changes, {f.name: f.group for f in model.fields if f.kind == "category"}
+    for name, other in itertools.permutations(groups, 2):
+        pair = own[name], changes.get(other)
+        if (all(pair) and name not in changes and groups[name] == groups[other]
+                and pair not in zip(columns[name], columns.get(other, ()))):
             target[name] = ""
     return target
 
@@ -303,20 +283,19 @@ def hint_manifest(column, manifest):
         manifest.path, tuple(column.split(",")) if "," in column else None, column)
 
 
-def read_hint(model, place, given):
-    """A conditioning image and its own conditions, as hint_of. place: MANIFEST.csv:ROW, or an image
-    FILE or a place in a stack, STACK.npy:INDEX, under the conditions `given`."""
-    column, (path, _, number) = model.controlnet["column"], place.rpartition(":")
+def read_hint(model, place, given, n):
+    """A conditioning image and its own conditions, as hint_of, n times. place: MANIFEST.csv:ROW, or
+    an image FILE or a place in a stack, STACK.npy:INDEX, under the conditions `given`."""
+    path, _, number = place.rpartition(":")
     if (path or place).endswith(".csv"):
         manifest, i = read_place(model, place)
-        own = known_columns(model.fields, manifest.columns, [i])
-        if column == "control_row" and not negative_controls(model.fields, own, [0]):
-            raise UserError(f"{place} is no negative control (dose 0), which this model follows")
-        return read_rows(model, hint_manifest(column, manifest), [i], hint=True)
-    path, index = (Path(path), int(number)) if number.isdecimal() else (Path(place), None)
-    columns = {name: [value] for name, value in given.items()} | {"image": [path.name]}
-    return read_rows(model, data.Manifest(path, columns, None, ("image",), [index], {}), [0],
-                     hint=True)
+        manifest = hint_manifest(model.controlnet["column"], manifest)
+    else:
+        path, index = (Path(path), int(number)) if number.isdecimal() else (Path(place), None)
+        columns = {name: [value] for name, value in given.items()} | {"image": [path.name]}
+        manifest, i = data.Manifest(path, columns, None, ("image",), [index], {}), 0
+    images, own = read_rows(model, manifest, [i], hint=True)
+    return images.expand(n, -1, -1, -1), {name: value * n for name, value in own.items()}
 
 
 def hint_of(model, opened, rows, seed=0, view=-1):
@@ -334,28 +313,22 @@ def hint_of(model, opened, rows, seed=0, view=-1):
 
 # --- command line ---------------------------------------------------------------------------------
 
-def write_hyperstack(path, images, model):
-    """Images (n, C, H, W) in [-1, 1] as an ImageJ hyperstack, in the training files' units."""
-    low, high = (np.array(model.intensity[k], np.float32)[:, None, None] for k in ("low", "high"))
-    metadata = {"axes": "TCYX", "mode": "grayscale", "Labels": [*model.channels] * len(images)}
-    scale = dict(resolution=(1 / model.pixel_um,) * 2) if model.pixel_um else {}
-    tifffile.imwrite(path, low + (images.numpy() + 1) / 2 * (high - low), imagej=True,
-                     metadata=metadata | {"unit": "um"} if scale else metadata, **scale)
-
-
 def write(args, model, name, picture, title, requests, images=None, **more):
-    """In folder args.out name.png of picture (rows of images, row labels, column labels), name.tif
-    of the images, where there are any, and name.json, enough to repeat them."""
+    """In folder args.out name.png of picture (rows of images, row labels, column labels), name.json
+    to repeat it and, where there are images (n, C, H, W), name.tif: an ImageJ hyperstack in the
+    units of the training files."""
     path, (rows, *labels) = args.out / name, picture
     data.picture(f"{path}.png", rows, model.channels, *labels, model.pixel_um, words(title))
     if images is not None:
-        write_hyperstack(f"{path}.tif", images, model)
-    used = [{f.name: f"{f.clip(float(v)):g}" if v and f.kind in ("number", "log") else v
-             for f in model.fields for v in [request.get(f.name, "")]} for request in requests]
-    record = {"command": shlex.join(["python", *sys.argv]), "requests": requests, "used": used,
-              "sha1": hashlib.sha1(Path(args.checkpoint).read_bytes()).hexdigest(),
-              "fields": [asdict(f) for f in model.fields], **vars(args), **more}
-    Path(f"{path}.json").write_text(json.dumps(record, indent=1, default=str))
+        low, high = (np.array(model.intensity[end], np.float32)[:, None, None]
+                     for end in ("low", "high"))
+        metadata = {"axes": "TCYX", "mode": "grayscale", "Labels": [*model.channels] * len(images)}
+        unit, per = ({"unit": "um"}, 1 / model.pixel_um) if model.pixel_um else ({}, 1)
+        tifffile.imwrite(f"{path}.tif", low + (images.numpy() + 1) / 2 * (high - low), imagej=True,
+                         metadata=metadata | unit, resolution=(per, per))
+    sha1 = hashlib.sha1(Path(args.checkpoint).read_bytes()).hexdigest()
+    record = {"command": shlex.join(["python", *sys.argv]), "sha1": sha1, "requests": requests}
+    Path(f"{path}.json").write_text(json.dumps(record | vars(args) | more, indent=1, default=str))
     print(f"wrote {path}.png" + f", {path}.tif" * (images is not None) + f" and {path}.json")
 
 
@@ -363,73 +336,72 @@ def words(conditions, between="  "):
     return between.join(f"{name}={value}" for name, value in conditions.items())
 
 
-def generate_images(args, model, fixed, swept, guidance):
+def generate_images(args, model, fixed, across, down, guidance):
     """What the conditions ask for: n images, or a grid of the swept fields on shared noise."""
-    places = [dict(zip(swept, values)) for values in itertools.product(*swept.values())]
+    places = [place | other for place in down for other in across]
     requests = [fixed | place for _ in range(args.n) for place in places]
     seeds = [args.seed + i // len(places) for i in range(len(requests))]
     if unknown := [f.name for f in model.fields if not requests[0].get(f.name)]:
         print(f"not given, so unknown: {', '.join(unknown)}")
-    hint = args.control and read_hint(model, args.control, fixed)
-    images = model.generate(
-        columns_of(requests), seeds, guidance, args.form, args.steps, sampler=args.sampler,
-        interval=args.interval, hint=hint and (hint[0].expand(len(seeds), -1, -1, -1), {
-            name: value * len(seeds) for name, value in hint[1].items()}))
-    width = len([*swept.values()][-1]) if swept else 8
-    rows = [[*part.numpy()] for part in images.split(width)]
-    across = [words(dict([*place.items()][-1:])) for place in places[:width]]
-    down = [words(dict([*place.items()][:-1])) for place in places[::width] * args.n][:len(rows)]
+    hint = args.control and read_hint(model, args.control, fixed, len(seeds))
+    images = model.generate(columns_of(requests), seeds, guidance, args.form, args.steps,
+                            sampler=args.sampler, interval=args.interval, hint=hint)
+    rows = [[*part.numpy()] for part in images.split(len(across) if across[0] else 8)]
+    labels = [words(place) for place in down * args.n][:len(rows)]
     if hint:  # stains in colour, other channels in grey
-        shown = hint[0] if hint[0].shape[1] == len(model.channels) else hint[0][0]
-        rows, down = [[*shown.numpy()], *rows], ["follows", *down]
-    write(args, model, "samples", (rows, down, across), fixed, requests, images, seeds=seeds,
-          guidance=model.scales(guidance, bool(hint)))
+        shown = hint[0][:1] if hint[0].shape[1] == len(model.channels) else hint[0][0]
+        rows, labels = [[*shown.numpy()], *rows], ["follows", *labels]
+    write(args, model, "samples", (rows, labels, list(map(words, across))), fixed, requests, images,
+          seeds=seeds, guidance=model.scales(guidance, bool(hint)))
 
 
-def change_row(args, model, fixed, swept, guidance, levels=(.2, .35, .5, .65, .8)):
+def change_row(args, model, fixed, across, down, guidance, levels=(.2, .35, .5, .65, .8)):
     """A real image with some of its own conditions changed. --edit: its cells under them, one image
-    per swept value. --attribution: where the change acts, by noise level, beside the true
-    difference where it leaves the cells untreated and the manifest has them so."""
-    swept = [dict(zip(swept, values)) for values in itertools.product(*swept.values())]
-    check_request(model, columns_of([fixed | place for place in swept]))
+    per swept value. --attribution: where the change acts, by noise level."""
     manifest, i = read_place(model, args.edit or args.attribution)
     image, columns = read_rows(model, manifest, [i], model.settings.crop)
-    own = {name: value for name, [value] in columns.items()}
+    own, places = {n: v for n, [v] in columns.items()}, [p | q for p in down for q in across]
     print(f"row {i + 2}: {words(own)}")
-    requests = [changed(model, manifest.columns, own, fixed | place) for place in swept]
-    targets, n = columns_of(requests), len(requests)
+    requests = [changed(model, manifest.columns, own, fixed | place) for place in places]
+    if lost := {n for request in requests for n in own if own[n] and not request[n]}:
+        print(f"told as unknown, since never seen with what is new: {', '.join(lost)}")
     if args.edit:
-        images = model.edit(image.expand(n, -1, -1, -1), columns_of([own] * n), targets, guidance,
-                            args.form, args.steps, interval=args.interval)
-        row = torch.cat([image, reconstruct(model.vae, image)[0], images]).numpy()
-        labels = ["real", "through the autoencoder", *(words(p, "\n") or "edited" for p in swept)]
-        return write(args, model, "samples", ([[*row]], [""], labels), fixed, requests, images,
-                     own=own, guidance=dict.fromkeys(model.groups, 1.) | guidance)
-    maps = model.difference(image, columns, targets, levels, args.seed)[:, 0]
-    panels, labels = [*maps / maps.max()], ["image", *(f"t/T = {t:g}" for t in levels)]
-    if "untreated" in manifest.columns and negative_controls(model.fields, targets, [0]):
-        before = data.read_manifest(manifest.path, model.channels, "untreated")
-        true = (read_rows(model, before, [i], model.settings.crop)[0] - image)[0].abs().mean(0)
-        panels, labels = [*panels, true / true.max()], [*labels, "true"]
-    row = [image[0].numpy(), *(2 * panel.nan_to_num().numpy() - 1 for panel in panels)]
-    write(args, model, "attribution", ([row], [""], labels), fixed, requests, own=own)
+        images = model.edit(
+            image.expand(len(places), -1, -1, -1), columns_of([own] * len(places)),
+            columns_of(requests), guidance, args.form, args.steps, interval=args.interval)
+        rebuilt, labels = reconstruct(model.vae, image)[0], ["as it is", "through the autoencoder"]
+        labels += [words(place, "\n") or "edited" for place in places]
+        row = [*torch.cat([image, rebuilt, images]).numpy()]
+        write(args, model, "samples", ([row], [""], labels), fixed, requests, images, own=own,
+              guidance=dict.fromkeys(model.groups, 1.) | guidance)
+    else:
+        maps = model.difference(image, columns, columns_of(requests[:1]), levels, args.seed)[:, 0]
+        row = [image[0].numpy(), *(2 * maps / maps.max() - 1).nan_to_num().numpy()]
+        labels = ["image", *(f"t/T = {t:g}" for t in levels)]
+        write(args, model, "attribution", ([row], [""], labels), fixed, requests[:1], own=own)
 
 
 def parse_request(model, args):
-    """NAME=VALUE words to (fixed {name: value}, swept {name: [values]}, {group: scale}), the first
-    that is swept last. They may stand after any option: in `--grid dose=1,3 batch=B1` the batch has
-    one value and is fixed, and a word after --guidance that names no group is a condition."""
-    fixed, swept, scales, fields = {}, {}, {}, [f.name for f in model.fields]
+    """NAME=VALUE words to (fixed {name: value}, swept [[{name: value}, ...] of each field],
+    {group: scale}). They may stand after any option: in `--grid dose=1,3 batch=B1` the batch has
+    one value and is fixed, and a word after --guidance that names a field is a condition."""
+    fixed, swept, scales, fields, names = {}, [], {}, {f.name: f for f in model.fields}, []
     for word in [*args.conditions, *args.grid, *args.guidance]:
-        name, equals, value = word.partition("=")
-        if not equals or not name or name in fixed | swept | scales:
-            raise FieldError(f"{word}: write NAME=VALUE, and each name once")
-        if word in args.guidance and (name in model.groups or name not in fields):
-            scales[name] = parse_number(name, value)
-        elif word in args.grid and "," in value:
-            swept = {name: value.split(",")} | swept
+        name, equals, text = word.partition("=")
+        field, values = fields.get(name), text.split(",") if word in args.grid else [text]
+        scale = word in args.guidance and not field
+        if not equals or name in names or scale and not is_number(text):
+            raise UserError(f"{word}: write NAME=VALUE or GROUP=NUMBER, and each name once")
+        if field and field.kind in ("number", "log"):
+            if any(field.clip(float(v)) != float(v) for v in values if is_number(v)):
+                raise UserError(f"{word}: training saw {field.low:g} to {field.high:g}")
+        names.append(name)
+        if scale:
+            scales[name] = float(text)
+        elif len(values) > 1:
+            swept.append([{name: value} for value in values])
         else:
-            fixed[name] = value
+            fixed[name] = text
     return fixed, swept, scales
 
 
@@ -451,9 +423,9 @@ def arguments():
     add("--steps", type=int, help=f"of the sampler (default: {STEPS}; {EDIT_STEPS} with --edit)")
     add("--sampler", choices=diffusion.SAMPLERS, default="dpm", help="(default: %(default)s)")
     add("--grid", nargs="+", default=[], metavar="NAME=V1,V2,...", help="sweep one or two fields")
-    image("--edit", metavar="MANIFEST:ROW", help="its cells under the named conditions")
+    image("--edit", metavar="MANIFEST:ROW", help="its cells under these conditions (no -n, DDIM)")
     image("--control", metavar="FILE", help="a ControlNet follows it; or STACK.npy:INDEX, CSV:ROW")
-    image("--attribution", metavar="MANIFEST:ROW", help="where does the named change act?")
+    image("--attribution", metavar="MANIFEST:ROW", help="where a change acts (options: --seed)")
     args = parser.parse_intermixed_args()
     args.n = (1 if args.grid else 8) if args.n is None else args.n
     args.steps = (EDIT_STEPS if args.edit else STEPS) if args.steps is None else args.steps
@@ -464,32 +436,20 @@ def main():
     args = arguments()
     model = Model.load(args.checkpoint)
     fixed, swept, guidance = parse_request(model, args)
-
-    def typed(*options):
-        return any(word.startswith(options) for word in sys.argv)
     for wrong, fault in (
-            (args.edit and typed("-n", "--sampler"), "--edit has no use for -n and --sampler"),
-            (args.attribution and typed("-n", "--grid", "--guidance", "--form", "--interval",
-                                        "--steps", "--sampler"),
-             "--attribution takes conditions, --seed, --checkpoint and --out only"),
             (args.n < 1, f"-n {args.n}: at least one image"),
             (not 0 <= args.seed < 2 ** 62, f"--seed {args.seed}: from 0 on, below 2^62"),
             (not 1 <= args.steps <= model.schedule.T, f"--steps: from 1 to {model.schedule.T}"),
             (not 0 <= args.interval[0] <= args.interval[1] <= 1, "--interval: 0 to 1, LOW first"),
-            (len(swept) > 2, f"--grid sweeps at most two fields, not {', '.join(swept)}"),
+            (len(swept) > 2, "--grid sweeps at most two fields"),
             (args.control and not model.controlnet, "--control needs a ControlNet: train one with "
              "python train_ldm.py --control_column NAME, and name it with --checkpoint"),
-            ("image" in guidance and not args.control, "--guidance image needs --control FILE"),
-            (args.attribution and not fixed, "--attribution needs a change, such as dose=0"),
-            (any(place.is_file() for place in (args.out, *args.out.parents)),
-             f"--out {args.out}: a file stands in the way of that folder")):
+            (args.attribution and not fixed, "--attribution needs a change, such as dose=0")):
         if wrong:
             raise UserError(fault)
-    with warnings.catch_warnings():
-        warnings.simplefilter("default")  # each line once
-        warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}")
-        command = change_row if args.edit or args.attribution else generate_images
-        command(args, model, fixed, swept, guidance)
+    args.out.mkdir(parents=True, exist_ok=True)  # before the work, if it fails
+    command = change_row if args.edit or args.attribution else generate_images
+    command(args, model, fixed, *[*swept, [{}], [{}]][:2], guidance)
 
 
 if __name__ == "__main__":

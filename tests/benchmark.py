@@ -1,12 +1,10 @@
 """How fast the networks are on the CPU or GPU at hand, as a table.
 
-    OMP_NUM_THREADS=1 python tests/benchmark.py [--only training sampling autoencoder]
+    OMP_NUM_THREADS=1 python tests/benchmark.py
 
-Not a test. Weights are random, times are medians. `use` is the share of this machine's rate of
-matrix products that a network's products and convolutions reach. Where diffusers is installed, its
-U-Net of as many parameters (within 5 %) runs in turn with ours, and `ratio` is our time over its.
+Not a test. Weights are random, times are medians. Where diffusers is installed, its U-Net of as
+many parameters (within 5 %) runs in turn with ours, and `ratio` is our time over its.
 """
-import argparse
 import statistics
 import sys
 import time
@@ -15,11 +13,10 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from diffusion import Schedule, combine, sample  # noqa: E402
-from train_vae import autocast, device, for_training, has_bf16  # noqa: E402
+from train_vae import autocast, device, for_training  # noqa: E402
 from unet import UNet, unet_config  # noqa: E402
 from vae import VAE, VAEConfig, vae_loss  # noqa: E402
 
@@ -28,26 +25,20 @@ SIZE, LATENT = ("base", (8, 64, 64)) if GPU else ("small", (4, 16, 16))
 WIDTHS = (112, 208, 320, 448) if GPU else (112, 120)  # of diffusers' U-Net of that size
 
 
-def timed(f):
-    start = time.perf_counter()
-    f()
-    if GPU:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def measure(what, items, functions, rate):
+def measure(what, items, functions):
     """Print a line for each of {network: f} that deals with so many items, run in turn."""
-    times, start = {name: [] for name in functions}, time.time()
-    while len(times["ours"]) < 5 or time.time() - start < 5. * len(functions):
+    times, begin = {name: [] for name in functions}, time.time()
+    while len(times["ours"]) < 5 or time.time() - begin < 5. * len(functions):
         for name, f in functions.items():
-            times[name].append(timed(f))
-    for name, f in functions.items():
-        with FlopCounterMode(display=False) as flops:
+            start = time.perf_counter()
             f()
-        t, ours = (statistics.median(times[n]) for n in (name, "ours"))
-        print(f"{what}, {name}: {1e3 * t:.1f} ms, {items / t:.4g} a second, use "
-              f"{flops.get_total_flops() / t / rate:.3f}, ratio {ours / t:.2f}")
+            if GPU:
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+    times = {name: statistics.median(values) for name, values in times.items()}
+    for name, t in times.items():
+        print(f"{what}, {name}: {1e3 * t:.1f} ms, {items / t:.4g} a second, ratio "
+              f"{times['ours'] / t:.2f}")
 
 
 def training_step(network, loss):
@@ -110,18 +101,11 @@ def sampling(n=8, steps=10, k=3):
 def autoencoder(n=256 if GPU else 8):
     vae = for_training(VAE(VAEConfig(width=32, latent_channels=LATENT[0])).to(device()))
     x = torch.rand(n, 5, 64, 64, device=device())
-    step = training_step(vae, lambda: vae_loss(x, *vae(x), 1e-2)[0])
-    return f"autoencoder: training step, {n} images of 64x64", n, {"ours": step}
+    return f"autoencoder: training step, {n} images of 64x64", n, {
+        "ours": training_step(vae, lambda: vae_loss(x, *vae(x), 1e-2)[0])}
 
 
 if __name__ == "__main__":
-    parts = {"training": training, "sampling": sampling, "autoencoder": autoencoder}
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
-    chosen, side = parser.parse_args().only, 4096 if GPU else 512
-    square = torch.randn(side, side, device=device(),
-                         dtype=torch.bfloat16 if has_bf16() else torch.float32)
-    speed = 2 * side ** 3 / min(timed(lambda: square @ square) for _ in range(20))
-    print(f"{device()}, {torch.get_num_threads()} threads, {speed / 1e9:.4g} GFLOP/s")
-    for part in chosen:
-        measure(*parts[part](), speed)
+    print(f"{device()}, {torch.get_num_threads()} threads")
+    for part in (training, sampling, autoencoder):
+        measure(*part())

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 import diffusion
 from diffusion import (SAMPLERS, Schedule, combine, compose, ddim_step, ddpm_step, dpm_step,
-                       gaussian, generators, invert, sample, show_guidance, show_samplers)
+                       invert, sample, show_guidance, show_samplers)
 
 
 def exact(schedule, mean=2., std=.5):
@@ -19,12 +19,6 @@ def exact(schedule, mean=2., std=.5):
         z0 = mean + a * std ** 2 / (a ** 2 * std ** 2 + s ** 2) * (z - a * mean)
         return schedule.target_of(z0, (z - a * z0) / s, t)
     return denoise
-
-
-def exact_path(schedule, x, t, mean=2., std=.5):
-    """Where the probability flow of N(mean, std^2) has carried the standard deviate x at t."""
-    a, s = schedule.signal_noise(t, x)
-    return a * mean + (a ** 2 * std ** 2 + s ** 2).sqrt() * x
 
 
 def test_schedules_are_their_formulas():
@@ -82,8 +76,6 @@ def test_the_last_training_step_is_the_first_sampling_step():
     for n in (1, 7, 30, 1000):
         times = Schedule().timesteps(n)
         assert times[0] == 999 and times[-1] == -1 and len(set(times)) == n + 1
-    with pytest.raises(ValueError, match="1001"):
-        Schedule().timesteps(1001)
 
 
 @pytest.mark.parametrize("t, t_next", [(999, 899), (500, 499), (300, 40), (19, -1)])
@@ -106,8 +98,13 @@ def test_samplers_recover_a_gaussian(sampler, eta, target):
 def test_dpm_is_of_second_order_and_ddim_of_first():
     schedule, x = Schedule(), torch.linspace(-2, 2, 9, dtype=torch.float64)
 
+    def path(t):
+        """Where the probability flow of N(2, 0.5^2) has carried the standard deviates x at t."""
+        a, s = schedule.signal_noise(t, x)
+        return 2 * a + ((a / 2) ** 2 + s ** 2).sqrt() * x
+
     def error(sampler, n, top=899, bottom=99):
-        z, before = exact_path(schedule, x, top), None
+        z, before = path(top), None
         for t, t_next in pairwise(round(top + (bottom - top) * i / n) for i in range(n + 1)):
             prediction = exact(schedule)(z, t)
             z0, _ = schedule.split(z, prediction, t)
@@ -115,21 +112,10 @@ def test_dpm_is_of_second_order_and_ddim_of_first():
                 z = ddim_step(schedule, z, prediction, t, t_next, 0., 0.)
             else:
                 z, before = dpm_step(schedule, z, z0, t, t_next, before), (t, z0)
-        return (z - exact_path(schedule, x, bottom)).abs().max().item()
+        return (z - path(bottom)).abs().max().item()
     for sampler, order in (("ddim", 1.), ("dpm", 2.)):
         assert_close(math.log2(error(sampler, 40) / error(sampler, 160)) / 2, order, atol=.05,
                      rtol=0)
-
-
-@pytest.mark.parametrize("name, target", [("cosine", "velocity"), ("linear", "image")])
-def test_few_dpm_steps_are_nearer_the_truth_than_twice_as_many_of_ddim(name, target):
-    schedule = Schedule(name, target)
-    truth = exact_path(schedule, gaussian(generators(range(200)), (1,)), -1)
-
-    def error(sampler, n):
-        z = sample(exact(schedule), schedule, range(200), (1,), steps=n, sampler=sampler)
-        return (z - truth).square().mean().sqrt()
-    assert error("dpm", 20) < error("ddim", 40)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -171,12 +157,10 @@ def test_guidance_is_its_formula(e, b):
     assert e != b or len(compose("nested", {"experiment": e, "biology": b})) == 1 + (e > 1)
 
 
-def test_nested_takes_any_number_of_groups_in_order_and_other_forms_are_refused():
+def test_nested_takes_any_number_of_groups_in_order():
     assert compose("nested", {"a": 2., "b": 3., "c": 4.}) == {
         (False, False, False): -1., (True, False, False): -1., (True, True, False): -1.,
         (True, True, True): 4.}
-    with pytest.raises(ValueError, match="nested"):
-        compose("sideways", {"biology": 1.})
 
 
 def test_every_latent_channel_is_guided_in_float32_under_autocast_too():

@@ -59,78 +59,47 @@ def v(model, columns, z, hint=None, t=500):
         return model.denoiser(z, torch.full((n,), t), codes, known, molecules, seen)
 
 
-def only(columns, *names):
-    return {name: columns[name] for name in names}
-
-
-def test_a_seed_gives_the_same_image_in_any_batch(model):
-    def drawn(seeds, **options):
-        columns = {name: value * len(seeds) for name, value in ONE.items()}
-        return model.generate(columns, seeds, steps=4, progress=False, **options)
-    together = drawn(range(8))
-    assert_close(drawn(range(8), batch=3), together, atol=1e-4, rtol=0)
-    assert_close(drawn([5]), together[5:6], atol=1e-4, rtol=0)
-    assert (together[0] - together[1]).abs().max() > .01
-
-
-def test_every_field_changes_the_prediction_and_unknown_is_another_thing(model):
-    full, z = ONE | {"row": ["8"], "column": ["8"]}, torch.randn(1, *model.latent_shape)
-    other = dict(smiles="CCO", dose="0.3", batch="B1", plate="P01", row="1", column="24")
-    assert {f.name for f in model.fields} == set(other)
-    for name, value in other.items():
-        requests = full, full | {name: [value]}, full | {name: [""]}
-        given, changed, unknown = (model.guided(request, 1)(z, T) for request in requests)
-        assert (given - changed).abs().max() > 1e-4 and (given - unknown).abs().max() > 1e-4, name
+def test_an_image_depends_on_its_seed_and_its_hint_and_not_on_its_batch(hinted):
+    for seeds, follows in (([5, 6], False), ([5, 5], True)):
+        def drawn(rows, **options):
+            hint = HINT[0][rows], {"batch": [HINT[1]["batch"][k] for k in rows]}
+            return hinted.generate({"dose": ["1"] * len(rows)}, [seeds[k] for k in rows], steps=2,
+                                   hint=hint if follows else None, progress=False, **options)
+        both = drawn([0, 1])
+        assert (both[0] - both[1]).abs().max() > 1e-4
+        for others in (torch.cat([drawn([0]), drawn([1])]), drawn([0, 1], batch=1)):
+            assert_close(others, both, atol=1e-4, rtol=1e-4)
 
 
 def test_networks_run_in_bfloat16_where_it_pays_and_are_summed_in_float32(model, monkeypatch):
-    seen = {}
-    for name, part in (("unet", model.denoiser.unet), ("decoder", model.vae.decoder),
-                       ("conditioner", model.denoiser.conditioner)):
-        monkeypatch.setattr(part, "forward", lambda *given, name=name, real=part.forward: (
-            seen.setdefault(name, torch.is_autocast_enabled("cpu")), real(*given))[1])
+    seen = set()
+    for part in model.denoiser.unet, model.vae.decoder, model.denoiser.conditioner:
+        monkeypatch.setattr(part, "forward", lambda *given, real=part.forward: (
+            seen.add((real, torch.is_autocast_enabled("cpu"))), real(*given))[1])
     monkeypatch.setattr(sample, "autocast", lambda: torch.autocast("cpu", torch.bfloat16))
-    four, one = (model.generate({name: value * n for name, value in ONE.items()}, range(n), steps=3,
-                                progress=False) for n in (4, 1))
-    assert seen == {"unet": True, "decoder": True, "conditioner": True}
-    assert_close(four[:1], one, atol=.05, rtol=0)
-    z = torch.randn(1, *model.latent_shape)
-    assert model.guided(ONE, 1)(z, T).dtype == torch.float32
+    model.generate(ONE, [0], steps=1, progress=False)
+    assert len(seen) == 3 and all(inside for _, inside in seen)
+    with sample.sampling():
+        v = model.guided(ONE, 1)(torch.randn(1, *model.latent_shape), T)
+    assert v.dtype == torch.float32
 
 
-def test_a_model_keeps_no_second_copy_of_its_weights_and_tells_of_steps_to_go(
-        ldm_path, tmp_path, capsys):
-    content = torch.load(ldm_path, weights_only=True)
-    dropped = set(content) - set(sample.Model(content).content)
-    assert dropped == {"weights", "ema", "optimiser", "vae"}
-    content["settings"]["steps"] = 10
-    torch.save(content, tmp_path / "half.pt")
-    sample.Model.load(tmp_path / "half.pt"), sample.Model.load(ldm_path)
-    assert capsys.readouterr().out == f"{tmp_path / 'half.pt'}: step 3 of a training of 10\n"
+def test_guidance_is_the_sum_that_its_form_says_and_the_image_has_a_scale_of_its_own(hinted):
+    z, t, batch, dose = torch.randn(2, *hinted.latent_shape), T.repeat(2), *(
+        {name: TWO[name]} for name in ("batch", "dose"))
+    (none, e, b, both), (alone, image, full) = (v(hinted, columns, z) for columns in (
+        {}, batch, dose, TWO)), (v(hinted, columns, z, HINT) for columns in ({}, batch, TWO))
+    base, scales = none + 1.5 * (e - none), dict(biology=2., image=3., experiment=1.5)
 
-
-def test_guidance_is_the_sum_that_its_form_says(model):
-    z = torch.randn(1, *model.latent_shape)
-    full, none = v(model, ONE, z), v(model, {}, z)
-    b, e = v(model, only(ONE, "smiles", "dose"), z), v(model, only(ONE, "batch", "plate"), z)
-    for form, expected in (("nested", none + 1.5 * (e - none) + 2.5 * (full - e)),
-                           ("independent", none + 1.5 * (e - none) + 2.5 * (b - none))):
-        guided = model.guided(ONE, 1, dict(biology=2.5, experiment=1.5), form)(z, T)
-        assert_close(guided, expected, atol=1e-4, rtol=1e-4)
-
-
-def test_the_conditioning_image_has_a_scale_of_its_own(hinted):
-    z, t, batch = torch.randn(2, *hinted.latent_shape), T.repeat(2), only(TWO, "batch")
-    scales = dict(biology=2., image=3., experiment=1.5)
-    none, e, dose = v(hinted, {}, z), v(hinted, batch, z), v(hinted, only(TWO, "dose"), z)
-    image, full, alone = (v(hinted, columns, z, HINT) for columns in (batch, TWO, {}))
-    base, close = none + 1.5 * (e - none), dict(atol=1e-3, rtol=1e-3)
-    assert_close(hinted.guided(TWO, 2, scales, hint=HINT)(z, t),
-                 base + 3 * (image - e) + 2 * (full - image), **close)
-    assert_close(hinted.guided(TWO, 2, scales, "independent", hint=HINT)(z, t),
-                 base + 3 * (alone - none) + 2 * (dose - none), **close)
-    assert_close(hinted.guided(TWO, 2, scales | dict(image=0., biology=0.), hint=HINT)(z, t), base,
-                 **close)
+    def guided(form="nested", hint=HINT, **changes):
+        dials = {k: scale for k, scale in (scales | changes).items() if hint or k != "image"}
+        return hinted.guided(TWO, 2, dials, form, hint=hint)(z, t)
+    for found, wanted in ((guided(hint=None), base + 2 * (both - e)),
+                          (guided("independent", None), base + 2 * (b - none)),
+                          (guided(), base + 3 * (image - e) + 2 * (full - image)),
+                          (guided("independent"), base + 3 * (alone - none) + 2 * (b - none)),
+                          (guided(image=0., biology=0.), base)):
+        assert_close(found, wanted, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("form", diffusion.FORMS)
@@ -164,17 +133,6 @@ def test_conditions_are_encoded_once_and_branches_run_together(hinted, monkeypat
     assert passes(3, 2., 2., interval=(0., 1.)) == ([4] * 3, 1, [])     # v(e) has coefficient 0
     assert passes(5, 1., 1., hint=HINT) == ([2] * 5, 4, [2, 2])
     assert passes(9, 2., 2., hint=HINT, interval=(0., 1.)) == ([8] * 9, 2, [2])
-
-
-def test_images_follow_their_own_hint_in_any_batch(hinted):
-    def drawn(rows, **options):
-        hint = HINT[0][rows], {"batch": [HINT[1]["batch"][k] for k in rows]}
-        return hinted.generate({"dose": ["1"] * len(rows)}, [5] * len(rows), hint=hint, steps=2,
-                               progress=False, **options)
-    both = drawn([0, 1])
-    assert (both[0] - both[1]).abs().max() > 1e-4
-    for others in (torch.cat([drawn([0]), drawn([1])]), drawn([0, 1], batch=1)):
-        assert_close(others, both, atol=1e-4, rtol=1e-4)
 
 
 def test_windows_give_what_the_whole_field_gives_to_a_network_of_single_pixels(hinted, monkeypatch):
@@ -212,14 +170,12 @@ def test_hints_of_rows_and_of_negative_controls_that_are_listed(hinted, screen):
     stack = np.load(screen.parent / "brightfield.npy")[[4, 9]].astype(np.float32)
     assert_close(images.numpy(), data.scale_intensity(stack, hinted.controlnet["intensity"]))
     assert "dose" not in told and told["plate"] == manifest.rows([4, 9], "plate")
-    again, _ = sample.hint_of(hinted, opened, [4] * 4)  # other views
-    assert torch.equal(again[0], images[0]) and not torch.equal(again[1:], again[:1].expand(
-        3, -1, -1, -1))
+    again, _ = sample.hint_of(hinted, opened, [4] * 4)
+    assert torch.equal(again[0], images[0]) and again[1:].std(0).max() > .1  # other views
 
     follows = argparse.Namespace(**vars(hinted) | {"controlnet": dict(
         column="control_row", channels=5, intensity=hinted.intensity)})
-    doses = [float(dose) for dose in manifest.columns["dose"]]
-    treated, controls = doses.index(3.), [i for i, dose in enumerate(doses) if dose == 0][:3]
+    controls = [i for i, dose in enumerate(manifest.columns["dose"]) if float(dose) == 0][:3]
     manifest.columns["control_row"] = [" ".join(str(i + 2) for i in controls)] * len(manifest)
     every, drawn = sample.read_rows(hinted, manifest, controls)[0], set()
     for i in range(20):
@@ -227,10 +183,8 @@ def test_hints_of_rows_and_of_negative_controls_that_are_listed(hinted, screen):
         [k] = [k for k in range(3) if torch.equal(every[k], image[0])]
         assert told["column"] == manifest.rows([controls[k]], "column") and "smiles" not in told
         drawn.add(k)
-    assert drawn == {0, 1, 2}
-    assert torch.equal(sample.read_hint(follows, f"{screen}:{controls[0] + 2}", {})[0][0], every[0])
-    with pytest.raises(UserError, match="no negative control"):
-        sample.read_hint(follows, f"{screen}:{treated + 2}", {})
+    two, _ = sample.read_hint(follows, f"{screen}:{controls[0] + 2}", {}, 2)
+    assert drawn == {0, 1, 2} and torch.equal(two, every[[0, 0]])
 
 
 @pytest.fixture(scope="module")
@@ -264,11 +218,9 @@ def test_a_difference_is_that_of_two_predictions_on_the_same_noise(model, cells)
 def test_what_changes_beside_a_condition(model, screen):
     columns = data.read_manifest(screen).columns
     own = {f.name: columns[f.name][4] for f in model.fields}
-    with pytest.warns(UserWarning, match="plate=.* does not occur with batch=B2: told as unknown"):
-        assert sample.changed(model, columns, own, {"batch": "B2"}) == own | {
-            "batch": "B2", "plate": ""}
-    for change in ({"batch": ""}, {"dose": "0"}, {"batch": "B2", "plate": "P03"}):
-        assert sample.changed(model, columns, own, change) == own | change
+    for change, lost in (({"batch": "B2"}, {"plate": ""}), ({"batch": ""}, {}), ({"dose": "0"}, {}),
+                         ({"batch": "B2", "plate": "P03"}, {})):
+        assert sample.changed(model, columns, own, change) == own | change | lost
 
 
 @pytest.fixture
@@ -286,13 +238,11 @@ def run(cli, monkeypatch, tmp_path):
 
 
 def test_a_record_repeats_its_hyperstack(ldm_path, tmp_path, cli, run):
-    _, record, out = run("--guidance", "biology=2", "batch=B2", "-n", 3, "dose=900", "--steps", 2,
+    _, record, out = run("--guidance", "biology=2", "batch=B2", "-n", 3, "dose=9", "--steps", 2,
                          "--checkpoint", ldm_path, "--seed", 7)
-    assert out.count("dose=900 is outside the training range: taken as 10") == 1
     assert "not given, so unknown: smiles, plate, row, column" in out
     assert record["seeds"] == [7, 8, 9] and len(record["sha1"]) == 40
-    assert record["requests"] == [{"batch": "B2", "dose": "900"}] * 3
-    assert record["used"][0]["dose"] == "10" and record["used"][0]["plate"] == ""
+    assert record["requests"] == [{"batch": "B2", "dose": "9"}] * 3
     assert record["guidance"] == {"biology": 2.0, "experiment": sample.GUIDANCE}
     before = (tmp_path / "samples.tif").read_bytes()
     with tifffile.TiffFile(tmp_path / "samples.tif") as tif:
@@ -301,47 +251,35 @@ def test_a_record_repeats_its_hyperstack(ldm_path, tmp_path, cli, run):
         assert metadata["Labels"][:5] == list(data.CHANNELS) and metadata["unit"] == "um"
         assert 1 < pixels.max() <= 255  # in the units of the files
     (tmp_path / "samples.tif").unlink()
-    python, script, *words = shlex.split(record["command"])
-    assert (python, script) == ("python", "sample.py") and cli(sample, *words)[0] == 0
+    assert cli(sample, *shlex.split(record["command"])[2:])[0] == 0
     assert (tmp_path / "samples.tif").read_bytes() == before
 
 
-def test_a_sweep_shares_its_noise_and_words_come_in_any_order(ldm_path, run):
-    words = ["--grid", "dose=0,3", "batch=B1,B2,B3", "smiles=CCO"]
-    for order in (words, [words[-1], *words[:-1]]):
-        (_, rows, _, down, across, *_), record, _ = run(*order, "--checkpoint", ldm_path, "--steps",
-                                                        1)
-        assert record["seeds"] == [0] * 6 and list(map(len, rows)) == [2] * 3
-        assert [tuple(r[k] for k in ("dose", "batch", "smiles")) for r in record["requests"]] == [
-            (d, b, "CCO") for b in ("B1", "B2", "B3") for d in "03"]
-        assert down == ["batch=B1", "batch=B2", "batch=B3"] and across == ["dose=0", "dose=3"]
+def test_a_sweep_shares_its_noise(ldm_path, run):
+    (_, rows, _, down, across, *_), record, _ = run(
+        "--checkpoint", ldm_path, "--grid", "dose=0,3", "batch=B1,B2,B3", "smiles=CCO", "--steps=1")
+    assert record["seeds"] == [0] * 6 and list(map(len, rows)) == [2] * 3
+    assert [tuple(r[k] for k in ("dose", "batch", "smiles")) for r in record["requests"]] == [
+        (d, b, "CCO") for b in ("B1", "B2", "B3") for d in "03"]
+    assert down == ["batch=B1", "batch=B2", "batch=B3"] and across == ["dose=0", "dose=3"]
 
 
 def test_editing_and_attribution_from_the_command_line(ldm_path, screen, run):
-    _, record, out = run("--checkpoint", ldm_path, "--edit", f"{screen}:9", "batch=B2", "--grid",
-                         "dose=1,3", "--steps", 2)
-    assert out.count("told as unknown") == 1  # once, not for each image
+    (_, [row], _, _, labels, *_), record, out = run(
+        "--checkpoint", ldm_path, "--edit", f"{screen}:9", "batch=B2", "--grid", "dose=1,3",
+        "--steps", 2)
+    assert out.count("told as unknown, since never seen with what is new: plate") == 1
     assert [r["dose"] for r in record["requests"]] == ["1", "3"] and record["own"]["plate"]
     assert record["guidance"] == {"biology": 1., "experiment": 1.} and record["steps"] == 2
-    treated, drawn = data.read_manifest(screen).columns["dose"].index("3.0"), {}
-    for change in ("dose=0", "batch=B2"):
-        (_, [row], _, _, labels, *_), record, _ = run(
-            "--checkpoint", ldm_path, "--attribution", f"{screen}:{treated + 2}", change,
-            name="attribution")
-        assert len(row) == len(labels) and record["own"]["dose"] == "3.0"
-        drawn |= dict(zip(labels, row))
-        assert (labels[-1] == "true") == (change == "dose=0")  # of the same cells, untreated
-    image, untreated = (np.load(screen.parent / f"{name}.npy")[treated].astype(float)
-                        for name in ("image", "untreated"))
-    change = abs(image - untreated).mean(0)
-    assert np.corrcoef(drawn["true"].ravel(), change.ravel())[0, 1] > .98
+    assert labels == ["as it is", "through the autoencoder", "dose=1", "dose=3"] and len(row) == 4
+    (_, [row], _, _, labels, *_), record, _ = run(
+        "--checkpoint", ldm_path, "--attribution", f"{screen}:706", "dose=0", name="attribution")
+    assert len(row) == len(labels) == 6 and row[1].shape == (32, 32) and row[1].std() > .01
+    assert record["requests"][0] == record["own"] | {"dose": "0"}
 
 
-def test_conditioning_images_from_the_command_line(hinted, screen, hinted_path, run, monkeypatch,
-                                                   tmp_path):
-    monkeypatch.setattr(sample.Model, "load", lambda path: hinted)
-    tifffile.imwrite(tmp_path / "field.tif", np.random.default_rng(0).integers(
-        0, 255, (48, 72), np.uint8))
+def test_conditioning_images_from_the_command_line(hinted_path, screen, run, tmp_path):
+    tifffile.imwrite(tmp_path / "field.tif", np.random.randint(0, 255, (48, 72), np.uint8))
     stack, shown, drawn = screen.parent / "brightfield.npy", [], []
     for control in (f"{screen}:9", f"{stack}:7", f"{stack}:107", tmp_path / "field.tif"):
         (_, rows, *_), record, _ = run("--checkpoint", hinted_path, "--control", control, "-n", 2,
@@ -350,7 +288,7 @@ def test_conditioning_images_from_the_command_line(hinted, screen, hinted_path, 
         drawn.append(tifffile.imread(tmp_path / "samples.tif"))
         assert drawn[-1].shape == (2, 5, *shown[-1].shape) and record["control"] == str(control)
     assert np.array_equal(shown[0], shown[1]) and shown[3].shape == (48, 72)
-    assert abs(drawn[1] - drawn[2]).max() > 1e-3 and record["guidance"]["image"] == 1
+    assert abs(shown[1] - shown[2]).max() > .1 and record["guidance"]["image"] == 1
 
 
 def test_refusals(ldm_path, hinted_path, screen, tmp_path, refused):
@@ -359,26 +297,21 @@ def test_refusals(ldm_path, hinted_path, screen, tmp_path, refused):
     (tmp_path / "file").write_text("mine")
     row, follow = f"{screen}:9", ("--checkpoint", hinted_path, "dose=1", "--control")
     for words, says in (
-            (["batch=B9"], ["unknown batch B9", "B1, B2, B3"]), (["dose=much"], ["dose=much"]),
-            (["bath=B1"], ["unknown field bath", "smiles, dose, batch"]), (["dose=nan"], ["nan"]),
-            (["smiles=C1CC"], ["C1CC", "no valid SMILES"]), (["batch"], ["NAME=VALUE"]),
+            (["batch=B9"], ["unknown batch B9", "B1, B2, B3"]), (["dose=nan"], ["dose=nan"]),
+            (["bath=B1"], ["unknown field bath", "smiles, dose, batch"]), (["batch"], ["=VALUE"]),
+            (["--grid", "dose=1,900"], ["training saw", "to 10"]), (["--step", 3], ["unrecog"]),
             (["batch=B1", "dose=1", "--grid", "batch=B1,B2"], ["batch=B1,B2", "each name once"]),
             (["--guidance", "chemistry=2"], ["no group chemistry", "biology, experiment"]),
-            (["--guidance", "image=2"], ["--control FILE"]), (["--step", 3], ["unrecognized"]),
+            (["--guidance", "biology=much"], ["biology=much"]), (["-n", 0], ["at least one"]),
             (["--grid", "dose=0,1", "batch=B1,B2", "row=1,2"], ["at most two"]),
-            (["-n", 0], ["at least one"]), (["--seed", 2 ** 70], ["--seed"]),
-            (["--steps", 1001], ["--steps", "1000"]), (["--interval", .9, .1], ["--interval"]),
-            (["--interval", "nan", 1], ["--interval"]), (["--form", "odd"], ["invalid choice"]),
-            (["--out", tmp_path / "file/inside"], ["stands in the way"]),
-            (["--edit", row, "--sampler", "dpm", "-n", 8], ["no use for -n and --sampler"]),
-            (["--edit", f"{screen}:1"], ["MANIFEST:ROW"]), (["--edit", row, "batch=B9"], ["B9"]),
-            (["--attribution", row, "dose=0", "--steps", 15], ["--attribution takes conditions"]),
-            (["--attribution", row], ["a change"]), (["--edit", row, "--control", row], ["with"]),
-            (["--control", row], ["ControlNet", "--control_column"]),
+            (["--seed", 2 ** 70], ["--seed"]), (["--steps", 1001], ["--steps", "1000"]),
+            (["--interval", "nan", 1], ["--interval"]), (["--attribution", row], ["a change"]),
+            (["--out", tmp_path / "file/inside"], ["Not a directory"]),
+            (["--edit", f"{screen}:1"], ["MANIFEST:ROW"]), (["--control", row], ["ControlNet"]),
             ([*follow, tmp_path / "two.npy"], ["2 channels", "1 expected"]),
             ([*follow, tmp_path / "small.npy"], ["16x16", "32x32"]),
             ([*follow, screen], ["MANIFEST:ROW"]), ([*follow, "none.npy"], ["none.npy"]),
             (["--checkpoint", tmp_path / "none.pt"], ["no ldm checkpoint", "train_ldm.py"])):
         said = refused(sample, "--checkpoint", ldm_path, "--out", tmp_path / "o", *words, says=says)
         assert len(said) == 1, said
-    assert not (tmp_path / "o").exists() and (tmp_path / "file").read_text() == "mine"
+    assert not any((tmp_path / "o").iterdir()) and (tmp_path / "file").read_text() == "mine"
