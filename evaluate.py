@@ -181,8 +181,8 @@ def grouped(conditions):
 
 def distance_shares(a, b):
     """A number for each image, (n,) and (m,), whose means add up to the kernel_distance of features
-    (n, F), (m, F): how much more alike it is to its own set than to the other. What it differs from
-    the mean is doubled, as an image stands in the numbers of the others too (Hoeffding 1948)."""
+    (n, F), (m, F): how much more alike it is to its own set than to the other. Deviations from the
+    mean are doubled, as an image also enters the numbers of the others (Hoeffding 1948)."""
     def kernel(x, y):
         return (x.double() @ y.double().T / x.shape[1] + 1) ** 3
 
@@ -1723,8 +1723,8 @@ def main():
                 setattr(args, f.name, tuple(map(type(f.default[0]), value)))
         except ValueError:
             raise UserError(f"--{f.name} {' '.join(value)}: write numbers") from None
-    low, high, *more = (*getattr(args, "interval", INTERVAL), 9, 9)
-    if not 0 <= low <= high <= 1 or len(more) != 2:
+    levels = getattr(args, "interval", INTERVAL)
+    if len(levels) != 2 or not 0 <= levels[0] <= levels[1] <= 1:
         raise UserError("--interval takes two noise levels from 0 to 1, the smaller first")
     question(args)
 

@@ -195,6 +195,13 @@ def test_weak_doses_and_controls_count_for_no_mechanism():
     assert hits["mechanism"].nanmean() == .5 and hits["batch"].tolist() == [1, 1, 1]
 
 
+def test_groups_that_a_model_was_not_told_have_no_scale():
+    run = SimpleNamespace(model=SimpleNamespace(
+        groups=["biology"], generate=lambda *_, guidance, **__: guidance))
+    args = Asked(guidance={"biology": 2., "experiment": 3.})
+    assert evaluate.ask(run, {}, [0], args) == {"biology": 2.}
+
+
 def test_a_control_of_the_same_batch_is_copied_from_another_well(run):
     m, conditions = run.manifest, conditions_of(run.manifest, ("true_mechanism", "batch"))
     asked = [("golgi", "B1")] * 5 + [("actin", "B2")] * 5
@@ -299,7 +306,8 @@ def test_a_study_goes_on_and_measures_again_what_has_changed(tmp_path, run, monk
     (["quality", "--study", "model"], "--study"), (["disentangle", "--study", "pairs"], "pairs"),
     (["disentangle", "--study", "models", "--checkpoint", "x.pt"], "--checkpoint"),
     (["conditions", "--encoders", "--data", "x.csv"], "--data"),
-    (["quality", "--interval", "1", "0"], "interval"), (["quality", "--guidance", "a"], "numbers"),
+    (["quality", "--interval", "1", "0"], "interval"), (["quality", "--interval", "1"], "interval"),
+    (["quality", "--guidance", "a"], "numbers"),
     (["quality", "--checkpoint", "nowhere.pt"], "nowhere.pt")])
 def test_options_without_use_are_refused(words, says, refused):
     refused(evaluate, *words, says=[says])
