@@ -1,23 +1,21 @@
 """Questions put to a trained model, one command each. Every answer stands beside the best possible
-one and beside chance, and is written as JSON and as a figure.
+one and beside chance, and is written as JSON, most of them as a figure too.
 
     python evaluate.py quality                   # are unseen conditions drawn as they look?
-    python evaluate.py quality --checkpoint runs/plates/model.pt --by compound plate
     python evaluate.py disentangle               # how much is biology, how much experiment?
     python evaluate.py conditions                # is every field used?
     python evaluate.py control --checkpoint runs/brightfield/model.pt   # these very cells?
     python evaluate.py vae                       # which latent space?
     python evaluate.py mol2image                 # Mol2Image's own measures
 
-Sections 1 to 5 are shared, then comes one for each command, the command line last. To add a
-question, write a function of its options and name both in QUESTIONS.
+Sections 1 to 5 are shared, then comes one for each command. To add a question, write a function of
+its options and name both in QUESTIONS.
 """
+import contextlib
 import functools
 import hashlib
-import inspect
 import json
 import math
-import re
 import sys
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, fields, replace
@@ -49,8 +47,8 @@ NUCLEUS_RADIUS = 4.5  # pixels, what the segmentation looks for
 
 def blur(x, taps):
     """Each channel of (B, C, H, W) convolved with taps (K,) along both axes, mirrored borders."""
-    c, radius, taps = x.shape[1], len(taps) // 2, taps.to(x)
-    x = F.pad(x, (radius,) * 4, mode="reflect")
+    c, taps = x.shape[1], taps.to(x)
+    x = F.pad(x, (len(taps) // 2,) * 4, mode="reflect")
     x = F.conv2d(x, taps.view(1, 1, 1, -1).expand(c, 1, 1, -1), groups=c)
     return F.conv2d(x, taps.view(1, 1, -1, 1).expand(c, 1, -1, 1), groups=c)
 
@@ -62,8 +60,8 @@ def gaussian_blur(x, sigma, radius=None):
 
 
 def otsu(x, bins=128):
-    """Threshold (B,) of (B, H, W) in [0, 1] that separates best into two classes (Otsu 1979): the
-    largest variance between classes, w0 w1 (m0 - m1)^2, in the middle where many are as good."""
+    """Threshold (B,) of (B, H, W) in [0, 1] with the largest variance between classes, w0 w1 (m0 -
+    m1)^2 (Otsu 1979), in the middle where many are as good."""
     level = (x.flatten(1).clamp(0, 1) * (bins - 1)).round().long()
     count = torch.zeros(len(x), bins, device=x.device).scatter_add_(
         1, level, torch.ones_like(level, dtype=torch.float))
@@ -76,9 +74,8 @@ def otsu(x, bins=128):
 
 def segment_nuclei(dna, radius=NUCLEUS_RADIUS, contrast=.06):
     """Nuclei of (B, H, W) in [0, 1]: labels (B, H, W), 0 for background, 1 .. n in each image. Mask
-    by Otsu's threshold (empty where the two classes differ by less than `contrast`), seeds at local
-    maxima of the blurred stain, labels grown from them by repeated 3x3 max-pooling, whole objects
-    smaller than a sixth of a nucleus removed."""
+    by Otsu's threshold (empty where the classes differ by less than `contrast`), seeds at maxima of
+    the blurred stain, labels grown from them, specks below a sixth of a nucleus removed."""
     smoothed = gaussian_blur(dna[:, None], 1.)[:, 0]
     mask = smoothed > otsu(smoothed)[:, None, None]
     high, low = ((smoothed * m).sum((1, 2)) / m.sum((1, 2)).clamp(min=1) for m in (mask, ~mask))
@@ -110,18 +107,10 @@ def areas(labels):
     return per_object(labels, torch.ones_like(labels)), per_object(labels, frame) > 0
 
 
-def count_objects(labels):
-    """Objects per image (B,). One that the border cuts counts if it shows at least half the mean
-    area of the image's whole ones, so that its centre lies inside (half where none is whole)."""
-    area, cut = (v[:, 1:] for v in areas(labels))
-    mean = torch.where((area > 0) & ~cut, area, torch.nan).nanmean(1, keepdim=True)
-    inside = torch.where(mean.isnan(), .5, (area >= mean / 2).float())
-    return ((area > 0) * torch.where(cut, inside, 1.)).sum(1)
-
-
-def object_shapes(labels):
-    """Area in pixels and eccentricity of each object from second moments: (B, L - 1) each, NaN
-    where an image has fewer objects and where the border cuts one."""
+def objects(labels):
+    """Number per image (B,), and of each whole object area in pixels and eccentricity from second
+    moments, (B, L - 1) each, NaN where there is none. An object that the border cuts counts if at
+    least half the mean area of the image's whole ones is inside, as a half where none is whole."""
     y, x = (v.expand_as(labels).float() for v in torch.meshgrid(
         *(torch.arange(n, device=labels.device) for n in labels.shape[1:]), indexing="ij"))
     area, cut = areas(labels)
@@ -130,7 +119,11 @@ def object_shapes(labels):
     yy, xx = yy - my ** 2 + 1 / 12, xx - mx ** 2 + 1 / 12                # a pixel is a square
     root = ((xx - yy) ** 2 / 4 + (xy - mx * my) ** 2).clamp(min=0).sqrt()
     eccentricity = (1 - ((xx + yy) / 2 - root) / ((xx + yy) / 2 + root)).clamp(0, 1).sqrt()
-    return [torch.where((area > 0) & ~cut, v, torch.nan)[:, 1:] for v in (area, eccentricity)]
+    whole, eccentricity = (torch.where((area > 0) & ~cut, v, torch.nan)[:, 1:]
+                           for v in (area, eccentricity))
+    area, cut, mean = area[:, 1:], cut[:, 1:], whole.nanmean(1, keepdim=True)
+    inside = torch.where(mean.isnan(), .5, (area >= mean / 2).float())
+    return ((area > 0) * torch.where(cut, inside, 1.)).sum(1), whole, eccentricity
 
 
 def feature_names(channels):
@@ -142,17 +135,16 @@ def feature_names(channels):
 
 @torch.no_grad()
 def features(images, channels, batch=64, radius=NUCLEUS_RADIUS):
-    """Morphology of images (N, C, H, W) in [-1, 1]: (N, F) float32, named by feature_names. Counts,
-    sizes and shapes of nuclei; share of the field covered; per channel the mean, spread and 99th
-    percentile of intensity on [0, 1], the mean in nuclei and in a ring of one nuclear radius around
-    them, log energies of texture at 1, 2 and 4 pixels; correlations of channels. NaN where an image
-    has no whole nucleus. Any batch size gives the same numbers."""
+    """Morphology of images (N, C, H, W) in [-1, 1]: (N, F) float32, named by feature_names. Number,
+    size and shape of nuclei; share of the field covered; per channel mean, spread and 99th
+    percentile on [0, 1], the mean in nuclei and in a ring of one radius around them, log energy of
+    texture at 1, 2 and 4 pixels; correlations of channels. NaN where no nucleus is whole."""
     found, (i, j) = [], torch.triu_indices(len(channels), len(channels), 1)
     dna, r = channels.index("DNA") if "DNA" in channels else 0, round(radius)
     for x in images.split(batch):
         x = (x.to(device()).float() + 1) / 2
         labels = segment_nuclei(x[:, dna], radius)
-        area, eccentricity = object_shapes(labels)
+        count, area, eccentricity = objects(labels)
         size = area.nanmean(1)
         size_spread = (area - size[:, None]).square().nanmean(1).sqrt()
         total = gaussian_blur(x.mean(1, keepdim=True), 1.)[:, 0]
@@ -164,8 +156,8 @@ def features(images, channels, batch=64, radius=NUCLEUS_RADIUS):
         centred = flat - flat.mean(2, keepdim=True)
         unit = centred / centred.norm(dim=2, keepdim=True).clamp(min=1e-6)
         found.append(torch.cat([
-            torch.stack([count_objects(labels), size, size_spread, eccentricity.nanmean(1),
-                         coverage], 1), flat.mean(2), flat.std(2), flat.quantile(.99, dim=2),
+            torch.stack([count, size, size_spread, eccentricity.nanmean(1), coverage], 1),
+            flat.mean(2), flat.std(2), flat.quantile(.99, dim=2),
             *((x * where).sum((2, 3)) / where.sum((2, 3)) for where in (inside, ring)),
             *((fine - coarse).square().mean((2, 3)).add(1e-6).log()
               for fine, coarse in pairwise(scales)), (unit @ unit.transpose(1, 2))[:, i, j]], 1))
@@ -177,23 +169,20 @@ def count_nuclei(images, channels, radius=NUCLEUS_RADIUS):
     return features(images, channels, radius=radius)[:, 0]
 
 
-class Standardise:
-    """Features to zero mean and unit variance over the true training images. NaN becomes 0, and
-    three deviations are the most that counts, as the kernel takes third powers."""
-
-    def __init__(self, true):
-        self.mean = true.nanmean(0)
-        self.std = (true - self.mean).square().nanmean(0).sqrt().clamp(min=1e-6)
-
-    def __call__(self, found):
-        return ((found - self.mean) / self.std).nan_to_num(0.).clamp(-3, 3)
-
-
 # --- 2. Distances, intervals, shares of variance --------------------------------------------------
 
+def grouped(conditions):
+    """{condition: indices of its images}, sorted."""
+    groups = defaultdict(list)
+    for i, condition in enumerate(conditions):
+        groups[condition].append(i)
+    return dict(sorted(groups.items()))
+
+
 def distance_shares(a, b):
-    """What each image adds to the kernel_distance of features (n, F), (m, F): (n,), (m,). It is how
-    much more alike an image is to the others of its own set than to those of the other set."""
+    """A number for each image, (n,) and (m,), whose means add up to the kernel_distance of features
+    (n, F), (m, F): how much more alike it is to its own set than to the other. Deviations from the
+    mean are doubled, as an image also enters the numbers of the others (Hoeffding 1948)."""
     def kernel(x, y):
         return (x.double() @ y.double().T / x.shape[1] + 1) ** 3
 
@@ -201,7 +190,7 @@ def distance_shares(a, b):
         k = kernel(x, x)
         return (k.sum(1) - k.diagonal()) / (len(x) - 1)
     between = kernel(a, b)
-    return within(a) - between.mean(1), within(b) - between.mean(0)
+    return [2 * s - s.mean() for s in (within(a) - between.mean(1), within(b) - between.mean(0))]
 
 
 def kernel_distance(a, b):
@@ -215,53 +204,19 @@ def mean_distance(pairs):
     return float(np.mean([kernel_distance(a, b) for a, b in pairs] or [np.nan]))
 
 
-def grouped(conditions):
-    """{condition: indices of its images}, sorted."""
-    groups = defaultdict(list)
-    for i, condition in enumerate(conditions):
-        groups[condition].append(i)
-    return dict(sorted(groups.items()))
-
-
 def condition_distance(a, b, cond_a, cond_b, wrong=False):
-    """Kernel distance per condition, averaged over the conditions that both have: a distance of all
-    images at once would not see whether a condition was obeyed. wrong: of each condition to those
-    that differ in every part, as ("golgi", "B2") and ("actin", "B3") do, which is chance."""
+    """Kernel distance averaged over conditions: one of all images at once would not see whether a
+    condition was obeyed. wrong: to those that differ in every part, as ("golgi", "B2") and
+    ("actin", "B3") do, which is chance."""
     of_a, of_b = grouped(cond_a), grouped(cond_b)
     return mean_distance((a[of_a[p]], b[of_b[q]]) for p in of_a for q in of_b if (
-        p in of_b and all(x != y for x, y in zip(p, q)) if wrong else p == q))
-
-
-def distance_table(sets, b, cond_a, cond_b, copied=None):
-    """{name: {"distance", "score", and "..._interval" of both}} of {name: features} to b, as
-    condition_distance; b has every condition of cond_a. score: the share of the way from the set
-    `copied` to the truth, 1 - distance / its distance, where that is clearly above 0. Intervals are
-    5 to 95 %, 1.64 standard errors. A distance is twice the mean over strata (the images of a
-    condition on one side) of their mean shares, and varies twice as much as that: an image stands
-    in the shares of the others as well (Hoeffding 1948)."""
-    of_a, of_b = grouped(cond_a), grouped(cond_b)
-    shares = {name: [s.numpy() for c in of_a for s in distance_shares(a[of_a[c]], b[of_b[c]])]
-              for name, a in sets.items()}
-
-    def estimate(strata):
-        mean, error = 2 * np.mean([s.mean() for s in strata]), 4 / len(strata) * sum(
-            s.var(ddof=1) / len(s) for s in strata) ** .5
-        return mean, [mean - 1.64 * error, mean + 1.64 * error]
-    table = {name: dict(zip(("distance", "distance_interval"), estimate(strata)))
-             for name, strata in shares.items()}
-    base, (least, _) = table[copied].values() if copied else (0., (0., 0.))
-    for name, line in table.items() if least > 0 else ():
-        ratio = line["distance"] / base
-        _, (low, high) = estimate([(s - ratio * c) / base
-                                   for s, c in zip(shares[name], shares[copied])])
-        line |= {"score": 1 - ratio, "score_interval": [1 - ratio + low, 1 - ratio + high]}
-    return table
+        all(x != y for x, y in zip(p, q)) if wrong else p == q))
 
 
 def interval(statistic, units, strata):
     """{name: [5 %, 95 %]} of statistic(indices), a dict of numbers, by the jackknife (Efron & Stein
-    1981): computed again without each of the units (wells, seeds, molecules; (N,) that of each
-    image) in turn. Units vary within their stratum (N,), the strata are as they are."""
+    1981): computed again without each unit (well, seed, molecule; (N,) that of each image) in turn.
+    Units vary within their stratum (N,), the strata are as they are."""
     every, variance = np.arange(len(units)), Counter()
     for places in map(np.array, grouped(strata).values()):
         groups = grouped(np.array(units)[places]).values()
@@ -272,14 +227,35 @@ def interval(statistic, units, strata):
             for name, value in statistic(every).items()}
 
 
-def variance_ratio(a, b, cond_a, cond_b):
-    """Variance of features among images of one condition, a over b, summed over features and
-    averaged over conditions. Below 1 the images of a condition are too alike (mode collapse).
-    Take one image per well on both sides: those of one well share its effect."""
-    def within(x, conditions):
-        groups = [x[i] for i in grouped(conditions).values()]
-        return torch.stack([g.var(0).sum() for g in groups if len(g) > 1]).mean()
-    return (within(a, cond_a) / within(b, cond_b)).item()
+def distance_table(sets, b, cond_a, cond_b, copied=None):
+    """{name: {"distance", "score", and "..._interval" of both}} of {name: features} to b, as
+    condition_distance; b has every condition of cond_a. score: the share of the way from the set
+    `copied` to the truth, 1 - distance / its distance, where that is clearly above 0."""
+    of_a, of_b = grouped(cond_a), grouped(cond_b)
+    shares = {name: torch.cat([torch.cat(distance_shares(a[of_a[c]], b[of_b[c]])) for c in of_a])
+              for name, a in sets.items()}
+    # a stratum is the images of a condition on one side
+    strata = np.repeat(range(2 * len(of_a)), [len(of[c]) for c in of_a for of in (of_a, of_b)])
+
+    def figures(i):
+        weights = 1 / np.bincount(strata[i])[strata[i]] / len(of_a)
+        found = {name: s.numpy()[i] @ weights for name, s in shares.items()}
+        return found | {(name, "score"): 1 - found[name] / found[copied]
+                        for name in sets if copied}
+    every = range(len(strata))
+    found, spans = figures(every), interval(figures, every, strata)
+    table = {name: {"distance": found[name], "distance_interval": spans[name]} for name in sets}
+    for name in sets if copied and spans[copied][0] > 0 else ():
+        table[name] |= {"score": found[name, "score"], "score_interval": spans[name, "score"]}
+    return table
+
+
+def moments(x, conditions):
+    """Mean features of each condition (conditions, F), and the variance among images of one, summed
+    over features, averaged over conditions: below the truth's they are too alike."""
+    groups = [x[i] for i in grouped(conditions).values()]
+    variances = [group.var(0).sum() for group in groups if len(group) > 1]
+    return torch.stack([group.mean(0) for group in groups]), torch.stack(variances).mean().item()
 
 
 def correlations(p, q):
@@ -293,17 +269,16 @@ def correlations(p, q):
 
 
 def ranks(x):
-    """Ranks (M, F) within each column, ties at their mean, NaN where x is: the Pearson correlation
-    of ranks is Spearman's."""
+    """Ranks (M, F) within each column, ties at their mean, NaN where x is."""
     below, equal = (x[:, None] > x).sum(1), (x[:, None] == x).sum(1)
     return torch.where(x.isnan(), torch.nan, below + (equal - 1) / 2)
 
 
-def structural_similarity(x, y, sigma=1.5):
+def structural_similarity(x, y):
     """SSIM (C,) of images on [0, 1] (Wang et al. 2004, Eq. 13), Gaussian windows of 11 pixels,
     constants 0.01^2 and 0.03^2. Windows that the border cuts are left out."""
     def local(v):
-        return gaussian_blur(v, sigma, 5)[..., 5:-5, 5:-5]
+        return gaussian_blur(v, 1.5, 5)[..., 5:-5, 5:-5]
     x, y = x.double(), y.double()  # variances are differences of nearly equal numbers
     mx, my = local(x), local(y)
     xx, yy, xy = local(x * x) - mx ** 2, local(y * y) - my ** 2, local(x * y) - mx * my
@@ -312,8 +287,8 @@ def structural_similarity(x, y, sigma=1.5):
 
 
 def power_spectrum(x):
-    """Mean log power by spatial frequency, (C, F) from the coarsest to the finest, of images
-    (N, C, H, W): the squared Fourier transform, averaged over rings one frequency wide."""
+    """Mean log power of images (N, C, H, W) in rings one spatial frequency wide, (C, F) from the
+    coarsest to the finest."""
     h, w = x.shape[2:]
     power = torch.fft.rfft2(x - x.mean((2, 3), keepdim=True)).abs().square().mean(0) / (h * w)
     fy, fx = torch.fft.fftfreq(h)[:, None] * h, torch.fft.rfftfreq(w)[None] * w
@@ -323,8 +298,8 @@ def power_spectrum(x):
 
 def compare(x, y):
     """How near images (N, C, H, W) on [0, 1] come to others of the same cells, (C,) each: L1, SSIM,
-    PSNR in dB, Pearson correlation of the pixels of an image, and the mean difference of log power
-    over spatial frequencies ("spectrum", which sees lost texture)."""
+    PSNR in dB, Pearson correlation of pixels, and the mean difference of log power over spatial
+    frequencies ("spectrum", which sees lost texture)."""
     pixels = (v.flatten(2).flatten(0, 1).T for v in (x, y))              # (HW, N C) each
     return {"l1": (x - y).abs().mean((0, 2, 3)), "ssim": structural_similarity(x, y),
             "psnr": -10 * (x - y).square().mean((0, 2, 3)).clamp(min=1e-9).log10(),
@@ -334,31 +309,28 @@ def compare(x, y):
 
 def omega_squared(y, blocked=True):
     """Share of variance explained in a balanced factorial, without the upward bias of eta squared:
-    {"biology", "experiment", "interaction": (F,)} of y (biology, experiment, seeds, F), by omega^2
-    = (SS_effect - df_effect MS_error) / (SS_total + MS_block) of Olejnik & Algina 2003 (Psychol.
-    Methods 8). blocked: seed s is the same cells (or the same noise) everywhere, its own variance
-    is no error. Without blocks MS_error stands for MS_block."""
+    {"biology", "experiment", "interaction": (F,)} of y (biology, experiment, seeds, F), omega^2 =
+    (SS_effect - df_effect MS_error) / (SS_total + MS_block) of Olejnik & Algina 2003 (Psychol.
+    Methods 8). blocked: a seed is the same cells (or noise) everywhere, and its variance no error.
+    Without blocks MS_error stands for MS_block."""
     b, e, n, _ = y.shape
-    y = y.double()
-    mean = y.mean((0, 1, 2))
-    biology, experiment = y.mean((1, 2)) - mean, y.mean((0, 2)) - mean   # (b, F), (e, F)
-    both = y.mean(2) - mean - biology[:, None] - experiment[None]        # (b, e, F)
+    y = y.double() - y.double().mean((0, 1, 2))
+    biology, experiment, seeds = y.mean((1, 2)), y.mean((0, 2)), y.mean((0, 1))    # (levels, F)
+    both = y.mean(2) - biology[:, None] - experiment                               # (b, e, F)
     squares = {"biology": (e * n * biology.square().sum(0), b - 1),
                "experiment": (b * n * experiment.square().sum(0), e - 1),
                "interaction": (n * both.square().sum((0, 1)), (b - 1) * (e - 1))}
-    total = (y - mean).square().sum((0, 1, 2))
-    blocks = b * e * (y.mean((0, 1)) - mean).square().sum(0) * blocked
-    freedom = (b * e - 1) * (n - 1) if blocked else b * e * (n - 1)
+    total, blocks = y.square().sum((0, 1, 2)), blocked * b * e * seeds.square().sum(0)
+    freedom = (b * e - blocked) * (n - 1)
     error = (total - blocks - sum(square for square, _ in squares.values())) / freedom
     scale = (total + (blocks / (n - 1) if blocked else error)).clamp(min=1e-12)
     return {name: ((square - df * error) / scale).float() for name, (square, df) in squares.items()}
 
 
 def leaks(found, truth, least=.05):
-    """What of one side shows where only the other should, beyond what it does in the truth (both as
-    from omega_squared). A feature belongs to the side that explains more of it in the truth, at
-    least `least`. Batch leakage: share of the biological features that the experiment explains,
-    minus the same in the truth, averaged over them. Perturbation leakage: the other way round."""
+    """Batch leakage: the share of variance that the experiment explains beyond its share in the
+    truth (both as from omega_squared), averaged over biological features. Perturbation leakage: the
+    other way round. A feature is of the side that explains more of it in the truth, and `least`."""
     biology, experiment = truth["biology"], truth["experiment"]
     counts = torch.maximum(biology, experiment) >= least
     ours, theirs = counts & (biology > experiment), counts & (biology <= experiment)
@@ -367,9 +339,9 @@ def leaks(found, truth, least=.05):
 
 
 def effect_size(y, one, other):
-    """How large effects are, as a share of the true ones: each level's mean, from the mean of all,
-    projected on the true one. y and two samples of the truth: (levels, ..., F). 1 is right, more
-    is exaggeration. Two samples, as the square of one would hold its noise."""
+    """Effects in y (each level's mean from the mean of all) projected on the true ones; 1 is right.
+    All are (levels, ..., F); two samples of the truth, as the square of one would hold its noise.
+    """
     y, one, other = (x.flatten(1, -2).mean(1) for x in (y, one, other))              # (levels, F)
     y, one, other = (x - x.mean(0) for x in (y, one, other))
     return ((y * one).sum() / (other * one).sum()).item()
@@ -395,14 +367,15 @@ class Asked(Options):
     sampler: str = "dpm"        # ddim, ddpm, or dpm, which is DPM-Solver++ 2M
 
 
-def open_run(args, kind="ldm", data=None):
-    """A trained model and the images it was trained on, or those of another manifest. args: the
-    path of a checkpoint, or Asked options, which are checked against the model. kind: "ldm", or
-    "vae" for an autoencoder alone. Returns a namespace: model (sample.Model, or of an autoencoder
-    its vae, channels, intensity and pixel_um), settings, manifest, train and held (rows), views
-    (data.Views), sha1 of the checkpoint, and images(rows, view=-1), (N, C, H, W) in [-1, 1], where
-    a row that is asked for again is another view."""
-    path, data = (args.checkpoint, args.data) if isinstance(args, Asked) else (args, data)
+def open_run(asked, kind="ldm"):
+    """A trained model and its images. asked: the path of a checkpoint of this kind ("vae": an
+    autoencoder alone), or Asked options, which are checked against the model. Returns a namespace:
+    model (sample.Model, or of an autoencoder its vae, channels, intensity and pixel_um), settings,
+    manifest, train and held (rows), views (data.Views), sha1 of the checkpoint, and images(rows),
+    (N, C, H, W) in [-1, 1]: a row that is asked for again is another view, an image that cannot be
+    read a UserError."""
+    args = asked if isinstance(asked, Asked) else Asked(checkpoint=asked)
+    path = args.checkpoint
     if kind == "ldm":
         model = Model.load(path)
         settings, content = vars(model.settings), model.content
@@ -411,12 +384,11 @@ def open_run(args, kind="ldm", data=None):
         settings = content["settings"]
         model = SimpleNamespace(vae=vae, channels=tuple(settings["channels"].split(",")),
                                 intensity=content["intensity"], pixel_um=None)
-    s = SimpleNamespace(**settings | {"data": data or content["settings"]["data"]})
+    s = SimpleNamespace(**settings | {"data": args.data or content["settings"]["data"]})
     opened = train_vae.open_data(s, draw=False)
     if kind == "ldm":
         encoder = MOLECULE_ENCODERS[content["molecule_encoder"]]
         check_columns(model.fields, opened.manifest.columns, encoder.is_molecule, s.data)
-    if isinstance(args, Asked):
         model.scales(args.guidance)  # refuses groups that it does not have
         if not 1 <= args.steps <= model.schedule.T:
             raise UserError(f"--steps {args.steps}: between 1 and {model.schedule.T}")
@@ -424,27 +396,24 @@ def open_run(args, kind="ldm", data=None):
         print(f"warning: {s.data} is not as it was when {path} was trained: rows that count as "
               "held out may have been trained on")
     views = Views(opened.manifest, model.intensity, s.crop, s.flips, s.binning)
-    return SimpleNamespace(
-        model=model, settings=s, manifest=opened.manifest, train=opened.train, held=opened.held,
-        views=views, sha1=file_hash(path), images=functools.partial(read_images, views))
 
-
-def read_images(views, rows, view=-1):
-    """See open_run. An unreadable image is a UserError that names it."""
-    times, keys = Counter(), []
-    for row in map(int, rows):
-        keys.append((row, view + times[row]))
-        times[row] += 1
-    return torch.cat([x for x, _ in data.load(views, keys)])
+    def images(rows):
+        rows = [int(row) for row in rows]  # view -1 is the middle, the others are random crops
+        keys = [(row, rows[:k].count(row) - 1) for k, row in enumerate(rows)]
+        return torch.cat([x for x, _ in data.load(views, keys)])
+    return SimpleNamespace(model=model, settings=s, manifest=opened.manifest, train=opened.train,
+                           held=opened.held, views=views, sha1=file_hash(path), images=images)
 
 
 def morphology(run, radius=NUCLEUS_RADIUS, count=1000):
-    """measure(images): their features, standardised by at most `count` true training images, or
-    exactly so many pieces of them where images are cropped."""
+    """measure(images): their features (N, F) in deviations of at most `count` true training images,
+    or exactly so many crops. NaN is 0, and three deviations the most: the kernel takes cubes."""
+    measured = functools.partial(features, channels=run.model.channels, radius=radius)
     some = np.random.default_rng(0).permutation(run.train)[:count]
-    some = np.resize(some, count) if run.settings.crop else some
-    standardise = Standardise(features(run.images(some), run.model.channels, radius=radius))
-    return lambda images: standardise(features(images, run.model.channels, radius=radius))
+    true = measured(run.images(np.resize(some, count) if run.settings.crop else some))
+    mean = true.nanmean(0)
+    std = (true - mean).square().nanmean(0).sqrt().clamp(min=1e-6)
+    return lambda images: ((measured(images) - mean) / std).nan_to_num(0.).clamp(-3, 3)
 
 
 def records(manifest, rows):
@@ -468,8 +437,7 @@ def wells_of(manifest):
 
 def conditions_of(manifest, by):
     """The condition of each row, (N,) of tuples: its values in the columns `by`."""
-    missing = [name for name in by if name not in manifest.columns]
-    if missing:
+    if missing := [name for name in by if name not in manifest.columns]:
         raise UserError(f"{manifest.path} has no column {', '.join(missing)}: say with --by which "
                         "columns make a condition, such as --by compound plate")
     conditions = np.empty(len(manifest), object)
@@ -479,46 +447,37 @@ def conditions_of(manifest, by):
 
 def ask(run, columns, seeds, args, hint=None, **changes):
     """Images (n, C, H, W) in [-1, 1] for a request {field: [n strings]}, one seed each, drawn as
-    the options `args` say, with the changes of a study, without guidance of groups that the model
-    was not told. Equal requests (in every batch, of a model that is told none) are drawn once."""
+    the options `args` say, with the changes of a study; groups that the model was not told have no
+    scale. hint: see Model.guided."""
     words = {k: getattr(args, k) for k in ("guidance", "form", "interval", "steps", "sampler")}
     words, dials = words | changes, [*run.model.groups, *["image"] * bool(hint)]
     words["guidance"] = {g: scale for g, scale in words["guidance"].items() if g in dials}
-    keys = list(zip(seeds, *columns.values(), *[range(len(seeds))] * bool(hint)))
-    chosen = list({key: i for i, key in enumerate(keys)}.values())
-
-    def part(columns):
-        return {name: [values[i] for i in chosen] for name, values in columns.items()}
-    images = run.model.generate(part(columns), [seeds[i] for i in chosen], **words,
-                                hint=hint and (hint[0][chosen], part(hint[1])))
-    index = {keys[i]: k for k, i in enumerate(chosen)}
-    return images[[index[key] for key in keys]]
+    return run.model.generate(columns, seeds, **words, hint=hint)
 
 
 def split_wells(manifest, rows, conditions, limit, seed=0, crop=0, every=False):
-    """Two sets of rows from different wells, one site per well, as many of each condition in both:
-    (a, b), about `limit` in each. Sites of one well are not independent: they count for too much.
-    conditions: (N,) of all rows of the manifest. Those with fewer than four wells are left out. If
-    these are all of them (with `every`: any), images are the unit instead of wells, and if too few
-    again and images are cropped, pieces of different images; this is said."""
-    rng, rows, images = np.random.default_rng(seed), np.array(rows, int), range(len(manifest))
-    asked = grouped(conditions[rows])
-    for unit, units, least in (("wells", wells_of(manifest), 4), ("images", images, 4),
-                               ("pieces of images", images, 2))[:3 if crop else 2]:
-        one_each = [list({units[i]: i for i in rng.permutation(rows[places])}.values())
+    """Two sets of rows from different wells, one site a well as sites are not independent, as many
+    of each condition in both: (a, b), about `limit` in each. conditions: (N,) of all rows. Those
+    with fewer than four wells are left out. If these are all (with `every`: any) the units are
+    images, which is said: four a condition, or two that are cropped, each again as other crops."""
+    rng, rows = np.random.default_rng(seed), np.array(rows, int)
+    asked, least, a, b = grouped(conditions[rows]), 4, [], []
+
+    def groups_of(units):
+        one_each = [[*{units[i]: i for i in rng.permutation(rows[places])}.values()]
                     for places in asked.values()]
         groups = [rng.permutation(group) for group in one_each if len(group) >= least]
-        if len(groups) >= (len(asked) if every else 1):
-            break
-    else:
-        return np.array([], int), np.array([], int)
-    if unit != "wells":
-        print(f"too few wells of a condition: the units are {unit}, which are not independent, so "
-              "intervals are too narrow")
-    each = max(2, limit // len(groups))
-    halves = [(g[:len(g) // 2], g[len(g) // 2:], each if least == 2 else min(each, len(g) // 2))
-              for g in groups]
-    return [np.concatenate([np.resize(half[k], half[2]) for half in halves]) for k in (0, 1)]
+        return groups if len(groups) == len(asked) or not every else []
+    groups = groups_of(wells_of(manifest))
+    if not groups:
+        print("too few wells of a condition: the units are images, so intervals are too narrow")
+        least = 2 if crop else 4
+        groups = groups_of(range(len(manifest)))
+    for group in groups:
+        half, each = len(group) // 2, max(2, limit // len(groups))
+        n = each if least == 2 else min(each, half)
+        a, b = [*a, *np.resize(group[:half], n)], [*b, *np.resize(group[half:], n)]
+    return np.array(a, int), np.array(b, int)
 
 
 # --- 4. The reference classifier: which mechanism, which batch is this? ---------------------------
@@ -552,8 +511,8 @@ class Classifier(Backbone):
         self.answers = answers
 
     def forward(self, x):                                                # {question: (B, answers)}
-        sizes = [len(options) for options in self.answers.values()]
-        return dict(zip(self.answers, super().forward(x).split(sizes, 1)))
+        sizes = map(len, self.answers.values())
+        return dict(zip(self.answers, super().forward(x).split([*sizes], 1)))
 
     @torch.no_grad()
     def choose(self, images, batch=64):
@@ -618,18 +577,16 @@ def reference_classifier(run, steps=1500):
         return print(f"no reference classifier: {why}")
     answers = {"true_mechanism": ["none", *data.MECHANISMS],
                "batch": [f"B{b + 1}" for b in range(screen.batches)]}
-    path = Path("runs/classifier") / text_hash(asdict(screen), run.model.intensity, steps,
-                                               inspect.getsource(data), code_of(4))
+    path = Path("runs/classifier") / text_hash(asdict(screen), run.model.intensity, steps, CODE)
     if not path.exists():
         print("drawing an unconfounded screen to train the reference classifier on")
         rows = [r for r in data.layout(screen) if r["role"] == "control" or r["true_effect"] >= .5]
         images = photographs(rows, screen, run.model.intensity)
         network = train_classifier(images, rows, answers, steps)
         train_vae.save_checkpoint(path, "classifier", {"weights": network.state_dict()})
-    classifier = Classifier(len(run.model.channels), answers).to(device())
-    content = train_vae.load_checkpoint(path, "classifier", "remove it")
-    classifier.load_state_dict(content["weights"])
-    return classifier.eval()
+    network = Classifier(len(run.model.channels), answers).to(device())
+    network.load_state_dict(train_vae.load_checkpoint(path, "classifier", "remove it")["weights"])
+    return network.eval()
 
 
 def recognised(classifier, images, rows):
@@ -650,8 +607,7 @@ def plain(value):
     """A value as JSON can hold it: arrays as lists, what is not finite as None."""
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
-        return plain(value.tolist())
+    value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -665,34 +621,27 @@ def text_hash(*values):
     return hashlib.sha1(json.dumps(plain(values), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def code_of(*sections):
-    """The source of these sections of this file: other code that measures is another result."""
-    parts = re.split(r"^# --- (\d+)\. .*$", Path(__file__).read_text(), flags=re.M)
-    return [text for number, text in zip(parts[1::2], parts[2::2]) if int(number) in sections]
+CODE = [file_hash(module) for module in (__file__, data.__file__)]  # what measures, what simulates
 
 
 def digest(args, *runs):
-    """What every figure of a study depends on beside its setting and its code: the options, and of
+    """What every figure of a study depends on beside its setting and the code: the options, and of
     each run the checkpoint and the manifest as they are."""
     options = {k: v for k, v in asdict(args).items() if k not in ("out", "quick", "study")}
     return options, [(run.sha1, run.manifest.sha1()) for run in runs]
 
 
-def study(path, settings, measure, digest, *functions):
-    """One line of figures for each of {label: setting}, where a setting holds the arguments of
-    measure(**setting). Lines are kept in the JSON-lines file `path` under the hash of the setting,
-    the digest, and the code that measures (sections 1 to 4, `measure`, `functions`). So a study
-    goes on where it was interrupted, and measures again what has changed."""
-    code = [code_of(1, 2, 3, 4), *map(inspect.getsource, (measure, *functions))]
+def study(path, settings, measure, digest, *_):
+    """One line of figures, measure(**setting), for each of {label: setting}. Lines are kept in the
+    JSON-lines file `path` under the hash of the setting, the digest and the code. So a study goes
+    on where it was interrupted, and measures again what has changed."""
     path, done, lines = Path(path), {}, []
     path.parent.mkdir(parents=True, exist_ok=True)
     for text in path.read_text().splitlines() if path.exists() else ():
-        try:
+        with contextlib.suppress(ValueError):  # cut off by a kill, or the blank before the first
             done[json.loads(text)["key"]] = json.loads(text)
-        except ValueError:  # cut off by a kill, or the blank before the first
-            continue
     for label, setting in settings.items():
-        key = text_hash(setting, digest, code)
+        key = text_hash(measure.__qualname__, setting, digest, CODE)
         if key not in done:
             done[key] = plain({"key": key, "label": label, "setting": setting} | measure(**setting))
             with open(path, "a") as file:  # on a line of its own, whatever was cut off before
@@ -703,26 +652,23 @@ def study(path, settings, measure, digest, *functions):
 
 def folder_of(args):
     """--out, or the checkpoint's folder."""
-    out = Path(args.out or Path(args.checkpoint).parent)
-    out.mkdir(parents=True, exist_ok=True)
-    return out
+    return Path(args.out or Path(args.checkpoint).parent)
 
 
 def write_report(path, args, report, *beside):
     """Write what was asked for and the report as JSON. beside: names of files written with it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(plain({"asked": asdict(args)} | report), indent=1) + "\n")
     print(" and ".join([f"wrote {path}", *beside]))
 
 
 def print_table(title, columns, rows):
     """A table: columns {heading: format of its numbers}, rows [(label, *values)]. A value may be
-    None (blank), a text, or (estimate, [low, high] or None), "estimate (low to high)"."""
+    None (blank), or (estimate, [low, high] or None), written "estimate (low to high)"."""
     def text(value, form):
-        if isinstance(value, tuple):
-            estimate, span = value
-            return text(estimate, form) + (f" ({span[0]:{form}} to {span[1]:{form}})"
-                                           if span else "")
-        return "" if value is None else value if isinstance(value, str) else f"{value:{form}}"
+        value, span = value if isinstance(value, tuple) else (value, None)
+        between = f" ({span[0]:{form}} to {span[1]:{form}})" if span else ""
+        return "" if value is None else f"{value:{form}}{between}"
     lines = [[title, *columns]] + [[label, *map(text, values, columns.values())]
                                    for label, *values in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -741,14 +687,13 @@ def draw_rows(path, labels, panels):
             for k, (name, values) in enumerate(series.items()):
                 x = np.array([value for value, _ in values], float)
                 ends = np.array([span or (value, value) for value, span in values], float).T
-                axis.errorbar(x, np.arange(len(x))[::-1] + .12 * (1 - k), xerr=abs(ends - x), lw=1,
-                              fmt="so^"[k % 3], ms=5, color=f"C{k}", label=name.replace("_", " "))
+                axis.errorbar(x, np.arange(len(x)) + .12 * k, xerr=abs(ends - x), fmt="o", ms=4,
+                              label=name.replace("_", " "))
             axis.axvline(np.nan if mark is None else mark, color="k", lw=.6)
-            axis.set_title(title, fontsize=9), axis.grid(alpha=.3)
-            axis.legend(fontsize=7, ncols=2, loc="upper center", frameon=False,
-                        bbox_to_anchor=(.5, -.45 / height))                    # below the axis
-        axes[0, 0].set_yticks(range(len(labels)), labels[::-1], fontsize=8)
-        axes[0, 0].set_ylim(-.5, len(labels) - .5)
+            axis.set_title(title, fontsize=9)
+            axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(.5, -.45 / height))  # below
+        axes[0, 0].set_yticks(range(len(labels)), labels, fontsize=8)
+        axes[0, 0].invert_yaxis()
 
 
 def draw_sets(path, pictures, model, count=8):
@@ -764,6 +709,7 @@ HELD_OUT = {"val": "unseen wells", "test_pair": "unseen combinations",
             "test_substituent": "unseen substituents", "test_scaffold": "unseen scaffolds"}
 BEST, CHANCE = "best possible: other wells", "wrong condition: chance"
 COPIED, REBUILT = "negative control of the batch, copied", "through the autoencoder"
+TRAINED = "all images, most of them trained on"  # where too few are held out
 
 
 @dataclass
@@ -772,20 +718,28 @@ class Quality(Asked):
     by: tuple = ()              # of real plates: columns that make a condition, biology first
 
 
-def heldout_sets(run):
-    """{name: rows} of what the training never saw: the values of the column `split`, or the rows
-    held out where the autoencoder was trained with a split of its own."""
-    label = np.array(run.manifest.columns.get("split", ()))
-    if run.settings.split != "auto" or not len(label):
-        return {"held out": run.held}
-    names = [*HELD_OUT, *sorted(set(label) - {*HELD_OUT, "train", "val_pair"})]
-    return {HELD_OUT.get(n, n): np.flatnonzero(label == n) for n in names if n in label}
+def heldout_halves(run, conditions, limit):
+    """{set: two sets of rows as from split_wells} of what the training never saw: each value of the
+    column `split`, or the rows held out where the autoencoder was trained with a split of its own;
+    of all images, most of them trained on, where that is too little."""
+    columns, sets, halves = run.manifest.columns, {"held out": run.held}, {}
+    if run.settings.split == "auto" and "split" in columns:
+        label = np.array(columns["split"])
+        names = [*HELD_OUT, *sorted({*label} - {*HELD_OUT, "train", "val_pair"})]
+        sets = {HELD_OUT.get(n, n): np.flatnonzero(label == n) for n in names if n in label}
+    untreated = data.negative_controls(columns)  # a copy of one is right
+    for name, rows in (sets | {TRAINED: np.arange(len(untreated))}).items():
+        if name != TRAINED or not halves:
+            a, b = split_wells(run.manifest, rows[~untreated[rows]], conditions, limit,
+                               crop=run.settings.crop)
+            halves |= {name: (a, b)} if len(a) else {}
+    return halves
 
 
 def copied_controls(run, conditions, asked):
     """For each condition in `asked` a training row with a negative control of the same experiment
-    (all parts of the condition but the first), each of another well as far as there are wells.
-    None where an experiment has none. conditions: of all rows of the manifest."""
+    (all parts of the condition but the first), of another well as far as there are; None where an
+    experiment has none. conditions: of all rows of the manifest."""
     pools, wells = defaultdict(dict), wells_of(run.manifest)
     untreated = data.negative_controls(run.manifest.columns)[run.train]
     for i in np.random.default_rng(0).permutation(run.train[untreated]):
@@ -795,11 +749,10 @@ def copied_controls(run, conditions, asked):
 
 
 def quality_line(run, rows_a, rows_b, conditions, measure, classifier, args, requests):
-    """The rows of the table for one held-out set, {row: figures}, and the images behind them, for
-    rows_a, rows_b as from split_wells. Images for the conditions of rows_a stand against the true
-    rows_b: the true rows_a, a negative control of the same experiment, rows_a through the
-    autoencoder, and those drawn by each of `requests`, {row: changes of args}. correlation: over
-    conditions, of their mean features."""
+    """The rows of the table for one held-out set, {row: figures}, and the images behind them. The
+    true rows_b (as from split_wells) are compared with the true rows_a, negative controls of their
+    experiments, rows_a through the autoencoder, and what each of `requests`, {row: changes of
+    args}, draws for them. correlation: over conditions, of their mean features."""
     cond_a, cond_b, true = conditions[rows_a], conditions[rows_b], run.images(rows_a)
     copied, asked = copied_controls(run, conditions, cond_a), records(run.manifest, rows_a)
     sets = {BEST: true} | ({COPIED: run.images(copied)} if copied else {}) | {
@@ -808,11 +761,11 @@ def quality_line(run, rows_a, rows_b, conditions, measure, classifier, args, req
         for name, changes in requests.items()}
     found, b = {name: measure(x) for name, x in sets.items()}, measure(run.images(rows_b))
     table = distance_table(found, b, cond_a, cond_b, COPIED if copied else None)
+    true_means, true_spread = moments(b, cond_b)
     for name, images in sets.items():
-        means = (torch.stack([y[i].mean(0) for i in grouped(of_y).values()])
-                 for y, of_y in ((found[name], cond_a), (b, cond_b)))
-        table[name] |= {"spread": variance_ratio(found[name], b, cond_a, cond_b),
-                        "correlation": correlations(*means).nanmean().item()} | {
+        means, spread = moments(found[name], cond_a)
+        table[name] |= {"spread": spread / true_spread,
+                        "correlation": correlations(means, true_means).nanmean().item()} | {
             k: hits.nanmean().item() for k, hits in recognised(classifier, images, asked).items()}
     table[CHANCE] = {"distance": condition_distance(found[BEST], b, cond_a, cond_b, wrong=True)}
     return table, sets
@@ -825,74 +778,25 @@ def quality(args):
     requests = {f"generated, {words_of(scales)}": {"guidance": scales} for scales in (
         dict.fromkeys(run.model.groups, 1.), run.model.scales(args.guidance))}
     measure, classifier = morphology(run, args.nucleus_radius), reference_classifier(run)
-    sets, table, pictures = heldout_sets(run), {}, {}
-    if args.by:  # where too few are held out
-        sets["all images, most of them trained on"] = np.arange(len(run.manifest))
-    for name, rows in sets.items():
-        pieces = run.settings.crop if name.startswith("all images") else 0
-        rows = rows[~data.negative_controls(run.manifest.columns)[rows]]  # a copy of one is right
-        a, b = split_wells(run.manifest, rows, conditions, limit, crop=pieces)
-        if len(a) and not (table and name.startswith("all images")):
-            print(f"{name}: {len(a)} images of {len(set(conditions[a]))} conditions, "
-                  f"{len(set(conditions[rows]) - set(conditions[a]))} with too few are left out")
-            table[name], pictures[name] = quality_line(run, a, b, conditions, measure, classifier,
-                                                       args, requests)
+    table, pictures = {}, {}
+    for name, (a, b) in heldout_halves(run, conditions, limit).items():
+        print(f"{name}: {len(a)} images of {len(set(conditions[a]))} conditions")
+        table[name], pictures[name] = quality_line(run, a, b, conditions, measure, classifier,
+                                                   args, requests)
     if not table:
         raise UserError("nothing to compare: no condition has four wells or images")
     figures = {"spread": ".2f", "mechanism": ".2f", "batch": ".2f"}
-    if args.by:
-        for name, images in draw_unseen(run, args, conditions).items():
-            table[name], pictures[name] = {"generated": {}}, {"generated": images}
-        add_nuclei_and_nearest(run, table, pictures, args.nucleus_radius)
-        figures |= {"nuclei": ".1f", "nearest": ".3f"}
     print_table("held-out set", {"distance (5-95 %)": ".2f", "score": ".2f"} | figures, [
         (f"{name}, {kind}", *((e.get(k), e.get(f"{k}_interval")) for k in ("distance", "score")),
          *map(e.get, figures)) for name, kinds in plain(table).items()
         for kind, e in kinds.items()])
-    draw_sets(out / "quality.png", {name: {k: x for k, x in kinds.items() if k not in (
-        COPIED, REBUILT)} for name, kinds in pictures.items()}, run.model)
+    draw_sets(out / "quality.png", pictures, run.model)
     write_report(out / "quality.json", args, {"sha1": run.sha1, "table": table}, "quality.png")
 
 
 def words_of(scales):
     """Guidance scales in words: "biology 2, experiment 1"."""
     return ", ".join(f"{group} {scale:g}" for group, scale in sorted(scales.items()))
-
-
-def draw_unseen(run, args, conditions):
-    """{name: images} of the combinations of the columns --by without a single image, 24 of them
-    at most. A field takes its value from the first of the columns that fixes it (SMILES and dose
-    from the compound); one that none fixes is unknown."""
-    columns, fixed, n = run.manifest.columns, {}, 6 if args.quick else 24
-    for field, (k, name) in product(run.model.fields, [*enumerate(args.by)][::-1]):
-        pairs = set(zip(columns[name], columns[field.name]))
-        if len(pairs) == len(set(columns[name])):
-            fixed[field.name] = k, dict(pairs)
-    unseen = {*product(*(set(columns[name]) for name in args.by))} - set(conditions)
-    return {" x ".join(c) + " (unseen)": ask(run, told(run.model, [
-        {f: value[c[k]] for f, (k, value) in fixed.items()}] * n), range(n), args)
-        for c in sorted(unseen)[:24]}
-
-
-def add_nuclei_and_nearest(run, table, pictures, radius):
-    """Two figures more for each entry: nuclei per image, and the median distance (root mean square)
-    to the nearest view of training. A model that has memorised draws images nearer to one than
-    held-out images behind the autoencoder are."""
-    entries = [(table[name][kind], x) for name in pictures for kind, x in pictures[name].items()]
-    keys = [(i, view) for i in run.train for view in range(run.model.content["settings"]["views"])]
-    nearest = nearest_distance(torch.cat([x for _, x in entries]),
-                               (x for x, _ in data.load(run.views, keys)))
-    for (entry, x), distances in zip(entries, nearest.split([len(x) for _, x in entries])):
-        entry |= {"nuclei": count_nuclei(x, run.model.channels, radius).mean().item(),
-                  "nearest": distances.median().item()}
-
-
-def nearest_distance(images, batches):
-    """Root mean square difference (N,) of each image to the nearest one in batches of others."""
-    found = torch.full((len(images),), torch.inf)
-    for x in batches:
-        found = found.minimum(torch.cdist(images.flatten(1), x.flatten(1)).amin(1))
-    return found / images[0].numel() ** .5
 
 
 # --- 7. disentangle: how much of the image is biology, how much is experiment? --------------------
@@ -1275,12 +1179,8 @@ class Conditions(Asked):
     images: int = 1024          # held-out images; with --encoders, for each kind of molecules
     encoders: bool = False      # compare molecule encoders instead (trains a model with each)
     names: tuple = ("fingerprint", "descriptors", "graph", "smiles", "identity")  # of encoders
-    molecule_table: str = ""    # of the encoder table
     seeds: tuple = (0, 1)       # of the training runs
     train_steps: int = 2000     # of each encoder's model
-
-
-FIGURES = ("mechanism", "correlation")  # by which encoders are compared
 
 
 def conditions(args):
@@ -1289,81 +1189,75 @@ def conditions(args):
     same noise, all scales 1: root mean square, in deviations of the training images."""
     if args.encoders:
         return encoders(args)
-    run, out = open_run(args), folder_of(args)
+    run, table = open_run(args), {}
     model, rows = run.model, np.random.default_rng(0).permutation(run.held)
-    rows = rows[:256 if args.quick else args.images]
+    rows, few = rows[:256 if args.quick else args.images], rows[:32 if args.quick else 96]
     with torch.no_grad():
         cache = torch.cat([torch.stack(model.vae.encode(x.to(device())), 1).cpu()
                            for x in run.images(rows).split(64)]).numpy()
     latents = train_ldm.Latents(cache, model.vae, run, rows, model.denoiser.conditioner)
-    predict = functools.partial(train_ldm.predictions, model.denoiser, latents, model.schedule,
-                                len(rows))
-    few, ones = rows[:32 if args.quick else 96], dict.fromkeys(model.groups, 1.)
     own, other = (told(model, records(run.manifest, order)) for order in (
         few, np.random.default_rng(1).permutation(few)))
-    measure, (_, loss, quarter), table = morphology(run, args.nucleus_radius), predict(), {}
+    measure, ones = morphology(run, args.nucleus_radius), dict.fromkeys(model.groups, 1.)
 
-    def drawn(names):
-        return measure(ask(run, own | {name: other[name] for name in names}, range(len(few)), args,
-                           guidance=ones))
+    def losses_and_features(names):  # these fields are another row's
+        _, loss, quarter = train_ldm.predictions(model.denoiser, latents, model.schedule, len(rows),
+                                                 names)
+        request = own | {name: other[name] for name in names}
+        return loss, quarter, measure(ask(run, request, range(len(few)), args, guidance=ones))
+    loss, quarter, features_before = losses_and_features(())
     sets = {f.name: [f.name] for f in model.fields} | {
         f"all of {g}": [f.name for f in model.fields if f.group == g] for g in model.groups}
-    unshuffled = drawn(())
     for name, names in sets.items():
-        rise = predict(shuffled=names)[1] - loss
+        loss_after, _, features_after = losses_and_features(names)
+        rise = loss_after - loss
         e = table[name] = plain({
             "rise": rise.mean(), "error": rise.std() / len(rise) ** .5,
             "by_noise": [rise[quarter == q].mean() for q in range(4)],
-            "features": (drawn(names) - unshuffled).square().mean().sqrt()})
+            "features": (features_after - features_before).square().mean().sqrt()})
         if e["rise"] <= 2 * e["error"]:
             print(f"warning: {name} is hardly used, or another field tells as much")
     print_table("taken from another row", {
         "loss rises by": ".4f", "+-": ".4f", "at little noise": ".4f", "less": ".4f",
         "more": ".4f", "most": ".4f", "features move": ".2f"}, [
         (name, e["rise"], e["error"], *e["by_noise"], e["features"]) for name, e in table.items()])
-    draw_rows(out / "conditions.png", list(table), [
-        ("rise of the held-out loss", {"rise": [(e["rise"], [
-            e["rise"] + k * e["error"] for k in (-1.64, 1.64)]) for e in table.values()]}, 0.),
-        ("features move", {"features": [(e["features"], None) for e in table.values()]}, 0.)])
-    write_report(out / "conditions.json", args, {"sha1": run.sha1, "loss": loss.mean(),
-                                                 "table": table}, "conditions.png")
+    write_report(folder_of(args) / "conditions.json", args, {
+        "sha1": run.sha1, "loss": loss.mean(), "table": table})
 
 
 def encoders(args):
     """The same small model with each molecule encoder, on seen molecules, unseen substituents and
     unseen scaffolds at doses above half effect: the share of mechanisms that is recognised, and the
     correlation across molecules of mean features with those of true images of other wells."""
-    out, kinds = Path(args.out or "runs/encoders"), {"train": "seen molecules"} | {
-        k: HELD_OUT[k] for k in ("test_substituent", "test_scaffold")}
+    out, settings, figures = Path(args.out or "runs/encoders"), {}, ("mechanism", "correlation")
+    kinds = {"seen molecules": "train"} | {HELD_OUT[k]: k for k in (
+        "test_substituent", "test_scaffold")}
     if args.quick:
-        args = replace(args, train_steps=min(args.train_steps, 300), seeds=args.seeds[:1],
-                       images=min(args.images, 96))
+        args = replace(args, train_steps=300, seeds=args.seeds[:1], images=96)
 
     def measure(path, sha1):
         run, line = open_run(path), {}
         body, classifier = morphology(run, args.nucleus_radius), reference_classifier(run)
         columns, molecule = run.manifest.columns, conditions_of(run.manifest, ("smiles",))
-        for split, kind in kinds.items():
-            rows = [i for i, effect in enumerate(columns["true_effect"])
-                    if columns["split"][i] == split and float(effect) >= .5]
+        strong = np.array(columns["true_effect"], float) >= .5
+        for kind, split in kinds.items():
+            rows = np.flatnonzero(strong & (np.array(columns["split"]) == split))
             a, b = split_wells(run.manifest, rows, molecule, args.images)
             table, _ = quality_line(run, a, b, molecule, body, classifier, args, {"generated": {}})
-            line |= {f"{kind}: {k}{name}": table[row].get(k) for k in FIGURES
-                     for name, row in (("", "generated"), (", best", BEST))}
+            for k in figures:
+                line[f"{kind}: {k}"] = table["generated"].get(k)
+                line[f"{kind}: {k}, best"] = table[BEST].get(k)
         return line
-    settings = {}
     for name, seed in product(args.names, args.seeds):
         path = train_vae.train_if_missing(train_ldm.train, train_ldm.Config(
             out=str(out / f"{name}-{seed}-{args.train_steps}"), seed=seed, steps=args.train_steps,
-            molecule_encoder=name, molecule_table=args.molecule_table if name == "table" else ""))
+            molecule_encoder=name))
         settings[f"{name}, {seed}"] = dict(path=str(path), sha1=file_hash(path))
-    lines = study(out / "encoders.jsonl", settings, measure, digest(args), quality_line)
-    names = [f"{kind}: {figure}" for figure in FIGURES for kind in kinds.values()]
-    print_table("", dict.fromkeys(names, ".2f"), [(line["label"], *map(line.get, names)) for line in
-                lines] + [(BEST, *(lines[0].get(f"{name}, best") for name in names))])
-    draw_rows(out / "encoders.png", [line["label"] for line in lines], [
-        (name, {"generated": [(line.get(name), None) for line in lines]},
-         lines[0].get(f"{name}, best")) for name in names])
+    lines = study(out / "encoders.jsonl", settings, measure, digest(args))
+    names = [f"{kind}: {figure}" for figure in figures for kind in kinds]
+    print_table("", dict.fromkeys(names, ".2f"), [
+        (line["label"], *map(line.get, names)) for line in lines] + [
+        (BEST, *(lines[0].get(f"{name}, best") for name in names))])
 
 
 # --- 9. control: does a ControlNet draw these very cells? -----------------------------------------
@@ -1803,14 +1697,7 @@ def mol2image(args):
 
 # --- The command line -----------------------------------------------------------------------------
 
-TRAINS = "vae models confounding seeds train_steps "
-# what a study, or conditions with and without --encoders, has no use for
-UNUSED = {"model": TRAINS, "training": TRAINS, "scales": TRAINS + "guidance",
-          "forms": TRAINS + "form interval", "samplers": TRAINS + "steps sampler",
-          "transfer": TRAINS + "by steps sampler",
-          "models": "checkpoint data by guidance form",
-          "shortcut": "checkpoint data by images nucleus_radius",
-          True: "checkpoint data", False: "names molecule_table seeds train_steps"}
+STUDIES = ("model", "scales", "forms", "samplers", "models", "shortcut", "transfer")
 QUESTIONS = {"quality": (quality, Quality), "disentangle": (disentangle, Disentangle),
              "conditions": (conditions, Conditions),
              "control": (control, Control), "vae": (latent_spaces, LatentSpaces),
@@ -1823,13 +1710,12 @@ def main():
         print(__doc__)
         sys.exit(0 if name in ("-h", "--help") else 2)
     question, config = QUESTIONS[name]
-    args = train_vae.settings(config, words, {
-        "form": FORMS, "sampler": SAMPLERS, "study": [k for k in UNUSED if isinstance(k, str)]})
-    unused = UNUSED.get(getattr(args, "study", getattr(args, "encoders", None)), "").split()
+    args = train_vae.settings(config, words, {"form": FORMS, "sampler": SAMPLERS, "study": STUDIES})
+    trains = getattr(args, "study", "") in ("models", "shortcut") or getattr(args, "encoders", 0)
+    if trains and (args.checkpoint, args.data) != (config.checkpoint, config.data):
+        raise UserError("models are trained for this: it has no use for --checkpoint and --data")
     for f in fields(args):
         value = getattr(args, f.name)
-        if f.name in unused and value != f.default:
-            raise UserError(f"this question has no use for --{f.name}")
         try:
             if f.name == "guidance":
                 args.guidance = {g: float(s) for g, _, s in (word.partition("=") for word in value)}
@@ -1837,11 +1723,9 @@ def main():
                 setattr(args, f.name, tuple(map(type(f.default[0]), value)))
         except ValueError:
             raise UserError(f"--{f.name} {' '.join(value)}: write numbers") from None
-    low, high, *more = (*getattr(args, "interval", (0, 1)), 9, 9)
-    if not 0 <= low <= high <= 1 or len(more) != 2:
+    levels = getattr(args, "interval", INTERVAL)
+    if len(levels) != 2 or not 0 <= levels[0] <= levels[1] <= 1:
         raise UserError("--interval takes two noise levels from 0 to 1, the smaller first")
-    if name != "control" and "image" in getattr(args, "guidance", ()):
-        raise UserError("--guidance image is for evaluate.py control")
     question(args)
 
 
