@@ -160,12 +160,6 @@ def dose_fields(fields):
     return named or [f for f in logs if f.group == treatment_group(fields)]
 
 
-def negative_controls(fields, columns, rows):
-    """Those of the rows whose doses (dose_fields) are all known and 0."""
-    doses = [columns[f.name] for f in dose_fields(fields)]
-    return [i for i in rows if doses and all(d[i] != "" and float(d[i]) == 0 for d in doses)]
-
-
 def known_columns(fields, columns, rows, hidden=None):
     """{field: values of these rows} without the fields of the group `hidden`; "" (unknown) where
     the column is missing or training never saw the category."""

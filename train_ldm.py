@@ -25,8 +25,8 @@ import data
 import diffusion
 import train_vae
 from conditioning import (MOLECULE_ENCODERS, Conditioner, FieldError, dose_fields, draw_keep,
-                          draw_spelling, hide_molecule_of_controls, known_columns,
-                          negative_controls, parse_fields, treatment_group)
+                          draw_spelling, hide_molecule_of_controls, known_columns, parse_fields,
+                          treatment_group)
 from data import UserError
 from sample import Model, hint_manifest, hint_of, read_rows
 from train_vae import (Progress, autocast, device, is_main, learning_rate, load_checkpoint,
@@ -301,8 +301,8 @@ def open_side(run, config, name, rows, count, allowed):
     latents = cached(run, config, f"latents-{name}", run.views, rows, count, (2, *run.latent_shape),
                      lambda x: torch.stack(run.vae.encode(x.to(device())), 1))
     if shown and shown["column"] == "control_row":
-        controls = negative_controls(run.fields, manifest.columns, range(len(manifest)))
-        controls, allowed = {str(i + 2): i for i in controls}, set(allowed)
+        untreated = np.flatnonzero(data.negative_controls(manifest.columns)).tolist()
+        controls, allowed = {str(i + 2): i for i in untreated}, set(allowed)
         words = [manifest.columns["control_row"][i].split() for i in rows]
         data.report(manifest.path, [
             f"row {i + 2}, column control_row: row {n} is no negative control (all doses 0)"

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from conditioning import (MOLECULE_ENCODERS, Conditioner, Field, FieldError, check_columns,
                           dose_fields, draw_keep, draw_spelling, hide_molecule_of_controls,
-                          known_columns, negative_controls, parse_fields, parse_smiles)
+                          known_columns, parse_fields, parse_smiles)
 from conftest import randomise
 
 ROWS = {"smiles": ["CCO", "c1ccccc1O", "CS(C)=O", ""], "dose": ["1", "10", "0", ""],
@@ -73,7 +73,7 @@ def test_what_a_request_cannot_be_is_refused_before_anything_is_drawn(conditione
             conditioner.encode({name: [value]}, 1)
 
 
-def test_what_is_a_dose_and_what_a_negative_control():
+def test_what_is_a_dose():
     def doses(*fields):
         return [f.name for f in dose_fields([Field(*text.split()) for text in fields])]
     smiles = "smiles molecule biology"
@@ -81,11 +81,6 @@ def test_what_is_a_dose_and_what_a_negative_control():
     assert doses(smiles, "amount log biology") == ["amount"]
     assert doses(smiles, "conc_um log amount") == ["conc_um"]
     assert doses(smiles, "serum log experiment") == []
-    # of two drugs given together, one at 0 is a treatment
-    wells = {"dose_a": ["0", "0", "0", ""], "dose_b": ["10", "0", "0.0", "0"]}
-    fields = fitted({"biology": ["dose_a", "dose_b"]}, wells)
-    assert negative_controls(fields, wells, range(4)) == [1, 2]
-    assert negative_controls([], wells, range(4)) == []
 
 
 def test_known_columns_blank_what_is_missing_or_never_seen():
