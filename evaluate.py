@@ -268,12 +268,6 @@ def correlations(p, q):
     return torch.where((kept.sum(0) > 2) & (size > 1e-12), (p * q).sum(0) / size, torch.nan)
 
 
-def ranks(x):
-    """Ranks (M, F) within each column, ties at their mean, NaN where x is."""
-    below, equal = (x[:, None] > x).sum(1), (x[:, None] == x).sum(1)
-    return torch.where(x.isnan(), torch.nan, below + (equal - 1) / 2)
-
-
 def structural_similarity(x, y):
     """SSIM (C,) of images on [0, 1] (Wang et al. 2004, Eq. 13), Gaussian windows of 11 pixels,
     constants 0.01^2 and 0.03^2. Windows that the border cuts are left out."""
@@ -307,12 +301,11 @@ def compare(x, y):
             "spectrum": (power_spectrum(x) - power_spectrum(y)).abs().mean(1)}
 
 
-def omega_squared(y, blocked=True):
+def omega_squared(y):
     """Share of variance explained in a balanced factorial, without the upward bias of eta squared:
     {"biology", "experiment", "interaction": (F,)} of y (biology, experiment, seeds, F), omega^2 =
     (SS_effect - df_effect MS_error) / (SS_total + MS_block) of Olejnik & Algina 2003 (Psychol.
-    Methods 8). blocked: a seed is the same cells (or noise) everywhere, and its variance no error.
-    Without blocks MS_error stands for MS_block."""
+    Methods 8). A seed is a block: the same cells (or noise) everywhere."""
     b, e, n, _ = y.shape
     y = y.double() - y.double().mean((0, 1, 2))
     biology, experiment, seeds = y.mean((1, 2)), y.mean((0, 2)), y.mean((0, 1))    # (levels, F)
@@ -320,10 +313,10 @@ def omega_squared(y, blocked=True):
     squares = {"biology": (e * n * biology.square().sum(0), b - 1),
                "experiment": (b * n * experiment.square().sum(0), e - 1),
                "interaction": (n * both.square().sum((0, 1)), (b - 1) * (e - 1))}
-    total, blocks = y.square().sum((0, 1, 2)), blocked * b * e * seeds.square().sum(0)
-    freedom = (b * e - blocked) * (n - 1)
-    error = (total - blocks - sum(square for square, _ in squares.values())) / freedom
-    scale = (total + (blocks / (n - 1) if blocked else error)).clamp(min=1e-12)
+    total, blocks = y.square().sum((0, 1, 2)), b * e * seeds.square().sum(0)
+    error = (total - blocks - sum(square for square, _ in squares.values())) / (
+        (b * e - 1) * (n - 1))
+    scale = (total + blocks / (n - 1)).clamp(min=1e-12)
     return {name: ((square - df * error) / scale).float() for name, (square, df) in squares.items()}
 
 
@@ -455,19 +448,18 @@ def ask(run, columns, seeds, args, hint=None, **changes):
     return run.model.generate(columns, seeds, **words, hint=hint)
 
 
-def split_wells(manifest, rows, conditions, limit, seed=0, crop=0, every=False):
+def split_wells(manifest, rows, conditions, limit, seed=0, crop=0):
     """Two sets of rows from different wells, one site a well as sites are not independent, as many
     of each condition in both: (a, b), about `limit` in each. conditions: (N,) of all rows. Those
-    with fewer than four wells are left out. If these are all (with `every`: any) the units are
-    images, which is said: four a condition, or two that are cropped, each again as other crops."""
+    with fewer than four wells are left out. If these are all, the units are images, which is said:
+    four a condition, or two that are cropped, each again as other crops."""
     rng, rows = np.random.default_rng(seed), np.array(rows, int)
     asked, least, a, b = grouped(conditions[rows]), 4, [], []
 
     def groups_of(units):
         one_each = [[*{units[i]: i for i in rng.permutation(rows[places])}.values()]
                     for places in asked.values()]
-        groups = [rng.permutation(group) for group in one_each if len(group) >= least]
-        return groups if len(groups) == len(asked) or not every else []
+        return [rng.permutation(group) for group in one_each if len(group) >= least]
     groups = groups_of(wells_of(manifest))
     if not groups:
         print("too few wells of a condition: the units are images, so intervals are too narrow")
@@ -631,7 +623,7 @@ def digest(args, *runs):
     return options, [(run.sha1, run.manifest.sha1()) for run in runs]
 
 
-def study(path, settings, measure, digest, *_):
+def study(path, settings, measure, digest):
     """One line of figures, measure(**setting), for each of {label: setting}. Lines are kept in the
     JSON-lines file `path` under the hash of the setting, the digest and the code. So a study goes
     on where it was interrupted, and measures again what has changed."""
@@ -816,7 +808,6 @@ class Disentangle(Asked):
     out: str = "runs/disentangle"  # results.jsonl, figures and the models of a study go here
     study: str = "model"        # one checkpoint as it is, or a list of settings
     images: int = 756           # of all combinations together
-    by: tuple = ()              # of real plates: two columns to cross, biology first
     vae: str = "runs/vae/model.pt"  # of the models: one autoencoder for all
     models: tuple = tuple(MODELS)   # which of them; the shortcut takes the last
     confounding: tuple = (.9, .5, 0.)  # of the screens of the models; the shortcut takes the first
@@ -848,53 +839,26 @@ def crossed_rows(screen, seeds, cells=0, requests=0):
 
 
 class Truth:
-    """Every biology under every experiment and what it truly looks like, compared with many models.
+    """Every mechanism (and untreated cells) in every batch of a simulated screen as it truly looks.
     shape: (biology, experiment, seeds). rows: what is asked for, in that order. held: {"val",
     "test": (b, e) bool}, the combinations that training never saw. images: of a sample. sample,
     reference: features (b, e, n, F) of it, and of more images of other cells."""
 
     def __init__(self, run, args):
-        self.measure, self.blocked = morphology(run, args.nucleus_radius), not args.by
-        truths = (self.cross if args.by else self.simulate)(run, args)
-        self.images, self.classifier = next(truths), None if args.by else reference_classifier(run)
-        self.places = np.arange(len(self.rows)).reshape(self.shape)
-        self.sample, *more = (self.measure(x).unflatten(0, self.shape)
-                              for x in (self.images, *truths))
-        self.reference, self.omega = torch.cat(more, 2), omega_squared(self.sample, self.blocked)
-
-    def simulate(self, run, args):
-        """Every mechanism in every batch of a simulated screen, seed s on the same cells."""
         screen, biology = fresh_screen(run, 2000), ["none", *data.MECHANISMS]
         n = max(4, args.images // (len(biology) * screen.batches))
         self.shape, self.rows = (len(biology), screen.batches, n), crossed_rows(screen, n)
+        self.places = np.arange(len(self.rows)).reshape(self.shape)
         pairs = {kind: data.heldout_combinations(screen.batches, kind) for kind in ("val", "test")}
         self.held = {kind: torch.tensor([[of_kind.get(m) == b for b in range(screen.batches)]
                                          for m in biology]) for kind, of_kind in pairs.items()}
-        for k in (1, 2, 4, 6, 8):
-            yield photographs(crossed_rows(screen, n, 10_000 * k), screen, run.model.intensity)
-
-    def cross(self, run, args):
-        """Two columns of a manifest, complete combinations only: true images of different wells (or
-        images, or pieces) on both sides, as many of each combination."""
-        if len(args.by) != 2:
-            raise UserError("--by takes two columns, biology first, such as --by compound plate")
-        conditions = conditions_of(run.manifest, args.by)
-        there, trained = set(conditions), set(conditions[run.train])
-        first, second = (sorted(set(values)) for values in zip(*there))
-        experiment = [e for e in second if sum(c[1] == e for c in there) > 1]
-        biology = [b for b in first if all((b, e) in there for e in experiment)]
-        names = [*product(biology, experiment)]
-        a, b = split_wells(run.manifest, [i for i, c in enumerate(conditions) if c in names],
-                           conditions, args.images, crop=run.settings.crop, every=True)
-        if min(len(biology), len(experiment)) < 2 or not len(a):
-            raise UserError(f"--by {' '.join(args.by)}: no two values of the one were both imaged, "
-                            "four times or more, with two of the other")
-        n = min(Counter(conditions[a]).values())
-        a, b = (np.concatenate([x[grouped(conditions[x])[c][:n]] for c in names]) for x in (a, b))
-        self.shape, self.rows = (len(biology), len(experiment), n), records(run.manifest, a)
-        unseen = torch.tensor([c not in trained for c in names]).view(self.shape[:2])
-        self.held = {"val": unseen & False, "test": unseen}
-        yield from map(run.images, (a, b))
+        self.measure = morphology(run, args.nucleus_radius)
+        self.classifier = reference_classifier(run)
+        self.images, *others = (photographs(crossed_rows(screen, n, 10_000 * k), screen,
+                                            run.model.intensity) for k in (1, 2, 4, 6, 8))
+        self.sample, *more = (self.measure(x).unflatten(0, self.shape)
+                              for x in (self.images, *others))
+        self.reference, self.omega = torch.cat(more, 2), omega_squared(self.sample)
 
     def recognised(self, images, where=...):
         """{"mechanism", "batch"} of images of the combinations where (b, e), (combinations, n)."""
@@ -930,7 +894,7 @@ def disentangle_line(truth, run, args, only="", **changes):
     hits = truth.recognised(images, where)
     if only:
         return {"distance": truth.distance(y, where), "recognised": np.mean(
-            [hit.nanmean() for hit in hits.values()] or [0.])}
+            [hit.nanmean() for hit in hits.values()])}
     crossed = y.unflatten(0, truth.shape[:2]), truth.sample, truth.reference
     places = {"": where, "_heldout": truth.held["test"],
               "_seen": ~(truth.held["val"] | truth.held["test"])}
@@ -943,7 +907,7 @@ def disentangle_line(truth, run, args, only="", **changes):
 
     def figures(s):
         return agreement(y, hits, s) | leaks(
-            omega_squared(crossed[0][:, :, s]), omega_squared(truth.sample[:, :, s], truth.blocked))
+            omega_squared(crossed[0][:, :, s]), omega_squared(truth.sample[:, :, s]))
     spans = interval(figures, range(truth.shape[2]), [0] * truth.shape[2])
     best = agreement(truth.sample.flatten(0, 1), truth.recognised(truth.images))
     return figures(slice(None)) | {f"{k}_interval": v for k, v in spans.items()} | {
@@ -974,11 +938,7 @@ def show_lines(path, lines):
 
 def settings_of(args, model):
     """What a study of one checkpoint measures, {label: changes of the request}."""
-    files = train_vae.step_files(Path(args.checkpoint).parent) if args.study == "training" else ()
-    if args.study == "training" and not files:
-        raise UserError(f"no step-*.pt beside {args.checkpoint}: train with --keep 1000")
     return {"model": {words_of(model.scales(args.guidance)): {}},
-            "training": {f.stem: dict(path=str(f), sha1=file_hash(f)) for f in files},
             "scales": {words_of(s): {"guidance": s} for s in SCALES},
             "forms": {f"{form}, t/T {low:g} to {high:g}": dict(form=form, interval=(low, high))
                       for low, high in ((0., 1.), INTERVAL) for form in FORMS},
@@ -990,9 +950,7 @@ def disentangle(args):
     """The tables of `evaluate.py disentangle`."""
     if args.quick:
         args = replace(args, images=min(args.images, 216), train_steps=min(args.train_steps, 400),
-                       seeds=args.seeds[:1], confounding=args.confounding[:1], models=tuple(
-                           m for m in args.models if args.models != tuple(MODELS)
-                           or m not in ("joint", "balanced")))
+                       seeds=args.seeds[:1], confounding=args.confounding[:1])
     run = open_run(args.vae, "vae") if args.study in ("models", "shortcut") else open_run(args)
     truth, file = functools.cache(lambda: Truth(run, args)), Path(args.out) / "results.jsonl"
     load = functools.lru_cache(1)(lambda path: SimpleNamespace(model=Model.load(path)))
@@ -1001,8 +959,7 @@ def disentangle(args):
         return disentangle_line(truth(), load(path), args, only, **changes)
 
     def measured(settings, measure=measure):
-        return study(file, settings, measure, digest(args, run), crossed_rows, Truth,
-                     disentangle_line)
+        return study(file, settings, measure, digest(args, run))
     if args.study in ("shortcut", "transfer"):
         return globals()[args.study](args, run, truth, measured)
     lines = study_models(args, run, truth, load, measured) if args.study == "models" else measured({
@@ -1033,7 +990,7 @@ def train_model(args, base, name, confounding, seed):
                 name == "restained"), ("smiles", "batch"), manifest.parent)
     path = train_vae.train_if_missing(train_ldm.train, train_ldm.Config(
         data=str(manifest), vae=args.vae, seed=seed, steps=args.train_steps, **MODELS[name],
-        eval_every=max(1, args.train_steps // 6), keep=args.train_steps,  # all of them
+        eval_every=max(1, args.train_steps // 6),
         out=f"{args.out}/{name}-{confounding:g}-{seed}-{args.train_steps}"))
     return dict(path=str(path), sha1=file_hash(path))
 
@@ -1369,17 +1326,12 @@ def control(args):
         (name, *(np.mean(e[k]) for k in means), np.mean([*e["log_intensity"].values()]),
          (e["distance"], e["distance_interval"]), e.get("mechanism")) for name, e in table.items()])
     few = np.arange(0, len(rows), len(rows) // 8 or 1)[:8]
-    own, rebuilt = told(model, records(m, rows[few])), sets["through the autoencoder"][few]
-    again = {n: train_vae.reconstruction_metrics(rebuilt, model.edit(true[few], own, own, steps=n))[
-        "psnr"] for n in ((10, 25) if args.quick else (10, 25, 50))}
-    print("inverted and drawn again under their own conditions, the autoencoder's images return: "
-          + ", ".join(f"{psnr:.1f} dB in {n} steps" for n, psnr in again.items()))
     shown = {"conditioning image": hint if hint.shape[1] == len(model.channels) else hint[:, 0]} | {
         name: x for name, x in sets.items() if not {"mean", "itself", "through"} & {*name.split()}}
     data.picture(out / "control.png", [list(x[few].numpy()) for x in shown.values()],
                  model.channels, list(shown), pixel_um=model.pixel_um)
     write_report(out / "control.json", args, {"sha1": run.sha1, "column": hinted["column"],
-                                              "inverted": again, "table": table}, "control.png")
+                                              "table": table}, "control.png")
 
 
 # --- 10. vae: which latent space? -----------------------------------------------------------------
@@ -1393,85 +1345,54 @@ FIXED = {"data", "out", "steps", "resume", "overwrite", "help"}  # what no autoe
 @dataclass
 class LatentSpaces(Options):
     data: str = train_vae.Config.data  # the manifest
-    out: str = "runs/latent_spaces"  # trained models, lines of figures and a plot go here
+    out: str = "runs/latent_spaces"  # trained models and lines of figures go here
     configs: tuple = SPACES     # changes to the settings of train_vae.py, an autoencoder each
     train_steps: int = 1500     # of each autoencoder
-    ldm_steps: int = 0          # of a diffusion model on each, for simulated data; 0: none
     images: int = 384           # held-out images
 
 
-def patch_pca(x, training, f, numbers):
-    """Images x (N, C, H, W) through the linear autoencoder: each patch of f x f pixels and all
-    channels to its first `numbers` principal components. No linear map keeps more of them."""
-    x, known = (F.pixel_unshuffle(v, f).movedim(1, 3).double() for v in (x, training))
-    mean = known.mean((0, 1, 2))
-    vectors = torch.linalg.eigh(torch.cov((known - mean).flatten(0, 2).T))[1][:, -numbers:]
-    back = (x - mean) @ vectors @ vectors.T + mean
-    return F.pixel_shuffle(back.movedim(3, 1), f).float().clamp(-1, 1)
-
-
-def measure_latents(path, sha1, data, images, ldm_steps, nucleus_radius):
-    """How well an autoencoder keeps held-out images (fewer of large ones), beside the L1 of others
-    that keep as many numbers: an image made small, and patch PCA. With ldm_steps also what
-    `quality` finds, on held-out wells, of a diffusion model trained on its latents."""
+def measure_latents(path, sha1, images, nucleus_radius):
+    """How well an autoencoder keeps held-out images (fewer of large ones), beside the L1 of images
+    made small and large again that hold as many numbers."""
     run, rng = open_run(path, "vae"), np.random.default_rng(0)
     most = max(8, 2 ** 21 // math.prod(run.views.shape[1:]))
-    held, some = rng.permutation(run.held), rng.permutation(run.train)[:most]
-    rows = np.resize(held, min(images, most if run.settings.crop else len(held)))[:most]
-    x, vae, c = run.images(rows), run.model.vae, run.model.vae.config
+    rows = np.resize(rng.permutation(run.held), images)[:most if run.settings.crop else min(
+        most, len(run.held))]
+    x, vae = run.images(rows), run.model.vae
     (x_hat, kl), numbers = reconstruct(vae, x), vae.to_latent(x[:1].to(device())).numel()
     a, b = (features(v, run.model.channels, max(1, 2 ** 18 // x[0, 0].numel()), nucleus_radius)
             for v in (x, x_hat))
-    line = {"numbers": numbers, "kl": kl.mean(), "images": len(x)} | {
-        k: v.nanmean() for k, v in (compare((x_hat + 1) / 2, (x + 1) / 2) | recognised(
-            reference_classifier(run), x_hat, records(run.manifest, rows)) | {
-            "l1, made small": (x - shrunk(x, numbers)).abs() / 2, "l1, PCA": (x - patch_pca(
-                x, run.images(some), c.downsampling, c.latent_channels)).abs() / 2,
-            # features that vary among the originals; 0 where they do no longer
-            "features": correlations(a, b).nan_to_num(0.)[~correlations(a, a).isnan()]}).items()}
-    if not ldm_steps:
-        return line
-    run = open_run(train_vae.train_if_missing(train_ldm.train, train_ldm.Config(
-        data=data, vae=path, out=f"{Path(path).parent}-ldm-{ldm_steps}-{sha1[:8]}",
-        steps=ldm_steps)))
-    conditions = conditions_of(run.manifest, ("true_mechanism", "batch"))
-    rows = [i for i in run.held if run.manifest.columns["true_mechanism"][i] != "none"]
-    table, _ = quality_line(
-        run, *split_wells(run.manifest, rows, conditions, images), conditions, morphology(
-            run, nucleus_radius), reference_classifier(run), Asked(guidance={}), {"generated": {}})
-    return line | {"best": table[BEST]["distance"], "chance": table[CHANCE]["distance"]} | {
-        f"generated {k}": table["generated"][k] for k in ("distance", "mechanism", "batch")}
+    hits = recognised(reference_classifier(run), x_hat, records(run.manifest, rows))
+    # correlation of the features that vary among the originals; 0 of one that does no longer
+    kept = correlations(a, b).nan_to_num(0.)[~correlations(a, a).isnan()]
+    found = compare((x_hat + 1) / 2, (x + 1) / 2) | hits | {
+        "l1, made small": (x - shrunk(x, numbers)).abs() / 2, "features": kept}
+    return {"numbers": numbers, "kl": kl.mean(), "images": len(x)} | {
+        name: values.nanmean() for name, values in found.items()}
 
 
 def latent_spaces(args):
     """The table of `evaluate.py vae`: autoencoders of several shapes, weights and losses, each
-    trained for the same number of steps, and what each is worth to a diffusion model."""
+    trained for the same number of steps."""
     if args.quick:
-        args = replace(args, train_steps=150, ldm_steps=min(args.ldm_steps, 100), images=96)
-    out, lines, configs, table = Path(args.out), [], {}, Path(args.data)
+        args = replace(args, train_steps=150, images=96)
+    out, configs, lines = Path(args.out), {}, []
     for words in map(str.split, args.configs):
         if taken := {word.partition("=")[0] for word in words} & FIXED:
             raise UserError(f"--configs {min(taken)}: no setting of an autoencoder")
         label = ",".join(words) or "default"
         configs[label] = train_vae.settings(train_vae.Config, [
-            f"--steps={args.train_steps}", f"--data={table}",
+            f"--steps={args.train_steps}", f"--data={args.data}",
             f"--out={out}/{label}-{args.train_steps}", *(f"--{word}" for word in words)])
-    if args.ldm_steps and table.exists() and not table.with_name("simulation.json").exists():
-        raise UserError(f"{table} is not simulated, and --ldm_steps needs the true mechanisms")
-    setting = {k: getattr(args, k) for k in ("data", "images", "ldm_steps", "nucleus_radius")}
     for label, config in configs.items():
         path = str(train_vae.train_if_missing(train_vae.train, config))
-        lines += study(out / "vae.jsonl", {label: dict(path=path, sha1=file_hash(path), **setting)},
-                       measure_latents, (), patch_pca, quality_line)
+        lines += study(out / "vae.jsonl", {label: dict(
+            path=path, sha1=file_hash(path), images=args.images,
+            nucleus_radius=args.nucleus_radius)}, measure_latents, args.data)
     columns = {k: "d" if k == "numbers" else ".0f" if k == "kl" else ".4f" if "l1" in k else ".2f"
                for k in lines[0] if k not in ("key", "label", "setting", "images")}
     print_table("", columns, [(line["label"], *map(line.get, columns)) for line in lines])
-    panels = {"L1": [k for k in columns if "l1" in k], "features kept": ["features"],
-              "distance of generated images": [k for k in columns if k == "generated distance"]}
-    draw_rows(out / "vae.png", [line["label"] for line in lines], [
-        (title, {k: [(line[k], None) for line in lines] for k in names}, None)
-        for title, names in panels.items() if names])
-    print(f"wrote {out}/vae.jsonl and vae.png")
+    print(f"wrote {out}/vae.jsonl")
 
 
 # --- 11. mol2image: the benchmark of Yang et al. 2021, whose code was not released ----------------
@@ -1558,17 +1479,12 @@ def families(images, channels, radius):
 
 
 def family_correlations(a, b, of_a, of_b):
-    """{family: Pearson, "family, ranks": Spearman} of families of two sets of images: averaged over
-    the images of a molecule, of_a and of_b (N,), correlated over molecules, and averaged over the
-    features that vary."""
-    table = {}
-    for family in a:
-        p, q = (torch.stack([v[family][i].nanmean(0) for i in grouped(molecule).values()])
-                for v, molecule in ((a, of_a), (b, of_b)))
-        p, q = (torch.where(p.isfinite() & q.isfinite(), v, torch.nan) for v in (p, q))
-        table[family] = correlations(p, q).nanmean().item()
-        table[f"{family}, ranks"] = correlations(ranks(p), ranks(q)).nanmean().item()
-    return table
+    """{family: Pearson correlation} of families of two sets of images: averaged over the images of
+    a molecule, of_a and of_b (N,), correlated over molecules, averaged over the features."""
+    def means(found, molecule):
+        return torch.stack([found[i].nanmean(0) for i in grouped(molecule).values()])
+    return {family: correlations(means(a[family], of_a), means(b[family], of_b)).nanmean().item()
+            for family in a}
 
 
 def train_correspondence(read, graphs, molecule, steps, batch=32, width=512):
@@ -1629,18 +1545,6 @@ def two_wells(rows, treatments, wells, limit):
     return np.array(a, int), np.array(b, int)
 
 
-def nearest_rows(rows, training, treatments, batches):
-    """For each row a training row of the most similar training molecule (Tanimoto, Morgan
-    fingerprints of radius 2), of the same dose and batch as far as there are any."""
-    known = grouped([treatments[j][0] for j in training])
-    encoder = MOLECULE_ENCODERS["fingerprint"]({"bits": 2048, "radius": 2}, 8, 8)
-    a, b = (encoder.featurise(x).sign() for x in ([treatments[i][0] for i in rows], list(known)))
-    near = (a @ b.T / (a.sum(1)[:, None] + b.sum(1) - a @ b.T)).argmax(1)
-    return np.array([max(training[list(known.values())[k]], key=lambda j: (
-        treatments[j][1:] == treatments[i][1:], batches[j] == batches[i]))
-        for i, k in zip(rows, near)])
-
-
 def mol2image(args):
     """The tables of `evaluate.py mol2image`, each set beside true images of the same treatments."""
     if args.quick:
@@ -1666,29 +1570,24 @@ def mol2image(args):
         molecules, own = np.unique(number[a], return_inverse=True)
         if len(molecules) < 3:
             raise UserError(f"{m.path}: no three {name} molecules, held out and in two wells")
-        near = nearest_rows(a, seen, treatments, m.columns.get("batch", treatments))
-        sets = {"another well": run.images(b), "another well, molecules exchanged": run.images(b),
-                "nearest training molecule": run.images(near)} | {
-            kind: ask(run, told(model, records(m, a)), range(len(a)), args, **changes) for
-            kind, changes in (("generated, scale 1", {"guidance": ones}), ("generated", {}))}
+        sets = {"another well": run.images(b), "another well, molecules exchanged": run.images(b)}
+        for kind, changes in (("generated, scale 1", {"guidance": ones}), ("generated", {})):
+            sets[kind] = ask(run, told(model, records(m, a)), range(len(a)), args, **changes)
         true, table = run.images(a), {}
         true_found = measure(true)
         for kind, x in sets.items():  # chance: those of each molecule pass for another's
             given = (own + 1) % len(molecules) if "exchanged" in kind else own
-            found = measure(x)
+            found, told_right = measure(x), hits(scores(x, graphs[molecules]), given)
 
             def correlate(i=...):
                 x, y = ({k: v[i] for k, v in of.items()} for of in (found, true_found))
                 return family_correlations(x, y, given[i], own[i])
-            told_right = hits(scores(x, graphs[molecules]), given)
             table[kind] = correlate() | {k: v.mean().item() for k, v in told_right.items()} | {
-                "swd": sliced_wasserstein((x + 1) / 2, (true + 1) / 2), "brightness": (500
-                    * wasserstein(*(v.transpose(0, 1).flatten(1) for v in (x, true)))).tolist()}
-            if given is own:
-                table[kind]["intervals"] = interval(correlate, own, np.zeros(len(a)))
+                "swd": sliced_wasserstein((x + 1) / 2, (true + 1) / 2),
+                "intervals": interval(correlate, given, np.zeros(len(a)))}
         del sets["another well, molecules exchanged"]  # the same pictures
         report[name], pictures[name] = table, {"true": true} | sets
-        names = {"swd": ".0f", "brightness": ".0f", **dict.fromkeys((*found, *told_right), ".2f")}
+        names = {"swd": ".0f", **dict.fromkeys((*found, *told_right), ".2f")}
         print_table(f"{name}: {len(a)} images, {len(molecules)} molecules", names, [
             (kind, *(np.mean(e[k]) for k in names)) for kind, e in table.items()])
     draw_sets(out / "mol2image.png", pictures, model)

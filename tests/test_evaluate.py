@@ -142,9 +142,8 @@ def test_omega_squared_recovers_known_shares():
         assert_close(found[name].item(), share / total, atol=.01, rtol=0)
     none = [omega_squared(factorial(0., 0., n=4, seed=s))["interaction"].item() for s in range(200)]
     assert abs(np.mean(none)) < 3 * np.std(none) / 200 ** .5 + .002  # eta squared would be 0.17
-    y = factorial(1., 0., block=3., noise=.1)
-    blocked, plain = (omega_squared(y, b)["experiment"].item() for b in (True, False))
-    assert abs(blocked) < 1e-3 and plain < -.002  # the block of a seed is no error
+    blocked = omega_squared(factorial(1., 0., block=3., noise=.1))["experiment"].item()
+    assert abs(blocked) < 1e-3  # the block of a seed is no error
 
 
 def test_leaks_count_each_side_on_the_others_features_and_subtract_the_truth():
@@ -225,7 +224,9 @@ def test_crossed_rows_show_the_same_cells_everywhere_and_only_seen_molecules():
 @pytest.fixture(scope="module")
 def truth(run):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "reference_classifier", lambda run: None)
+        blind = SimpleNamespace(choose=lambda x: {
+            "true_mechanism": np.array(["none"] * len(x)), "batch": np.array(["B1"] * len(x))})
+        patch.setattr(evaluate, "reference_classifier", lambda run: blind)
         return evaluate.Truth(run, evaluate.Disentangle(images=108))
 
 
@@ -254,20 +255,6 @@ def test_seen_and_heldout_combinations_are_told_apart(run, truth, monkeypatch):
     monkeypatch.setattr(truth, "held", {k: v & False for k, v in truth.held.items()})
     line = evaluate.plain(evaluate.disentangle_line(truth, run, Asked()))
     assert line["distance_heldout"] is None and line["distance_seen"] is not None
-
-
-def test_real_plates_take_complete_combinations_and_other_wells(run):
-    columns, asked = run.manifest.columns, []
-    m = Table(columns={k: columns[k] for k in ("plate", "well")} | {"compound": [
-        c if c != "golgi" or p != "P01" else "x" for c, p in zip(columns["true_mechanism"],
-                                                                  columns["plate"])]})
-    here = SimpleNamespace(**vars(run) | {"manifest": m, "images": asked.append})
-    design = object.__new__(evaluate.Truth)
-    list(design.cross(here, evaluate.Disentangle(by=("compound", "plate"), images=400)))
-    (a, b), conditions = asked, conditions_of(m, ("compound", "plate"))
-    assert not set(wells_of(m)[a]) & set(wells_of(m)[b]) and "golgi" not in {
-        conditions[i][0] for i in a}
-    assert {len(i) for i in evaluate.grouped(conditions[a]).values()} == {design.shape[2]}
 
 
 def test_a_model_has_one_scale_for_all_its_seeds():

@@ -68,14 +68,12 @@ def test_correlation_over_molecules_knows_its_limits():
     rng, molecule = torch.Generator().manual_seed(0), np.repeat(np.arange(30), 3)
     own, other = ({"size": torch.randn(30, 4, generator=rng)[molecule]} for _ in range(2))
 
-    def both(a, b, given=molecule):
-        return [family_correlations(a, b, given, molecule)[k] for k in ("size", "size, ranks")]
-    pearson, ranks = both(own, {"size": own["size"].exp()})  # the order stays
-    assert pearson < .97 and ranks > 1 - 1e-9
-    assert abs(both(own, other)[0]) < .4
-    assert abs(both(own, own, (molecule + 1) % 30)[0]) < .4  # whole molecules exchanged
+    def size(a, b, given=molecule):
+        return family_correlations(a, b, given, molecule)["size"]
+    assert abs(size(own, other)) < .4
+    assert abs(size(own, own, (molecule + 1) % 30)) < .4  # whole molecules exchanged
     own["size"][::3] = torch.nan  # one image of every molecule without whole nuclei
-    assert_close(both(own, own), [1., 1.], atol=1e-6, rtol=0.)
+    assert_close(size(own, own), 1., atol=1e-6, rtol=0.)
 
 
 def test_correspondence_learns_what_belongs_together():
@@ -106,15 +104,6 @@ def test_rows_of_the_benchmark():
         "easy": np.array([1]), "hard": np.array([2])})
     assert_close(evaluate.benchmark_sets(["train", "test_easy", "test_hard_unique"]), {
         "test_easy": np.array([1]), "test_hard_unique": np.array([2])})
-
-
-def test_patch_pca_is_the_best_linear_map():
-    x = images(8, 16) * 2 - 1
-    assert_close(evaluate.patch_pca(x, x, 4, 80), x, atol=1e-4, rtol=0.)
-    patches = torch.nn.functional.pixel_unshuffle(x, 4).movedim(1, 3).flatten(0, 2)
-    spread = torch.linalg.svdvals(patches - patches.mean(0)) ** 2  # Eckart and Young
-    error = (evaluate.patch_pca(x, x, 4, 8) - x).square().sum()
-    assert_close(error, spread[8:].sum(), rtol=1e-3, atol=0.)
 
 
 def test_regression_learns_in_steps_and_not_by_the_clock():
@@ -164,12 +153,10 @@ def train_hinted(base, column, out, table=""):
 
 
 def test_control_of_cells_in_brightfield(hinted_path, ldm_path, cli, refused, radii):
-    report = control(cli, hinted_path, "--nucleus_radius", 3, "--quick")
-    table = report["table"]
+    table = control(cli, hinted_path, "--nucleus_radius", 3, "--quick")["table"]
     assert {"through the autoencoder", "regression", "mean image"} <= set(table)
     assert max(table["true"]["l1"]) == 0 and table["true"]["nuclei_error"] == 0
     assert table["ControlNet"]["l1"] != table["without the conditioning image"]["l1"]
-    assert 30 < report["inverted"]["10"] < report["inverted"]["25"]  # nearer with more steps
     assert radii == {3.}
     refused(evaluate, "control", "--checkpoint", ldm_path, says=["has no ControlNet"])
 
@@ -206,7 +193,7 @@ def test_latent_spaces(screen, cli, refused, radii):
             "--train_steps", 1)
         one, other = map(json.loads, Path("o/vae.jsonl").read_text().strip().splitlines())
     assert one["numbers"] == 2 * other["numbers"] == 256 and radii == {3.}
-    assert 0 < one["l1, PCA"] < one["l1"] and one["kl"] > 0
+    assert 0 < one["l1, made small"] < one["l1"] and one["kl"] > 0
 
 
 def test_mol2image(ldm_path, screen, cli, refused, radii):
