@@ -997,7 +997,8 @@ def write_restained(manifest, by: list = ("plate",), share=.75, balance: list = 
         shapes = {c: (each, *next(iter(manifest.sizes)), np.dtype(f"uint{bits}"))
                   for c, (bits, *_) in manifest.depths.items()}
         copies = write_stack(out, copies, shapes, (
-            dict(zip(shapes, np.split(image, len(shapes)))) for image in images),
+            {c: part.round().clip(0, np.iinfo(dtype).max) for (c, (*_, dtype)), part in zip(
+                shapes.items(), np.split(image, len(shapes)))} for image in images),
             "{}_restained.npy")
     for i, weight in weights.items():
         rows[i]["weight"] = f"{weight:.6g}"
@@ -1038,10 +1039,9 @@ def restained_images(manifest, by, train):
         return plate_style(np.stack([scaled(i) for i in controls[p][:CONTROLS_SEEN][:count]]))
 
     def images():
-        top = 2 ** min(min(bits) for bits in manifest.depths.values()) - 1
         for i, other in tqdm(moves, "restaining"):
             image = restain(scaled(i), style(plate[i]), style(other))
-            yield ((image + 1) / 2 * (high - low) + low).round().clip(0, top)
+            yield (image + 1) / 2 * (high - low) + low
     return {p: {c: columns[c][controls[p][0]] for c in constant} for p in known}, moves, images()
 
 
