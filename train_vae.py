@@ -358,7 +358,8 @@ class Threads:
             torch.set_num_threads(requested)
         self.free = not requested and "OMP_NUM_THREADS" not in os.environ and (
             device().type == "cpu") and ALL_THREADS > 1
-        self.times, self.left, self.slow, self.best = {1: [], ALL_THREADS: []}, 0, 0, None
+        self.slow, self.best, self.left = 0, None, 1  # the first step warms up and does not count
+        self.times = {1: [math.inf], ALL_THREADS: [math.inf]}
 
     def took(self, seconds):
         """A step took so long: choose the number of threads for the next one."""
