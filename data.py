@@ -464,28 +464,21 @@ def write_stack(out, rows, shapes, fields, name="{}.npy"):
     return written
 
 
-def parse_smiles(text):
-    """SMILES to an RDKit molecule, without a ChemAxon tail (` |c:5|`); None if it is invalid."""
+def canonical(text):
+    """Canonical SMILES, without a ChemAxon tail (` |c:5|`), or None if it is invalid."""
     words = text.split()
-    return Chem.MolFromSmiles(words[0]) if words else None
-
-
-def canonical(smiles):
-    """Canonical SMILES, or None if it is invalid."""
-    molecule = parse_smiles(smiles)
+    molecule = Chem.MolFromSmiles(words[0]) if words else None
     return Chem.MolToSmiles(molecule) if molecule else None
 
 
 @cache
-def molecule_key(smiles):
+def molecule_key(text):
     """One string for one molecule, however it is written and whatever its counter-ion: its InChIKey
     but for the last letter, which tells of protons; else canonical SMILES; else the text."""
-    molecule = parse_smiles(smiles)
-    if not molecule:
-        return smiles
-    largest = max(Chem.GetMolFrags(molecule, asMols=True), key=lambda fragment: (
-        fragment.GetNumHeavyAtoms(), Chem.MolToSmiles(fragment)))
-    return Chem.MolToInchiKey(largest)[:-2] or Chem.MolToSmiles(largest)
+    parts = [(Chem.MolFromSmiles(part).GetNumHeavyAtoms(), part)
+             for part in (canonical(text) or "").split(".") if part]
+    _, largest = max(parts, default=(0, ""))
+    return largest and Chem.MolToInchiKey(Chem.MolFromSmiles(largest))[:-2] or largest or text
 
 
 # --- 3. The manifest: one row per image -----------------------------------------------------------
