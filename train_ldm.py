@@ -9,13 +9,13 @@ autoencoder, caches the latents, trains the U-Net and draws generated cells besi
     torchrun --nproc_per_node=2 train_ldm.py  # two GPUs
 """
 import copy
-import fcntl
 import functools
 import hashlib
 import os
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -29,8 +29,7 @@ from conditioning import (MOLECULE_ENCODERS, Conditioner, FieldError, dose_field
                           treatment_group)
 from data import UserError
 from sample import Model, hint_manifest, hint_of, read_rows
-from train_vae import (Progress, autocast, device, is_main, learning_rate, load_checkpoint,
-                       main_first, step_rng, stop_signals)
+from train_vae import autocast, device, load_checkpoint, step_rng
 from unet import SIZES, ControlNet, Denoiser, UNet, unet_config
 
 VAE = "runs/vae/model.pt"
@@ -80,58 +79,47 @@ class Config:
 
 def train(config=Config()):
     """Train a diffusion model, or a ControlNet on its base, and write `out`/model.pt: its path."""
-    config, known = settle(config)
-    path = Path(config.out) / "model.pt"
-    found = None if config.overfit else train_vae.finished_or_resume(config, "ldm")
-    if found and found["step"] == config.steps:
+    config = settle(config)
+    path, found = Path(config.out) / "model.pt", train_vae.finished_or_resume(config, "ldm")
+    if found["step"] == config.steps:
         return path
-    run, first, losses = prepare(config, found, known), 0, []
+    run = prepare(config, found)
     denoiser, average = run.denoiser, copy.deepcopy(run.denoiser).requires_grad_(False)
     model = train_vae.for_training(denoiser, config.compile)
     optimiser = torch.optim.AdamW([w for w in denoiser.parameters() if w.requires_grad],
                                   lr=config.lr, betas=(.9, .99), fused=True)
-    if found:
-        optimiser.load_state_dict(found.pop("optimiser"))
-        average.load_state_dict(found.pop("ema"))
-        first, losses = found["step"], found["losses"]
-    elif is_main():
-        report(average, run, config, 0)
-    del found, known  # checkpoints, which would stay in memory
     workers = config.workers if device().type == "cuda" else 0  # a CPU does not wait for a batch
     gpu = dict(multiprocessing_context="fork", pin_memory=True) if workers else {}  # not pickled
-    steps = range(first, config.steps)
-    batches = data.loader(Steps(run, config), steps, workers, batch_size=None, **gpu)
-    progress = Progress(batches, config, first, "training the diffusion model")
-    with stop_signals() as stop:
-        for step, batch in progress:
-            batch = to_device(batch)
-            optimiser.param_groups[0]["lr"] = learning_rate(step, config.steps, config.lr)
-            optimiser.zero_grad()
-            loss = loss_of(model, batch, run, config)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.)
-            train_vae.check_finite(loss, norm, config, step)
-            optimiser.step()
-            decay = min(config.ema, (1 + step) / (10 + step))  # of the averaged weights: warms up
-            with torch.no_grad():
-                torch._foreach_lerp_([*average.parameters()], [*denoiser.parameters()], 1 - decay)
-            losses.append(float(loss.detach()))
+    progress = train_vae.Progress(Steps(run, config), config, found, "training the diffusion model",
+                                  workers, **gpu)
+    if found["step"]:
+        optimiser.load_state_dict(found["optimiser"])
+        average.load_state_dict(found["ema"])
+    else:
+        report(average, run, 0, progress)
+    del found  # a checkpoint, which would stay in memory
+    for step, batch in progress:
+        batch = to_device(batch)
+        optimiser.param_groups[0]["lr"] = train_vae.learning_rate(step, config.steps, config.lr)
+        optimiser.zero_grad()
+        loss = loss_of(model, batch, run, config)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.)
+        train_vae.check_finite(loss, norm, config, step)
+        optimiser.step()
+        decay = min(config.ema, (1 + step) / (10 + step))  # of the averaged weights: warms up
+        with torch.no_grad():
+            torch._foreach_lerp_([*average.parameters()], [*denoiser.parameters()], 1 - decay)
 
-            number = stop()
-            evaluates = (step + 1) % config.eval_every == 0 or step + 1 == config.steps
-            if evaluates or number:
-                losses = train_vae.average(losses)
-                if is_main() and not config.overfit:
-                    train_vae.save_checkpoint(path, "ldm", run.saved | {
-                        "weights": denoiser.state_dict(), "ema": average.state_dict(),
-                        "optimiser": optimiser.state_dict(), "step": step + 1,
-                        "losses": [] if evaluates else losses})
-                if is_main() and evaluates:
-                    report(average, run, config, step + 1, losses, progress)
-                losses = [] if evaluates else losses
-            if number:
-                raise train_vae.stopped(number, config, step + 1)
-    if is_main() and not config.overfit:
+        saves, evaluates = progress.after(step, loss.item())
+        if saves:
+            train_vae.save_checkpoint(path, "ldm", run.saved | {
+                "weights": denoiser.state_dict(), "ema": average.state_dict(),
+                "optimiser": optimiser.state_dict(), "step": step + 1,
+                "losses": [] if evaluates else progress.losses})
+        if evaluates:
+            report(average, run, step + 1, progress)
+    if not config.overfit and not train_vae.RANK:
         finish(run, average, path.parent)
     return path
 
@@ -210,21 +198,12 @@ def predictions(denoiser, latents, schedule, count=512, shuffled=()):
     return tuple(map(torch.cat, zip(*found)))
 
 
-def report(average, run, config, step, losses=(), progress=None):
-    """Print and log the losses and the speed. At step 0 the held-out loss is 1.00 by construction,
-    since the output starts at zero; with a ControlNet it is the base's."""
+def report(average, run, step, progress):
+    """Print and log the losses. At step 0 the held-out loss is 1.00 by construction, since the
+    output starts at zero; with a ControlNet it is the base's."""
     _, loss, quarter = predictions(average, run.held, run.schedule)
-    mean, by_noise = loss.mean().item(), [loss[quarter == q].mean().item() for q in range(4)]
-    entry, said = {}, f"held-out loss at step 0: {mean:.2f}"
-    if step:
-        entry, speed = progress.report()
-        entry["train_loss"] = sum(losses) / len(losses)
-        said = (f"step {step:5d}: training loss {entry['train_loss']:.3f}, held out {mean:.3f} (by "
-                f"noise {' '.join(f'{v:.3f}' for v in by_noise)}); {speed}")
-    tqdm.write(said)
-    if not config.overfit:
-        train_vae.write_log(Path(config.out) / "log.jsonl", step=step, heldout_loss=mean,
-                            by_noise=by_noise, **entry)
+    progress.log(step, heldout_loss=loss.mean().item(),
+                 by_noise=[loss[quarter == q].mean().item() for q in range(4)])
 
 
 class Latents:
@@ -270,27 +249,24 @@ class Latents:
 def cached(run, config, name, views, rows, count, shape, encode):
     """encode(x) of `count` random views x of each row, as a memory-mapped float16 array
     (rows * count, *shape), in a file beside the autoencoder whose name holds what it depends on. A
-    killed run goes on at the last whole entry; a second run that asks for the same file waits."""
+    run writes to a .part file of its own and renames it: killed, it begins anew; two that make the
+    same file at the same time both do the work, and one replaces what the other has made."""
     m, keys = views.manifest, [(i, view) for i in rows for view in range(count)]
-    weights, entry = run.vae.state_dict().values(), 2 * int(np.prod(shape))
-    key = hashlib.sha1(b"".join(w.cpu().numpy().tobytes() for w in weights) + repr([
-        str(m.path.resolve()), m.sha1(), m.file_columns, views.intensity, views.crop, views.flips,
-        views.binning, keys]).encode()).hexdigest()[:12]
+    weights = [w.cpu().numpy().tobytes() for w in run.vae.state_dict().values()]
+    depends = [str(m.path.resolve()), m.sha1(), m.file_columns, views.intensity, views.crop,
+               views.flips, views.binning, keys]
+    key = hashlib.sha1(b"".join(weights) + repr(depends).encode()).hexdigest()[:12]
     beside = Path(config.vae).parent
     path = (beside if beside.exists() else Path(config.out)) / f"{name}-{key}.f16"
-    part = path.with_suffix(".part")
-    with open(part, "ab") as file, autocast():
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if not path.exists() or path.stat().st_size != len(keys) * entry:
-            done = file.seek(0, os.SEEK_END) // entry
-            file.truncate(done * entry)
-            for x, _ in data.load(views, keys[done:], workers=config.workers, what=name,
+    if not path.exists() and not train_vae.RANK:
+        part = path.with_suffix(f".{os.getpid()}.part")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file, autocast():
+            for x, _ in data.load(views, keys, workers=config.workers, what=name,
                                   max_corrupt=config.max_corrupt):
                 file.write(encode(x).to("cpu", torch.float16).numpy().tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-            part.replace(path)
-    part.unlink(missing_ok=True)
+        part.replace(path)
+    train_vae.average()  # the other processes wait
     return np.memmap(path, np.float16, "r", shape=(len(keys), *shape))
 
 
@@ -317,11 +293,8 @@ def open_side(run, config, name, rows, count, allowed):
 
 
 def settle(config):
-    """(config with what it leaves open, what is there to start from: the checkpoint of its base, or
-    {"vae": the autoencoder's, None where the default one is missing})."""
-    for name in ("base", "unfreeze_decoder"):
-        if getattr(config, name) != getattr(Config, name) and not config.control_column:
-            raise UserError(f"--{name} is for a run with --control_column")
+    """The config with what it leaves open: paths, and for a ControlNet all that is its base's."""
+    config = replace(config, overwrite=config.overwrite or config.overfit)
     if config.control_column:
         base = load_checkpoint(config.base, "ldm", "run python train_ldm.py")
         own, out = base["settings"], f"runs/{config.control_column.replace(',', '_')}"
@@ -330,26 +303,27 @@ def settle(config):
         if base["step"] < own["steps"]:
             print(f"{config.base}: step {base['step']} of a training of {own['steps']}")
         return replace(config, data=config.data or own["data"], out=config.out or out,
-                       **{name: own[name] for name in OF_BASE}), base
+                       **{name: own[name] for name in OF_BASE})
+    if config.base != Config.base or config.unfreeze_decoder:
+        raise UserError("--base and --unfreeze_decoder are for a run with --control_column")
     try:
         diffusion.Schedule(config.schedule, config.target, zero_snr=config.zero_snr)
     except ValueError as fault:
         raise UserError(f"--target {config.target}: {fault}") from None
-    given, table, vae = config.vae, config.data or train_vae.Config.data, None
-    config = replace(config, data=table, vae=given or VAE, out=config.out or "runs/ldm")
-    if config.vae != VAE or Path(VAE).exists():
-        vae = load_checkpoint(config.vae, "vae", "run python train_vae.py")
-        if not given and vae["settings"]["data"] != table:
-            raise UserError(f"{VAE} was trained on {vae['settings']['data']}: train another with "
-                            f"python train_vae.py --data {table} --out DIR, and name it by --vae")
-    return config, {"vae": vae}
+    table = config.data or train_vae.Config.data
+    if not config.vae and Path(VAE).exists():
+        own = load_checkpoint(VAE, "vae", "")["settings"]["data"]
+        if own != table:
+            raise UserError(f"{VAE} was trained on {own}: train another with python train_vae.py "
+                            f"--data {table} --out DIR, and name it by --vae")
+    return replace(config, data=table, vae=config.vae or VAE, out=config.out or "runs/ldm")
 
 
-def prepare(config, found, known):
+def prepare(config, found):
     """Everything up to the first step: the Model, with its data, the Latents training and held, and
-    saved, which is what every checkpoint holds."""
-    opened, content = open_all(config, found or known)
-    run, s = Model(content, "weights" if found else "ema"), opened.settings
+    saved, which is what every checkpoint holds. found: the checkpoint to go on from."""
+    opened, content = open_all(config, found)
+    run, s = Model(content, "weights" if found["step"] else "ema"), opened.settings
     run.denoiser.requires_grad_(not config.control_column)
     run.denoiser.conditioner.empty.requires_grad_(False)  # stays zero
     run.data = opened
@@ -359,49 +333,47 @@ def prepare(config, found, known):
     run.saved = run.content | {
         "vae": content["vae"], "controlnet": run.controlnet, "settings": asdict(config),
         "manifest": opened.manifest.sha1()}
-    if is_main() and not config.overfit:
-        train_vae.start_anew(config.out, found["step"] if found else 0)
-    with main_first():  # where a plate is not trained on, its negative controls are held out
-        run.training = open_side(run, config, "training", opened.train, config.views, opened.train)
-        run.held = open_side(run, config, "held-out", opened.held, 1, range(len(opened.manifest)))
+    run.training = open_side(run, config, "training", opened.train, config.views, opened.train)
+    # where a plate is not trained on, its negative controls are held out
+    run.held = open_side(run, config, "held-out", opened.held, 1, range(len(opened.manifest)))
     run.molecules = to_device(run.training.molecules)
-    part, keep = run.denoiser.controlnet or run.denoiser.unet, draw_keep(
-        run.fields, 100_000, step_rng(0, 0)[1])
-    shares = ", ".join(f"{f.name} ({f.kind}, {f.group}) {share:.2f}"
-                       for f, share in zip(run.fields, keep.float().mean(0)))
+    part = run.denoiser.controlnet or run.denoiser.unet
     print(f"{type(part).__name__} {config.size}: {sum(w.numel() for w in part.parameters()):,} "
-          f"parameters; {run.training.usable.sum()} of {len(opened.train)} images x {config.views} "
-          "views" + " drawn by the column weight" * ("weight" in opened.manifest.columns)
-          + f", {len(opened.held)} held out\nshown in training: {shares}; all of them "
-          f"{keep.all(1).float().mean():.2f}, none {(~keep).all(1).float().mean():.2f}")
+          f"parameters; {run.training.usable.sum()} of {len(opened.train)} images to train on"
+          + ", drawn by the column weight" * ("weight" in opened.manifest.columns) + "; told: "
+          + ", ".join(f"{f.name} ({f.kind}, {f.group})" for f in run.fields))
     return run
 
 
-def open_all(config, known):
-    """(the data, what fixes network and conditions): of a new model or as in `known`. What is
-    missing is made; faults of images, fields and weights are reported at once before that."""
+def open_all(config, found):
+    """(the data, what fixes network and conditions): as in the checkpoint to go on from, that of
+    the base, or of a new model. What is missing is made; faults of images, fields and weights are
+    reported together before that."""
     first = train_vae.Config(data=config.data, workers=config.workers, threads=config.threads,
                              max_corrupt=config.max_corrupt)
-    vae, faults = known["vae"] or {"settings": asdict(first), "step": 0}, {}
-    reading = vae["settings"] | {"data": config.data, "workers": config.workers}
-    is_molecule = MOLECULE_ENCODERS[config.molecule_encoder].is_molecule
-    with main_first():
-        try:
-            opened = train_vae.open_data(replace(first, **reading))
-        except UserError as fault:
-            faults[str(fault)] = True
-        try:
-            columns = data.read_table(config.data)
-            groups = {"biology": config.biology, "experiment": config.experiment}
-            if "fields" in known:
-                groups = {"base": [f"{f['name']}:{f['kind']}" for f in known["fields"]]}
-            groups["weight"] = ["weight:log"] * ("weight" in columns)  # a number of at least 0
-            fields = parse_fields(groups, columns, is_molecule, config.data)
-        except (UserError, FieldError) as fault:
-            faults[str(fault)] = True
-        if faults:
-            raise UserError("\n".join(faults))
-    if "fields" in known:
+    known, vae = found if found["step"] else {}, {"settings": asdict(first), "step": 0}
+    if config.control_column and not known:
+        known = load_checkpoint(config.base, "ldm", "")
+    if not known and (config.vae != VAE or Path(VAE).exists()):
+        vae = load_checkpoint(config.vae, "vae", "run python train_vae.py")
+    reading = known["vae"]["settings"] if known else vae["settings"]
+    is_molecule, faults = MOLECULE_ENCODERS[config.molecule_encoder].is_molecule, []
+    try:
+        opened = train_vae.open_data(SimpleNamespace(**reading | {"data": config.data}))
+    except UserError as fault:
+        faults.append(str(fault))
+    try:
+        columns = data.read_table(config.data)
+        groups = {"biology": config.biology, "experiment": config.experiment}
+        if known:
+            groups = {"base": [f"{f['name']}:{f['kind']}" for f in known["fields"]]}
+        groups["weight"] = ["weight:log"] * ("weight" in columns)  # a number of at least 0
+        fields = parse_fields(groups, columns, is_molecule, config.data)
+    except (UserError, FieldError) as fault:
+        faults.append(str(fault))
+    if faults:
+        raise UserError("\n".join(dict.fromkeys(faults)))
+    if known:
         return opened, known
     if config.vae == VAE and vae["step"] < vae["settings"]["steps"]:
         print("no finished autoencoder yet: training one")
@@ -468,21 +440,22 @@ def finish(run, average, folder):
 
 
 def draw_samples(path, run, count=8):
-    """Held-out images above generated ones, of each mechanism (or combination of conditions) one at
-    its highest dose; with a ControlNet what it saw."""
-    manifest = run.data.manifest
-    columns, doses = manifest.columns, [manifest.columns[f.name] for f in dose_fields(run.fields)]
-    told = list(zip(*(columns[f.name] for f in run.fields))) or range(len(manifest))
-    kinds = columns.get("true_mechanism", told)
-    rows = sorted(run.held.rows[run.held.usable], key=lambda i: [float(d[i] or 0) for d in doses])
-    rows = [int(i) for i in {kinds[i]: i for i in rows}.values()][-count:]
+    """Held-out images above generated ones, one of each mechanism (or of each combination of
+    conditions) at its highest dose; with a ControlNet what it saw."""
+    manifest, names = run.data.manifest, [f.name for f in run.fields]
+    columns, doses = manifest.columns, [f.name for f in dose_fields(run.fields)]
+    if "true_mechanism" in columns:
+        names = ["true_mechanism", *doses, *{"batch"} & {*names}]
+    rows = sorted(run.held.rows[run.held.usable],
+                  key=lambda i: [float(columns[name][i] or 0) for name in doses])
+    kinds = {tuple(columns[name][i] for name in names if name not in doses) or i: int(i) for i in rows}
+    rows = [*kinds.values()][-count:]
     (true, known), hint = read_rows(run, manifest, rows, run.settings.crop), hint_of(
         run, run.data, rows)
     pictures = {"true": true, "generated": run.generate(known, range(len(rows)), hint=hint)}
     if hint:
         pictures = {"shown": hint[0] if run.controlnet["stains"] else hint[0][:, 0]} | pictures
-    names = [n for n in ("true_mechanism", "dose", "batch", "plate") if n in columns][:3]
-    labels = ["\n".join(columns[name][i][:12] for name in names) for i in rows]
+    labels = ["\n".join(columns[name][i][:12] for name in names[:3]) for i in rows]
     data.picture(path, [*map(list, pictures.values())], run.channels, [*pictures], labels,
                  run.pixel_um)
 

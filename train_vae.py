@@ -7,7 +7,6 @@ training itself: settings, devices, processes, checkpoints.
     python train_vae.py --pixels --out runs/pixels_vae    # none: the baseline that needs no latents
 """
 import argparse
-import contextlib
 import hashlib
 import json
 import math
@@ -74,51 +73,40 @@ NOISE = 3  # purpose of the random numbers of a step, beside data.VIEW and data.
 ALL_THREADS = torch.get_num_threads()
 
 
-# --- training -----------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 def train(config=Config()):
     """Train an autoencoder and write `out`/model.pt. Returns its path."""
-    places, path = part_of_batch(config), Path(config.out) / "model.pt"
-    with main_first():
-        found = finished_or_resume(config, "vae")
-        if found and found["step"] == config.steps:
-            return path
-        run = prepare(config, found)
-    if config.pixels:  # nothing to train
-        if is_main():
-            save_and_report(run, config, config.steps)
+    path, places = Path(config.out) / "model.pt", part_of_batch(config)
+    found = finished_or_resume(config, "vae")
+    if found["step"] == config.steps:
         return path
-
-    model, losses, first = for_training(run.vae, config.compile), run.losses, run.first
+    run = prepare(config, found)
+    if config.pixels:  # nothing to train
+        save(run, config, config.steps)
+        return path
+    model = for_training(run.vae, config.compile)
     optimiser = torch.optim.AdamW(run.vae.parameters(), lr=config.lr, betas=(.9, .99), fused=True)
-    if found:
+    if found["step"]:
         optimiser.load_state_dict(found["optimiser"])
-    steps = Steps(run.views, run.train, config, places)
-    batches = data.loader(steps, range(first, config.steps), config.workers, batch_size=None)
-    progress = Progress(batches, config, first, "training the autoencoder")
-    with stop_signals() as stop:
-        for step, (x, noise, faults) in progress:
-            steps.leave_out(faults)
-            x, noise = (v.to(device(), non_blocking=True) for v in (x, noise))
-            optimiser.param_groups[0]["lr"] = learning_rate(step, config.steps, config.lr)
-            optimiser.zero_grad()
-            loss, l1 = loss_of(model, x, noise, config)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(run.vae.parameters(), 1.)
-            check_finite(loss, norm, config, step)
-            optimiser.step()
-            losses.append(float(l1.detach()))
+    steps = Steps(run, config, places)
+    progress = Progress(steps, config, found, "training the autoencoder", config.workers)
+    for step, (x, noise, faults) in progress:
+        steps.leave_out(faults)
+        x, noise = x.to(device()), noise.to(device())
+        optimiser.param_groups[0]["lr"] = learning_rate(step, config.steps, config.lr)
+        optimiser.zero_grad()
+        loss, l1 = loss_of(model, x, noise, config)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(run.vae.parameters(), 1.)
+        check_finite(loss, norm, config, step)
+        optimiser.step()
 
-            number, last = stop(), step + 1 == config.steps
-            evaluates = last or (step + 1) % config.eval_every == 0
-            if evaluates or number:
-                losses = average(losses)
-                if is_main():
-                    save_and_report(run, config, step + 1, optimiser, losses,
-                                    progress if evaluates else None)
-                losses *= not evaluates
-            if number:
-                raise stopped(number, config, step + 1)
+        saves, evaluates = progress.after(step, l1.item())
+        if saves:
+            save(run, config, step + 1, optimiser, [] if evaluates else progress.losses)
+        if evaluates:
+            report(run, config, step + 1, progress)
     return path
 
 
@@ -132,112 +120,100 @@ def loss_of(model, x, noise, config):
 
 class Steps(torch.utils.data.Dataset):
     """steps[17] is what step 17 draws, by its number alone: images (b, C, h, w), the noise of their
-    latents, and {row: fault} of unreadable images, for which others were drawn. b: the places of
+    latents, and what is wrong with unreadable images, for which others were drawn. b: the places of
     the batch that this process computes."""
 
-    def __init__(self, views, rows, config, places):
-        self.views, self.rows, self.config, self.places = views, rows, config, places
-        self.unreadable, self.most = {}, config.max_corrupt * len(rows)
+    def __init__(self, run, config, places):
+        self.views, self.rows, self.config, self.places = run.views, run.train, config, places
+        self.unreadable = set()
 
     def __getitem__(self, step):
-        c, images, faults = self.config, [], {}
+        c, images, faults = self.config, [], []
         for place in self.places:
-            rng, fault = data.keyed_rng(c.seed, data.ROWS, step, place), "none seen yet"
-            while fault and len(faults) <= self.most:  # more end the run
-                row = int(rng.choice(self.rows))
-                x, fault = self.views[row, int(rng.integers(2 ** 31))]
-                faults |= {row: fault} if fault else {}
+            rng = data.keyed_rng(c.seed, data.ROWS, step, place)
+            for _ in range(20):
+                x, fault = self.views[int(rng.choice(self.rows)), int(rng.integers(2 ** 31))]
+                if not fault:
+                    break
+                faults.append(fault)
             images.append(x)
         shape = c.batch, c.latent_channels, *(n // c.downsampling for n in x.shape[1:])
         noise = torch.randn(shape, generator=step_rng(c.seed, step)[1])
         return torch.stack(images), noise[self.places.start:self.places.stop], faults
 
     def leave_out(self, faults):
-        """Note the {row: fault} of unreadable images; too many of them end the run."""
-        for row in faults.keys() - self.unreadable.keys():
-            tqdm.write(f"left out: {faults[row]}")
-        self.unreadable |= faults
-        if len(self.unreadable) > self.most:
+        """Name unreadable images, each once; too many of them end the run."""
+        for fault in {*faults} - self.unreadable:
+            tqdm.write(f"left out: {fault}")
+        self.unreadable |= {*faults}
+        if len(self.unreadable) > self.config.max_corrupt * len(self.rows):
             raise UserError(f"{len(self.unreadable)} of {len(self.rows)} images are unreadable, "
-                            f"more than --max_corrupt: {next(iter(self.unreadable.values()))}")
+                            "more than --max_corrupt")
 
 
 def prepare(config, found):
-    """All that is known before the first step; `found` is the checkpoint to go on from, or None."""
-    channels, square = len(config.channels.split(",")), config.downsampling ** 2
-    shape = VAEConfig(channels, channels * square if config.pixels else config.latent_channels,
-                      config.downsampling, config.fold, config.width, config.blocks, config.pixels)
+    """The data, the VAE, held-out images and what every checkpoint holds. found: the checkpoint to
+    go on from, or None."""
+    run, f = open_data(config), config.downsampling
+    pixels = len(run.manifest.channels) * f * f  # that become one latent pixel
+    shape = VAEConfig(len(run.manifest.channels), pixels if config.pixels else
+                      config.latent_channels, f, config.fold, config.width, config.blocks,
+                      config.pixels)
     torch.manual_seed(config.seed)
     try:
-        vae = VAE(shape).to(device())
+        run.vae = VAE(shape).to(device())
     except ValueError as fault:  # of widths that do not fit together
-        raise UserError(str(fault)) from None
-    run = open_data(config)
-    run.vae, run.first, run.losses, intensity = vae, 0, [], None
-    if found:
-        vae.load_state_dict(found["weights"])
-        run.first, run.losses, intensity = found["step"], found["losses"], found["intensity"]
-    intensity = intensity or data.fit_intensity(config.intensity, run.manifest, run.train,
-                                                config.binning)
+        raise UserError(fault) from None
+    if found["step"]:
+        run.vae.load_state_dict(found["weights"])
+    intensity = found["intensity"] if found["step"] else data.fit_intensity(
+        config.intensity, run.manifest, run.train, config.binning)
     run.views = data.Views(run.manifest, intensity, config.crop, config.flips, config.binning,
                            config.seed)
     count = max(16, min(256, 2 ** 20 // math.prod(run.views.shape[1:])))  # fewer of large images
     rows = data.keyed_rng(0, data.ROWS, 0, 0).permutation(run.held)[:count]  # from all plates
-    passes = range(-1, math.ceil(min(count, 64) / len(rows)) - 1)  # -1: the middle of each image
-    keys = [(row, view) for view in passes for row in rows]
-    x = torch.cat([x for x, _ in data.load(run.views, keys, workers=config.workers, max_corrupt=.5,
-                                           what="held-out images")])
+    x = torch.cat([x for x, _ in data.load(run.views, [(i, -1) for i in rows], max_corrupt=.5)])
     run.images = x[x.isfinite().flatten(1).all(1)]
     run.saved = {"config": asdict(shape), "intensity": intensity, "settings": asdict(config),
                  "manifest": run.manifest.sha1()}
-    print(f"autoencoder: {sum(w.numel() for w in vae.parameters()) / 1e6:.2f} M parameters, "
-          f"{channels * square} pixel values to {shape.latent_channels} numbers, "
-          f"{len(run.train)} images to train on, {len(x)} views held out")
-    if is_main():
-        start_anew(config.out, run.first)
+    print(f"autoencoder: {sum(w.numel() for w in run.vae.parameters()):,} parameters, {pixels} "
+          f"pixel values to {shape.latent_channels} numbers, {len(run.train)} images to train on")
     return run
 
 
-def save_and_report(run, config, step, optimiser=None, losses=(), progress=None):
-    """Save a checkpoint; then, with progress or after the last step, print and log how well
-    held-out images come through. The last checkpoint holds the measured latents."""
-    out, channels, last = Path(config.out), config.channels.split(","), step == config.steps
-    if last:
-        steps = Steps(run.views, run.train, config, range(config.batch))
-        batches = data.loader(steps, range(step, step + math.ceil(512 / config.batch)),
-                              config.workers, batch_size=None)
-        measure_latents(run.vae, (x for x, *_ in batches))
-    save_checkpoint(out / "model.pt", "vae", run.saved | {
+def save(run, config, step, optimiser=None, losses=()):
+    """Save a checkpoint. The last one holds the measured latents."""
+    if step == config.steps:
+        measure_latents(run, config)
+    save_checkpoint(f"{config.out}/model.pt", "vae", run.saved | {
         "weights": run.vae.state_dict(), "optimiser": optimiser and optimiser.state_dict(),
-        "step": step, "losses": [] if progress else list(losses)})
-    if progress or last:
-        speed, text = progress.report() if progress else ({}, "nothing is trained")
-        x_hat, kl = reconstruct(run.vae, run.images)
-        found = {"train_l1": sum(losses) / max(1, len(losses)), "kl": kl.mean().item(),
-                 **reconstruction_metrics(run.images, x_hat)}
-        each = ", ".join(f"{c} {l1:.4f}" for c, l1 in zip(channels, found["l1_per_channel"]))
-        tqdm.write(f"step {step:5d}: train L1 {found['train_l1']:.4f}, held-out L1 "
-                   f"{found['l1']:.4f} ({each}), PSNR {found['psnr']:.1f} dB, KL "
-                   f"{found['kl']:.0f} nats; {text}")
-        write_log(out / "log.jsonl", step=step, **found, **speed)
-    if last:
-        rows = [[x, *x] for pair in zip(run.images[:3], x_hat) for x in (*pair, 3 * (
-            pair[0] - pair[1]).abs() - 1)]
-        data.picture(out / "reconstruction.png", rows, channels,
-                     ["original", "through the VAE", "3 x difference"] * 3, ["all", *channels])
-        print(f"wrote {out}/model.pt and {out}/reconstruction.png")
+        "step": step, "losses": losses})
 
 
 @torch.no_grad()
-def measure_latents(vae, batches):
+def measure_latents(run, config):
     """Mean and standard deviation per channel of posterior *samples*, written into the VAE."""
-    samples, rng = [], torch.Generator().manual_seed(0)
-    for x in batches:
-        mean, logvar = (v.cpu() for v in vae.encode(x.to(device())))
-        samples.append(mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=rng))
+    steps, rng, samples = Steps(run, config, range(config.batch)), torch.Generator(), []
+    rng.manual_seed(0)
+    for k in range(math.ceil(512 / config.batch)):
+        mean, logvar = run.vae.encode(steps[config.steps + k][0].to(device()))
+        noise = torch.randn(mean.shape, generator=rng).to(device())
+        samples.append(mean + (logvar / 2).exp() * noise)
     samples = torch.cat(samples)
-    vae.latent_mean.copy_(samples.mean((0, 2, 3), keepdim=True))
-    vae.latent_std.copy_(samples.std((0, 2, 3), keepdim=True))
+    run.vae.latent_mean.copy_(samples.mean((0, 2, 3), keepdim=True))
+    run.vae.latent_std.copy_(samples.std((0, 2, 3), keepdim=True))
+
+
+def report(run, config, step, progress):
+    """Print and log how well held-out images come through; at the end draw three of them."""
+    x_hat, kl = reconstruct(run.vae, run.images)
+    progress.log(step, kl=kl.mean().item(), **reconstruction_metrics(run.images, x_hat))
+    if step == config.steps and not RANK:
+        triples = [(a, b, 3 * (a - b).abs() - 1) for a, b in zip(run.images[:3], x_hat)]
+        data.picture(f"{config.out}/reconstruction.png", [[x, *x] for t in triples for x in t],
+                     run.manifest.channels, ["original", "through the VAE", "3 x difference"] * 3,
+                     ["all", *run.manifest.channels])
+        print(f"{config.out} has model.pt and reconstruction.png")
 
 
 @torch.no_grad()
@@ -264,9 +240,10 @@ def reconstruction_metrics(x, x_hat):
 def open_data(config, draw=True):
     """The images as a Config says, checked and split: settings, manifest, train and held (its
     rows). draw: the default ones are simulated where they are missing."""
-    if draw and config.data == Config.data and not Path(config.data).exists():
+    if draw and not RANK and config.data == Config.data and not Path(config.data).exists():
         print("no data yet: drawing a simulated screen")
         data.simulate(Path(config.data).parent)
+    average()  # the other processes wait
     manifest = data.read_manifest(config.data, tuple(config.channels.split(",")))
     for (h, w), where in manifest.sizes.items():
         h, w = h // config.binning, w // config.binning
@@ -312,103 +289,109 @@ def learning_rate(step, steps, peak, warmup=100):
 
 def check_finite(loss, norm, config, step):
     """Stop before a loss or a gradient that is not finite reaches the weights."""
-    loss, norm = float(loss.detach()), float(norm)
-    if not math.isfinite(loss + norm):
-        raise UserError(f"the loss is {loss}, its gradient {norm} at step {step}: stopped, what "
-                        f"{config.out} holds is as it was; try a smaller --lr")
+    if not math.isfinite(loss.item() + norm.item()):
+        raise UserError(f"step {step}: the loss is {loss.item()}, its gradient {norm.item()}; "
+                        f"{config.out} stays as it was, try a smaller --lr")
 
 
 class Progress:
-    """for step, batch in progress: the batches of a run from step `first` on, with a bar."""
+    """for step, batch in progress: the steps of a run that are left and what `draws` draws for
+    each, with a bar. On a CPU it chooses the number of threads. Ctrl-C and SIGTERM are only noted,
+    so that the running step can be finished and saved; then the program ends."""
 
-    def __init__(self, batches, config, first, what):
-        self.batches, self.batch, self.threads = batches, config.batch, Threads(config.threads)
-        self.bar = tqdm(range(first, config.steps), what, config.steps, initial=first,
-                        mininterval=1, disable=not is_main())
+    def __init__(self, draws, config, found, what, workers, **loader):
+        self.config, self.noted, self.stop, self.losses = config, 0, 0, found["losses"]
+        self.entries = [e for e in read_log(config.out) if 0 < found["step"] >= e["step"]]
+        self.writes = not getattr(config, "overfit", False)
+        steps = range(found["step"], config.steps)
+        self.batches = data.loader(draws, steps, workers, batch_size=None, **loader)
+        self.bar = tqdm(steps, what, config.steps, initial=steps.start, mininterval=1,
+                        disable=RANK > 0)
+        self.count, self.waited, self.since = 0, 0., time.time()
 
     def __iter__(self):
-        batches, self.count, self.waited, self.since = iter(self.batches), 0, 0., time.time()
-        for step in self.bar:
-            began, reported = time.time(), self.since
-            batch = next(batches)
-            self.waited, self.count = self.waited + time.time() - began, self.count + 1
-            yield step, batch
-            if self.since == reported:  # else this step has evaluated as well
-                self.threads.took(time.time() - began)
+        batches, threads = iter(self.batches), choose_threads(self.config.threads)
+        next(threads)
+        before = {n: signal.signal(n, self.note) for n in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            for step in self.bar:
+                asked = time.time()
+                batch, began = next(batches), time.time()
+                self.waited, self.count = self.waited + began - asked, self.count + 1
+                yield step, batch
+                if self.stop:
+                    tqdm.write(f"stopped by {signal.Signals(self.stop).name} after step {step + 1} "
+                               f"of {self.config.steps}: the same command goes on (train_vae.py "
+                               "and train_ldm.py with --resume)", sys.stderr)
+                    sys.exit(128 + self.stop)
+                if self.since <= began:  # a step that did not evaluate
+                    threads.send(time.time() - began)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
-    def report(self):
-        """Since it was last asked, for the log and as text: images a second and the share of time
-        spent waiting for data; and the most memory held so far (of the GPU where there is one)."""
-        seconds, gb = time.time() - self.since, torch.cuda.max_memory_allocated() / 1e9
-        gb = gb or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        speed, wait = self.count * self.batch / seconds, self.waited / seconds
-        self.count, self.waited, self.since = 0, 0., time.time()
-        return (dict(images_per_second=round(speed, 2), data_wait=round(wait, 4), peak_gb=gb),
-                f"{speed:.0f} images/s, {wait:.0%} waiting for data, {gb:.1f} GB")
+    def note(self, number, frame):
+        self.noted = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C interrupts
 
+    def after(self, step, loss):
+        """Note the loss of a step. Returns whether to save now (every eval_every steps, at the end,
+        and when this process or another one was sent a signal), and whether to evaluate."""
+        loss, noted = average([loss, self.noted])
+        self.losses.append(loss)
+        self.stop = noted and (self.noted or signal.SIGTERM)
+        evaluates = (step + 1) % self.config.eval_every == 0 or step + 1 == self.config.steps
+        return self.writes and bool(evaluates or noted), evaluates
 
-class Threads:
-    """On a CPU steps take turns with one thread and with all of them until each has had four; then
-    the faster goes on, for 200 steps or until three steps in a row take twice the time. All have to
-    gain a tenth, because beside another program they cost far more. `requested` (--threads) or the
-    variable OMP_NUM_THREADS decide instead."""
-
-    def __init__(self, requested):
-        if requested:
-            torch.set_num_threads(requested)
-        self.free = not requested and "OMP_NUM_THREADS" not in os.environ and (
-            device().type == "cpu") and ALL_THREADS > 1
-        self.slow, self.best, self.left = 0, None, 1  # the first step warms up and does not count
-        self.times = {1: [math.inf], ALL_THREADS: [math.inf]}
-
-    def took(self, seconds):
-        """A step took so long: choose the number of threads for the next one."""
-        if not self.free:
-            return
-        now = torch.get_num_threads()
-        if self.left:
-            self.slow = self.slow + 1 if seconds > 2 * min(self.times[now]) else 0
-            self.left = 0 if self.slow == 3 else self.left - 1
-            self.times = self.times if self.left else {1: [], ALL_THREADS: []}
-            return
-        self.times[now].append(seconds)
-        one, every = (min(found, default=0.) for found in self.times.values())
-        torch.set_num_threads(1 if now > 1 else ALL_THREADS)
-        if one and (every > 3 * one or len(self.times[1]) + len(self.times[ALL_THREADS]) == 8):
-            before, self.best = self.best, 1 if one < 1.1 * every else ALL_THREADS
-            torch.set_num_threads(self.best)
-            self.left, self.slow = 200, 0
-            if self.best != before:
-                tqdm.write(f"threads: {self.best}, as a step takes {one:.3f} s with one, "
-                           f"{every:.3f} s with all {ALL_THREADS}")
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """Within the block SIGTERM and Ctrl-C are only noted, so that the running step can be finished
-    and saved; a second Ctrl-C interrupts. Yields a function: the number of the signal that this or
-    another process was sent, 0 for none."""
-    seen = []
-
-    def note(number, frame):
-        if signal.SIGINT in seen and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        seen.append(number)
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: [*seen, signal.SIGTERM][0] if any(average([len(seen)])) else 0
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def log(self, step, **found):
+        """Print what was found after `step` steps and add it to log.jsonl, with the mean loss since
+        the last time, images a second, the share of time spent waiting for data and the memory held
+        at most (of the GPU where there is one)."""
+        seconds, gpu = time.time() - self.since, torch.cuda.max_memory_allocated()
+        if self.losses:
+            found = {"train_loss": sum(self.losses) / len(self.losses)} | found | {
+                "images_per_second": self.count * self.config.batch / seconds,
+                "data_wait": self.waited / seconds, "peak_gb": gpu / 1e9 or resource.getrusage(
+                    resource.RUSAGE_SELF).ru_maxrss / 1e6}
+        self.count, self.waited, self.since, self.losses = 0, 0., time.time(), []
+        self.entries.append({"step": step} | found)
+        tqdm.write(f"step {step}: " + ", ".join(f"{name} " + " ".join(
+            f"{v:.3g}" for v in (value if isinstance(value, list) else [value]))
+            for name, value in found.items()))
+        if self.writes and not RANK:
+            part = Path(self.config.out) / "log.tmp"
+            part.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries))
+            part.replace(part.with_suffix(".jsonl"))
 
 
-def stopped(number, config, step):
-    """Say how a stopped run goes on. Returns the exception that ends it."""
-    if is_main():
-        tqdm.write(f"stopped by {signal.Signals(number).name} after step {step} of {config.steps}: "
-                   "the same command goes on (train_vae.py and train_ldm.py with --resume)",
-                   file=sys.stderr)
-    return SystemExit(128 + number)
+def choose_threads(requested):
+    """Sets the number of threads of a CPU for the next step, whenever it is sent the seconds that
+    one took. Eight steps take turns with one thread and with all; then the faster stays for 200
+    steps, or until three in a row take twice as long: another program has begun. All threads have
+    to gain a tenth, since beside another program they cost far more."""
+    if requested:
+        torch.set_num_threads(requested)
+    chosen = yield  # the first step is slow by itself
+    while requested or "OMP_NUM_THREADS" in os.environ or device().type != "cpu":
+        yield
+    while True:
+        times, slow, before = {1: [], ALL_THREADS: []}, 0, chosen
+        for threads in [1, ALL_THREADS] * 4:
+            torch.set_num_threads(threads)
+            times[threads].append((yield))
+            if times[ALL_THREADS] and times[ALL_THREADS][-1] > 3 * times[1][-1]:
+                break
+        one, every = min(times[1]), min(times[ALL_THREADS])
+        chosen = 1 if one < 1.1 * every else ALL_THREADS
+        torch.set_num_threads(chosen)
+        if chosen != before:
+            tqdm.write(f"threads: {chosen}, as a step takes {one:.3f} s with one, {every:.3f} s "
+                       f"with all {ALL_THREADS}")
+        for _ in range(200):
+            slow = slow + 1 if (yield) > 2 * min(one, every) else 0
+            if slow == 3:
+                break
 
 
 # --- settings, errors, device -------------------------------------------------------------------
@@ -423,7 +406,7 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
-        if dist.is_initialized():
+        if WORLD > 1:
             dist.destroy_process_group()
 
 
@@ -470,115 +453,91 @@ def for_training(model, compiled=False):
     GPU, its gradients averaged over the processes, compiled if asked."""
     if device().type == "cuda":
         model.to(memory_format=torch.channels_last)
-    if dist.is_initialized():
+    if WORLD > 1:
         empty = any(not w.numel() for w in model.parameters())  # of a model that is told nothing
         model = DistributedDataParallel(model, find_unused_parameters=empty)
     if compiled:
         try:  # next to nothing first, to say in one line what this machine lacks
             torch.compile(torch.sin)(torch.zeros(1, device=device()))
-        except RuntimeError as why:
-            raise UserError(f"--compile cannot be used here: {str(why).splitlines()[0]}") from None
+        except RuntimeError as fault:
+            raise UserError(f"--compile fails here: {str(fault).splitlines()[0]}") from None
         model.compile()
     return model
 
 
-# --- several processes, as torchrun starts them -------------------------------------------------
+# --- several processes, as torchrun starts them ---------------------------------------------------
 # Each computes the gradient of its part of a batch; their mean is that of the batch, whatever their
-# number. The first process alone prints, evaluates and writes.
+# number. The first process alone prints and writes.
+
+RANK, WORLD = 0, 1  # the number of this process, and how many there are
+
 
 def join_processes():
     """Under torchrun: meet the other processes. Started alone: nothing."""
+    global RANK, WORLD
     if "LOCAL_RANK" in os.environ:  # CPU tensors go by gloo, where they wait for no GPU
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=7))  # of encoding, perhaps
+        RANK, WORLD = dist.get_rank(), dist.get_world_size()
         if torch.cuda.is_available():
             torch.cuda.set_device(device())
-        if dist.get_rank():
+        if RANK:
             sys.stdout = open(os.devnull, "w")
 
 
-def rank_and_world():
-    """The number of this process, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def is_main():
-    return rank_and_world()[0] == 0
-
-
-def average(values):
-    """A list of numbers, averaged over the processes: alike in all of them."""
+def average(values=(0,)):
+    """A list of numbers, averaged over the processes: alike in all of them, once all are here."""
     values = torch.tensor(values, dtype=torch.float64)
-    if dist.is_initialized():
+    if WORLD > 1:
         dist.all_reduce(values)
-    return (values / rank_and_world()[1]).tolist()
-
-
-@contextlib.contextmanager
-def main_first():
-    """The first process goes through the block, then the others, which find what it has written.
-    Where it fails the others end as well."""
-    done = False
-    try:
-        if is_main():
-            yield
-            done = True
-    finally:
-        done, = average([done])
-    if not is_main():
-        if not done:
-            sys.exit(2)
-        yield
+    return (values / WORLD).tolist()
 
 
 def part_of_batch(config):
     """The places of a batch that this process computes: a range."""
-    (rank, world), batch = rank_and_world(), config.batch
-    if batch % world:
-        raise UserError(f"--batch {batch} is no multiple of the {world} processes")
-    return range(rank * batch // world, (rank + 1) * batch // world)
+    if config.batch % WORLD:
+        raise UserError(f"--batch {config.batch} is no multiple of the {WORLD} processes")
+    return range(config.batch)[RANK * config.batch // WORLD:(RANK + 1) * config.batch // WORLD]
 
 
-# --- checkpoints and logs -----------------------------------------------------------------------
+# --- checkpoints and logs -------------------------------------------------------------------------
 
 def save_checkpoint(path, kind, content):
-    """Write {"kind": kind, ...}, under a temporary name first: interrupted, it loses nothing."""
-    path, part = Path(path), Path(path).with_suffix(".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(part, "wb") as file:
-            torch.save({"kind": kind, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as fault:
-        part.unlink(missing_ok=True)
-        why = str(fault.__context__ or fault).splitlines()[0]  # torch's own error does not say
-        raise UserError(f"{path} cannot be written ({why}): what was there is as it was") from None
-    os.replace(part, path)
+    """Write {"kind": kind, ...}, under a temporary name first: interrupted, it loses nothing. Of
+    several processes the first one writes, the others wait."""
+    part = Path(path).with_suffix(".tmp")
+    if not RANK:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(part, "wb") as file:
+                torch.save({"kind": kind, **content}, file)
+        except (OSError, RuntimeError) as fault:  # torch's own error does not say what is wrong
+            raise UserError(f"{path} stays as it was: {fault.__context__ or fault}") from None
+        os.replace(part, path)
+    average()
 
 
 def load_checkpoint(path, kind, hint):
-    """Read a checkpoint; nothing in it is executed (weights_only). kind: vae or ldm."""
+    """Read a checkpoint of this kind, vae or ldm; nothing in it is executed (weights_only)."""
     if not Path(path).is_file():
         raise UserError(f"no {kind} checkpoint at {path}: {hint}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as fault:  # whatever foreign bytes cause
-        why = "holds code, never run" if "nsupported global" in str(fault) else "is damaged"
-        raise UserError(f"{path} {why}: no nanopaint checkpoint") from None
-    found = content.get("kind") if isinstance(content, dict) else None
+        found = content["kind"]
+    except Exception:  # whatever foreign bytes cause
+        raise UserError(f"{path} is damaged, or no checkpoint of nanopaint") from None
     if found != kind:
         raise UserError(f"{path} is a checkpoint of another kind ({found}), not {kind}: {hint}")
     return content
 
 
 def finished_or_resume(config, kind):
-    """What `out`/model.pt holds, None where training starts anew. Its step is config.steps where
-    it is finished and to be used as it is, and below with --resume. Anything else is refused: an
+    """The checkpoint `out`/model.pt: of config.steps steps where it is finished and to be used as
+    it is, of fewer with --resume, of none where training starts anew. Anything else is refused: an
     unfinished run without --resume, other settings, another manifest."""
     path, table = Path(config.out) / "model.pt", Path(config.data)
     if config.overwrite or not path.exists():
-        return None
+        return {"step": 0, "losses": []}
     content = load_checkpoint(path, kind, "choose another --out")
     was, step = content["settings"], content["step"]
     faults = [f"{k} was {was.get(k)}" for k, v in asdict(config).items()
@@ -601,31 +560,15 @@ def train_if_missing(train, config):
     return train(replace(config, resume=True, overwrite=False))
 
 
-def start_anew(out, step=0):
-    """Leave in the log what a run from `step` on will not write again."""
-    Path(out).mkdir(parents=True, exist_ok=True)
-    before = [line for line in read_log(out) if step and line["step"] <= step]
-    (Path(out) / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in before))
-
-
-def write_log(path, **values):
-    """Append one line of JSON."""
-    with open(path, "a") as file:
-        file.write(json.dumps(values) + "\n")
-
-
 def read_log(folder):
-    """The lines of log.jsonl of a training run, but for a last one that was cut off."""
+    """The lines of log.jsonl of a training run, as dicts."""
     path = Path(folder) / "log.jsonl"
-    lines = path.read_text().splitlines(True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def main():
     join_processes()
-    with main_first():
-        config = settings(Config)
-    train(config)
+    train(settings(Config))
 
 
 if __name__ == "__main__":
