@@ -119,8 +119,11 @@ def train(config=Config()):
                 "losses": [] if evaluates else progress.losses})
         if evaluates:
             report(average, run, step + 1, progress)
-    if not config.overfit and not train_vae.RANK:
-        finish(run, average, path.parent)
+    if progress.writes and not train_vae.RANK:
+        run.denoiser = average
+        draw_curves(path.with_name("curves.png"), progress.entries)
+        draw_samples(path.with_name("samples.png"), run)
+        print(f"{path.parent} has model.pt, samples.png, curves.png; try sample.py, evaluate.py")
     return path
 
 
@@ -347,32 +350,24 @@ def prepare(config, found):
 
 def open_all(config, found):
     """(the data, what fixes network and conditions): as in the checkpoint to go on from, that of
-    the base, or of a new model. What is missing is made; faults of images, fields and weights are
-    reported together before that."""
+    the base, or of a new model. What is missing is made, once the columns are known to be sound."""
     first = train_vae.Config(data=config.data, workers=config.workers, threads=config.threads,
                              max_corrupt=config.max_corrupt)
     known, vae = found if found["step"] else {}, {"settings": asdict(first), "step": 0}
     if config.control_column and not known:
         known = load_checkpoint(config.base, "ldm", "")
-    if not known and (config.vae != VAE or Path(VAE).exists()):
+    if known:
+        vae = known["vae"]
+    elif config.vae != VAE or Path(VAE).exists():
         vae = load_checkpoint(config.vae, "vae", "run python train_vae.py")
-    reading = known["vae"]["settings"] if known else vae["settings"]
-    is_molecule, faults = MOLECULE_ENCODERS[config.molecule_encoder].is_molecule, []
-    try:
-        opened = train_vae.open_data(SimpleNamespace(**reading | {"data": config.data}))
-    except UserError as fault:
-        faults.append(str(fault))
-    try:
-        columns = data.read_table(config.data)
-        groups = {"biology": config.biology, "experiment": config.experiment}
-        if known:
-            groups = {"base": [f"{f['name']}:{f['kind']}" for f in known["fields"]]}
-        groups["weight"] = ["weight:log"] * ("weight" in columns)  # a number of at least 0
-        fields = parse_fields(groups, columns, is_molecule, config.data)
-    except (UserError, FieldError) as fault:
-        faults.append(str(fault))
-    if faults:
-        raise UserError("\n".join(dict.fromkeys(faults)))
+    opened = train_vae.open_data(SimpleNamespace(**vae["settings"] | {"data": config.data}))
+    columns, groups = opened.manifest.columns, {"biology": config.biology,
+                                                "experiment": config.experiment}
+    if known:
+        groups = {"base": [f"{f['name']}:{f['kind']}" for f in known["fields"]]}
+    groups["weight"] = ["weight:log"] * ("weight" in columns)  # a number of at least 0
+    is_molecule = MOLECULE_ENCODERS[config.molecule_encoder].is_molecule
+    fields = parse_fields(groups, columns, is_molecule, config.data)
     if known:
         return opened, known
     if config.vae == VAE and vae["step"] < vae["settings"]["steps"]:
@@ -426,32 +421,23 @@ def add_hints(run, config):
         torch.manual_seed(config.seed)
         net.controlnet = ControlNet(net.unet, channels, s.downsampling).to(device())
     net.controlnet.requires_grad_(True)
-    for part in (net.unet.up, net.unet.out):
-        part.requires_grad_(config.unfreeze_decoder)
+    net.unet.up.requires_grad_(config.unfreeze_decoder)
+    net.unet.out.requires_grad_(config.unfreeze_decoder)
     run.hint_views = data.Views(hints, run.controlnet["intensity"], s.crop, s.flips, s.binning)
 
 
-def finish(run, average, folder):
-    """Draw the losses and, with the averaged weights, images; say what can be done now."""
-    run.denoiser = average
-    draw_curves(folder)
-    draw_samples(folder / "samples.png", run)
-    print(f"{folder} has model.pt, samples.png and curves.png; try sample.py, evaluate.py")
-
-
 def draw_samples(path, run, count=8):
-    """Held-out images above generated ones, one of each mechanism (or of each combination of
-    conditions) at its highest dose; with a ControlNet what it saw."""
-    manifest, names = run.data.manifest, [f.name for f in run.fields]
-    columns, doses = manifest.columns, [f.name for f in dose_fields(run.fields)]
+    """Held-out images above generated ones, of each mechanism (or what is told first) one at its
+    highest dose; with a ControlNet what it saw."""
+    manifest, columns = run.data.manifest, run.data.manifest.columns
+    names = [field.name for field in run.fields] or [*columns]
     if "true_mechanism" in columns:
-        names = ["true_mechanism", *doses, *{"batch"} & {*names}]
-    rows = sorted(run.held.rows[run.held.usable],
-                  key=lambda i: [float(columns[name][i] or 0) for name in doses])
-    kinds = {tuple(columns[name][i] for name in names if name not in doses) or i: int(i) for i in rows}
-    rows = [*kinds.values()][-count:]
-    (true, known), hint = read_rows(run, manifest, rows, run.settings.crop), hint_of(
-        run, run.data, rows)
+        names = ["true_mechanism", "dose", "batch"]
+    doses = [columns[field.name] for field in dose_fields(run.fields)]
+    rows = sorted(run.held.rows[run.held.usable], key=lambda i: [float(d[i] or 0) for d in doses])
+    rows = [*{columns[names[0]][i]: int(i) for i in rows}.values()][-count:]
+    hint = hint_of(run, run.data, rows)
+    true, known = read_rows(run, manifest, rows, run.settings.crop)
     pictures = {"true": true, "generated": run.generate(known, range(len(rows)), hint=hint)}
     if hint:
         pictures = {"shown": hint[0] if run.controlnet["stains"] else hint[0][:, 0]} | pictures
@@ -460,11 +446,10 @@ def draw_samples(path, run, count=8):
                  run.pixel_um)
 
 
-def draw_curves(folder):
-    """log.jsonl as a picture: training and held-out loss, and held-out loss by noise level."""
-    log = train_vae.read_log(folder)
+def draw_curves(path, log):
+    """The lines of log.jsonl as a picture: losses, and the held-out one by noise level."""
     steps, noise = [entry["step"] for entry in log], ["least noise", "less", "more", "most noise"]
-    with data.figure(folder / "curves.png", 1, 2, figsize=(8, 3)) as (left, right):
+    with data.figure(path, 1, 2, figsize=(8, 3)) as (left, right):
         left.plot(steps[1:], [entry["train_loss"] for entry in log[1:]], label="training")
         left.plot(steps, [entry["heldout_loss"] for entry in log], label="held out (EMA)")
         right.plot(steps, [entry["by_noise"] for entry in log], label=noise)

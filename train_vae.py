@@ -300,8 +300,9 @@ class Progress:
     so that the running step can be finished and saved; then the program ends."""
 
     def __init__(self, draws, config, found, what, workers, **loader):
-        self.config, self.noted, self.stop, self.losses = config, 0, 0, found["losses"]
-        self.entries = [e for e in read_log(config.out) if 0 < found["step"] >= e["step"]]
+        self.config, self.noted, self.stop, self.losses = config, 0, 0, [*found["losses"]]
+        before = read_log(config.out) if found["step"] else []
+        self.entries = [entry for entry in before if entry["step"] <= found["step"]]
         self.writes = not getattr(config, "overfit", False)
         steps = range(found["step"], config.steps)
         self.batches = data.loader(draws, steps, workers, batch_size=None, **loader)
