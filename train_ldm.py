@@ -448,13 +448,13 @@ def draw_samples(path, run, count=8):
 
 def draw_curves(path, log):
     """The lines of log.jsonl as a picture: losses, and the held-out one by noise level."""
-    steps, noise = [entry["step"] for entry in log], ["least noise", "less", "more", "most noise"]
-    with data.figure(path, 1, 2, figsize=(8, 3)) as (left, right):
-        left.plot(steps[1:], [entry["train_loss"] for entry in log[1:]], label="training")
-        left.plot(steps, [entry["heldout_loss"] for entry in log], label="held out (EMA)")
-        right.plot(steps, [entry["by_noise"] for entry in log], label=noise)
-        for axis in (left, right):
-            axis.set(xlabel="step", ylabel="squared error", ylim=(0, 1.1)), axis.legend(fontsize=7)
+    steps, held = [entry["step"] for entry in log], [entry["heldout_loss"] for entry in log]
+    with data.figure(path, figsize=(5, 3)) as axis:
+        axis.plot(steps[1:], [entry["train_loss"] for entry in log[1:]], label="training")
+        axis.plot(steps, held, label="held out (EMA)")
+        axis.plot(steps, [entry["by_noise"] for entry in log], ":", label=[
+            "least noise", "less", "more", "most noise"])
+        axis.set(xlabel="step", ylabel="squared error", ylim=(0, 1.1)), axis.legend(fontsize=7)
 
 
 def main():

@@ -20,6 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -152,13 +153,12 @@ class Steps(torch.utils.data.Dataset):
 
 
 def prepare(config, found):
-    """The data, the VAE, held-out images and what every checkpoint holds. found: the checkpoint to
-    go on from, or None."""
+    """The data with the VAE, views, held-out images and what every checkpoint holds. found: the
+    checkpoint to go on from."""
     run, f = open_data(config), config.downsampling
-    pixels = len(run.manifest.channels) * f * f  # that become one latent pixel
-    shape = VAEConfig(len(run.manifest.channels), pixels if config.pixels else
-                      config.latent_channels, f, config.fold, config.width, config.blocks,
-                      config.pixels)
+    channels, z = len(run.manifest.channels), config.latent_channels
+    shape = VAEConfig(channels, channels * f * f if config.pixels else z, f, config.fold,
+                      config.width, config.blocks, config.pixels)
     torch.manual_seed(config.seed)
     try:
         run.vae = VAE(shape).to(device())
@@ -176,8 +176,8 @@ def prepare(config, found):
     run.images = x[x.isfinite().flatten(1).all(1)]
     run.saved = {"config": asdict(shape), "intensity": intensity, "settings": asdict(config),
                  "manifest": run.manifest.sha1()}
-    print(f"autoencoder: {sum(w.numel() for w in run.vae.parameters()):,} parameters, {pixels} "
-          f"pixel values to {shape.latent_channels} numbers, {len(run.train)} images to train on")
+    print(f"autoencoder: {sum(w.numel() for w in run.vae.parameters()):,} parameters, "
+          f"{channels * f * f} pixel values to {z} numbers, {len(run.train)} images to train on")
     return run
 
 
@@ -193,8 +193,8 @@ def save(run, config, step, optimiser=None, losses=()):
 @torch.no_grad()
 def measure_latents(run, config):
     """Mean and standard deviation per channel of posterior *samples*, written into the VAE."""
-    steps, rng, samples = Steps(run, config, range(config.batch)), torch.Generator(), []
-    rng.manual_seed(0)
+    steps, samples = Steps(run, config, range(config.batch)), []
+    rng = torch.Generator().manual_seed(0)
     for k in range(math.ceil(512 / config.batch)):
         mean, logvar = run.vae.encode(steps[config.steps + k][0].to(device()))
         noise = torch.randn(mean.shape, generator=rng).to(device())
@@ -235,7 +235,7 @@ def reconstruction_metrics(x, x_hat):
             "psnr": -10 * math.log10(max(1e-9, difference.square().mean().item()))}
 
 
-# --- data and trained autoencoders --------------------------------------------------------------
+# --- data and trained autoencoders ----------------------------------------------------------------
 
 def open_data(config, draw=True):
     """The images as a Config says, checked and split: settings, manifest, train and held (its
@@ -245,13 +245,12 @@ def open_data(config, draw=True):
         data.simulate(Path(config.data).parent)
     average()  # the other processes wait
     manifest = data.read_manifest(config.data, tuple(config.channels.split(",")))
+    crop, f, several = config.crop, config.downsampling, len(manifest.sizes) > 1
     for (h, w), where in manifest.sizes.items():
         h, w = h // config.binning, w // config.binning
-        sides = (config.crop, config.crop) if config.crop else (h, w)
-        if min(h, w) < max(1, config.crop) or any(side % config.downsampling for side in sides) or (
-                not config.crop and len(manifest.sizes) > 1):
+        if min(h, w) < max(1, crop) or (crop or h) % f or (crop or w) % f or several and not crop:
             raise UserError(f"{manifest.path}, {where}: {w}x{h} pixels, but all views must be of "
-                            f"one size, a multiple of {config.downsampling}: choose a --crop")
+                            f"one size, a multiple of {f}: choose a --crop")
     train, held = data.split_rows(manifest, config.split, config.holdout)
     if not len(held):
         raise UserError(f"{manifest.path}: --split {config.split} holds out no row")
@@ -300,14 +299,13 @@ class Progress:
     so that the running step can be finished and saved; then the program ends."""
 
     def __init__(self, draws, config, found, what, workers, **loader):
-        self.config, self.noted, self.stop, self.losses = config, 0, 0, [*found["losses"]]
-        before = read_log(config.out) if found["step"] else []
-        self.entries = [entry for entry in before if entry["step"] <= found["step"]]
-        self.writes = not getattr(config, "overfit", False)
-        steps = range(found["step"], config.steps)
-        self.batches = data.loader(draws, steps, workers, batch_size=None, **loader)
-        self.bar = tqdm(steps, what, config.steps, initial=steps.start, mininterval=1,
-                        disable=RANK > 0)
+        first, self.config, self.losses = found["step"], config, [*found["losses"]]
+        self.entries = [e for e in read_log(config.out) if e["step"] <= first] if first else []
+        self.noted, self.stop, self.writes = 0, 0, not getattr(config, "overfit", False)
+        self.bar = tqdm(range(first, config.steps), what, config.steps, initial=first,
+                        mininterval=1, disable=RANK > 0)
+        self.batches = data.loader(draws, range(first, config.steps), workers, batch_size=None,
+                                   **loader)
         self.count, self.waited, self.since = 0, 0., time.time()
 
     def __iter__(self):
@@ -357,8 +355,7 @@ class Progress:
         self.count, self.waited, self.since, self.losses = 0, 0., time.time(), []
         self.entries.append({"step": step} | found)
         tqdm.write(f"step {step}: " + ", ".join(f"{name} " + " ".join(
-            f"{v:.3g}" for v in (value if isinstance(value, list) else [value]))
-            for name, value in found.items()))
+            f"{v:.3g}" for v in np.ravel(value)) for name, value in found.items()))
         if self.writes and not RANK:
             part = Path(self.config.out) / "log.tmp"
             part.parent.mkdir(parents=True, exist_ok=True)
@@ -377,13 +374,13 @@ def choose_threads(requested):
     while requested or "OMP_NUM_THREADS" in os.environ or device().type != "cpu":
         yield
     while True:
-        times, slow, before = {1: [], ALL_THREADS: []}, 0, chosen
-        for threads in [1, ALL_THREADS] * 4:
-            torch.set_num_threads(threads)
-            times[threads].append((yield))
-            if times[ALL_THREADS] and times[ALL_THREADS][-1] > 3 * times[1][-1]:
-                break
-        one, every = min(times[1]), min(times[ALL_THREADS])
+        one, every, before, slow = [], [], chosen, 0
+        while len(every) < 4 and (not every or every[-1] < 3 * one[-1]):
+            torch.set_num_threads(1)
+            one.append((yield))
+            torch.set_num_threads(ALL_THREADS)
+            every.append((yield))
+        one, every = min(one), min(every)
         chosen = 1 if one < 1.1 * every else ALL_THREADS
         torch.set_num_threads(chosen)
         if chosen != before:
@@ -395,7 +392,7 @@ def choose_threads(requested):
                 break
 
 
-# --- settings, errors, device -------------------------------------------------------------------
+# --- settings, errors, device ---------------------------------------------------------------------
 
 def run(main):
     """Call main(); a user's mistake becomes one line per fault and exit status 2."""
@@ -423,10 +420,9 @@ def settings(config, argv=None, choices={}):
         parser.add_argument(f"--{field.name}", default=field.default, help=text, **kind)
     values = vars(parser.parse_args(argv))
     for field in fields(config):
-        counts = field.type is int and field.default and field.name != "workers"
-        least, value = 1 if counts else 0, values[field.name]
-        if field.type in (int, float) and not least <= value < 2 ** 63:  # nan is neither
-            parser.error(f"--{field.name} {value} is out of range: at least {least}")
+        least = 1 if field.type is int and field.default and field.name != "workers" else 0
+        if field.type in (int, float) and not least <= values[field.name] < 2 ** 63:  # or nan
+            parser.error(f"--{field.name} {values[field.name]} is out of range: at least {least}")
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -450,8 +446,8 @@ def autocast():
 
 
 def for_training(model, compiled=False):
-    """What the training loop calls instead of `model`, with the same weights: channels-last on a
-    GPU, its gradients averaged over the processes, compiled if asked."""
+    """What the training loop calls instead of `model`: channels-last on a GPU, gradients averaged
+    over the processes, compiled if asked."""
     if device().type == "cuda":
         model.to(memory_format=torch.channels_last)
     if WORLD > 1:
@@ -533,9 +529,9 @@ def load_checkpoint(path, kind, hint):
 
 
 def finished_or_resume(config, kind):
-    """The checkpoint `out`/model.pt: of config.steps steps where it is finished and to be used as
-    it is, of fewer with --resume, of none where training starts anew. Anything else is refused: an
-    unfinished run without --resume, other settings, another manifest."""
+    """The checkpoint `out`/model.pt: after config.steps steps where it is finished, fewer with
+    --resume, none where training starts anew. Refused are an unfinished run without --resume, other
+    settings, another manifest."""
     path, table = Path(config.out) / "model.pt", Path(config.data)
     if config.overwrite or not path.exists():
         return {"step": 0, "losses": []}
@@ -556,8 +552,7 @@ def finished_or_resume(config, kind):
 
 
 def train_if_missing(train, config):
-    """train(config), which goes on where `out`/model.pt is unfinished and ends at once where it is
-    finished under the same settings. Returns its path."""
+    """train(config), from where `out`/model.pt is; finished, it is used as it is. Its path."""
     return train(replace(config, resume=True, overwrite=False))
 
 

@@ -55,13 +55,10 @@ def hinted_path(ldm_config, ldm_path, tmp_path_factory):
         workers=0, out=str(tmp_path_factory.mktemp("hinted"))))
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "pictures: looks at the pictures that training draws")
-
-
-@pytest.fixture(autouse=True)
-def marked_pictures(request, monkeypatch):
-    for name, draw in PICTURES.items() if request.node.get_closest_marker("pictures") else ():
+@pytest.fixture
+def pictures(monkeypatch):
+    """The pictures that training draws, for tests that look at them."""
+    for name, draw in PICTURES.items():
         monkeypatch.setattr(train_ldm, name, draw)
 
 
