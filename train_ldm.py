@@ -342,9 +342,9 @@ def prepare(config, found):
     run.molecules = to_device(run.training.molecules)
     part = run.denoiser.controlnet or run.denoiser.unet
     print(f"{type(part).__name__} {config.size}: {sum(w.numel() for w in part.parameters()):,} "
-          f"parameters; {run.training.usable.sum()} of {len(opened.train)} images to train on"
-          + ", drawn by the column weight" * ("weight" in opened.manifest.columns) + "; told: "
-          + ", ".join(f"{f.name} ({f.kind}, {f.group})" for f in run.fields))
+          f"parameters, {run.training.usable.sum()} of {len(opened.train)} images to train on"
+          + ", drawn by the column weight" * ("weight" in opened.manifest.columns), "; told:",
+          *(f"{f.name} ({f.kind}, {f.group})" for f in run.fields))
     return run
 
 
