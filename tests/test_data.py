@@ -385,7 +385,9 @@ def restained(cli, path, out, *words):
 
 def test_copies_are_shown_and_told_as_the_other_plate(plates, tmp_path, cli):
     path, noise = plates
+    path.with_name("simulation.json").write_text("{}")
     made, columns, said = restained(cli, path, tmp_path / "out", "--share", .75)
+    assert (tmp_path / "out" / "simulation.json").exists()
     assert len(made) == 45 + 10 and "2 plates, 10 images; 1 other treated images" in said
     assert columns["image"][0] == "../0.tif" and columns["mask"][40] == "../40.tif"
     assert set(columns["mask"][45:]) == {""}  # a file of the original's cells
