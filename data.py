@@ -995,7 +995,10 @@ def write_restained(manifest, by: list = ("plate",), share=.75, balance: list = 
             "{}_restained.npy")
     for i, weight in weights.items():
         rows[i]["weight"] = f"{weight:.6g}"
-    return write_manifest(out / "manifest.csv", rows + copies)
+    made, note = write_manifest(out / "manifest.csv", rows + copies), "simulation.json"
+    if manifest.path.with_name(note).exists():  # the truth of simulated cells stays known
+        made.with_name(note).write_text(manifest.path.with_name(note).read_text())
+    return made
 
 
 def restained_images(manifest, by, train):

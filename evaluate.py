@@ -1576,7 +1576,7 @@ def mol2image(args):
         true, table = run.images(a), {}
         true_found = measure(true)
         for kind, x in sets.items():  # chance: those of each molecule pass for another's
-            given = (own + 1) % len(molecules) if "exchanged" in kind else own
+            given = (own + len(molecules) // 2) % len(molecules) if "exchanged" in kind else own
             found, told_right = measure(x), hits(scores(x, graphs[molecules]), given)
 
             def correlate(i=...):

@@ -12,13 +12,12 @@ from torch.testing import assert_close
 import data
 import evaluate
 import train_ldm
-import train_vae
-from evaluate import family_correlations, hits, sliced_wasserstein, wasserstein, zernike_moments
+from evaluate import family_correlations, hits, sliced_wasserstein, zernike_moments
 
 
-def images(n=12, side=64, seed=0):
+def images(n, seed=0):
     """Blobs on [0, 1], five channels."""
-    x = torch.rand(n, 5, side, side, generator=torch.Generator().manual_seed(seed))
+    x = torch.rand(n, 5, 64, 64, generator=torch.Generator().manual_seed(seed))
     return evaluate.gaussian_blur(x, 2.).sub(.4).mul(2.).clamp(.05, .8)
 
 
@@ -39,10 +38,7 @@ def test_sliced_distance_by_its_definition():
         sides.append(np.sort(patches.reshape(-1, 245) @ u.T, 0))
     found = sliced_wasserstein(a, b)
     assert_close(found[0], float(1000 * np.abs(sides[0] - sides[1]).mean()), rtol=1e-3, atol=0.)
-    assert len(found) == 3 and max(sliced_wasserstein(a, a.clone())) == 0  # 64, 32, 16 pixels
-    assert max(sliced_wasserstein(a, a * .5 + .1)) < 1  # blind to brightness
-    half = torch.tensor([[.2] * 4 + [.5] * 4])  # half of the mass moves by .3
-    assert_close(wasserstein(torch.full((1, 8), .2), half), torch.tensor([.15]))
+    assert len(found) == 3  # 64, 32, 16 pixels
 
 
 def shape(side, inside, angle=0.):
@@ -88,9 +84,8 @@ def test_correspondence_learns_what_belongs_together():
     x = torch.from_numpy(molecule)[:, None, None, None] / 2 - .75 + .1 * torch.randn(
         64, 5, 8, 8, generator=torch.Generator().manual_seed(0))
     scores = evaluate.train_correspondence(lambda k: x[k], graphs, molecule, 100)(x, graphs)
-    right, wrong = hits(scores, molecule), hits(scores, (molecule + 1) % 4)
-    assert right["pairs"].mean() > .9 and right["top-1"].mean() > .85
-    assert wrong["pairs"].mean() < .6 and wrong["top-1"].mean() < .2
+    found = hits(scores, molecule)
+    assert found["pairs"].mean() > .9 and found["top-1"].mean() > .85
 
 
 def test_rows_of_the_benchmark():
@@ -99,7 +94,6 @@ def test_rows_of_the_benchmark():
     a, b = evaluate.two_wells(np.arange(8), treatments, wells, 100)
     assert [treatments[i] for i in a] == [treatments[i] for i in b] == [("x", 1.)] * 2
     assert len(set(wells[a])) == 1 and not set(wells[a]) & set(wells[b])
-
     assert_close(evaluate.benchmark_sets(["train", "val", "test_scaffold", "test_pair"]), {
         "easy": np.array([1]), "hard": np.array([2])})
     assert_close(evaluate.benchmark_sets(["train", "test_easy", "test_hard_unique"]), {
@@ -117,34 +111,28 @@ def test_intensity_error_is_by_condition():
     y = images(4) * 2 - 1
     x = torch.cat([y[:, :1] / 2 - .5, y[:, 1:]], 1)  # one of five channels half as bright
     found = evaluate.intensity_error(torch.cat([x[:2], y[2:]]), y, ["P1", "P1", "P2", "P2"])
-    assert_close(found["P1"].item(), math.log(2) / 5, atol=1e-5, rtol=0.)
-    assert found["P2"] == 0
+    assert_close({k: v.item() for k, v in found.items()}, {"P1": math.log(2) / 5, "P2": 0.})
 
 
 @pytest.fixture
 def radii(monkeypatch, tmp_path):
-    """The nuclear radii that features are measured with. In an empty folder, without a reference
-    classifier, whose training would take most of the time."""
+    """The nuclear radii that features are measured with. In an empty folder, with no classifier to
+    train and no inversion, which would take most of the time."""
     found, real = set(), evaluate.features
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "reference_classifier", lambda *_: None)
+    monkeypatch.setattr(evaluate.Model, "edit", lambda self, images, *_, **__: images / 2)
     monkeypatch.setattr(evaluate, "features", lambda images, channels, batch=64, radius=4.5: (
         found.add(radius), real(images, channels, batch, radius))[1])
     return found
 
 
-@pytest.fixture
-def no_edit(monkeypatch):
-    monkeypatch.setattr(evaluate.Model, "edit", lambda self, images, *_, **__: images / 2)
-
-
 def control(cli, path, *words):
-    status, said, error = cli(
+    status, _, error = cli(
         evaluate, "control", "--checkpoint", path, "--images", 8, "--steps", 1, "--samples", 2,
         "--regression_steps", 1, "--out", "o", *words)
-    assert status == 0, error
-    assert Path("o/control.png").exists() and "mean of 2" in said
-    return json.loads(Path("o/control.json").read_text())
+    assert status == 0 and Path("o/control.png").exists(), error
+    return json.loads(Path("o/control.json").read_text())["table"]
 
 
 def train_hinted(base, column, out, table=""):
@@ -153,29 +141,22 @@ def train_hinted(base, column, out, table=""):
 
 
 def test_control_of_cells_in_brightfield(hinted_path, ldm_path, cli, refused, radii):
-    table = control(cli, hinted_path, "--nucleus_radius", 3, "--quick")["table"]
-    assert {"through the autoencoder", "regression", "mean image"} <= set(table)
+    table = control(cli, hinted_path, "--nucleus_radius", 3, "--quick")
+    assert {"through the autoencoder", "regression", "ControlNet, mean of 2"} <= set(table)
     assert max(table["true"]["l1"]) == 0 and table["true"]["nuclei_error"] == 0
     assert table["ControlNet"]["l1"] != table["without the conditioning image"]["l1"]
-    assert radii == {3.}
+    assert radii == {3.} and "edited" not in table
     refused(evaluate, "control", "--checkpoint", ldm_path, says=["has no ControlNet"])
 
 
-def test_only_images_of_untreated_cells_are_edited(ldm_path, cli, tmp_path, radii, no_edit):
-    path = train_hinted(ldm_path, "untreated", tmp_path / "untreated")
-    table = control(cli, path)["table"]
-    assert table["edited"]["l1"] != table["conditioning image itself"]["l1"]
-    content = train_vae.load_checkpoint(path, "ldm", "")
-    content["controlnet"]["stains"] = False
-    train_vae.save_checkpoint(path, "ldm", content)
-    assert "edited" not in control(cli, path)["table"]
+def test_images_of_untreated_cells_are_edited(ldm_path, cli, tmp_path, radii):
+    assert "edited" in control(cli, train_hinted(ldm_path, "untreated", tmp_path / "untreated"))
 
 
-def test_control_by_the_style_of_a_plate(ldm_path, screen, cli, refused, tmp_path, radii, no_edit):
+def test_control_by_the_style_of_a_plate(ldm_path, screen, cli, refused, tmp_path, radii):
     table = screen.with_name("controls.csv")
     assert cli(data, "controls", screen, "--by", "plate", "--out", table)[0] == 0
-    path = train_hinted(ldm_path, "control_row", tmp_path / "style", table)
-    report = control(cli, path)["table"]
+    report = control(cli, path := train_hinted(ldm_path, "control_row", tmp_path / "s", table))
     assert len(report["ControlNet"]["log_intensity"]) > 1
     assert not {"regression", "edited"} & set(report) and "conditioning image itself" in report
     refused(evaluate, "control", "--checkpoint", path, "--data", screen, says=["control_row"])
@@ -184,9 +165,7 @@ def test_control_by_the_style_of_a_plate(ldm_path, screen, cli, refused, tmp_pat
 def test_latent_spaces(screen, cli, refused, radii):
     words = ("vae", "--data", screen, "--out", "o", "--images", 24, "--nucleus_radius", 3,
              "--configs")
-    for word, says in (("depth=3", "unrecognized"), ("width=wide", "invalid int value"),
-                       ("out=here", "no setting"), ("steps=3", "no setting")):
-        refused(evaluate, *words, "width=8", word, says=[word.partition("=")[0], says])
+    refused(evaluate, *words, "width=8", "out=here", says=["out: no setting"])
     assert not Path("o").exists()  # refused before any training
     for _ in range(2):  # nothing is measured again
         cli(evaluate, *words, "width=8 blocks=1 workers=0", "width=8 workers=0 latent_channels=2",
@@ -196,20 +175,15 @@ def test_latent_spaces(screen, cli, refused, radii):
     assert 0 < one["l1, made small"] < one["l1"] and one["kl"] > 0
 
 
-def test_mol2image(ldm_path, screen, cli, refused, radii):
-    """Sites stand in for wells: this screen has one well of each treatment."""
-    rows = [line.split(",") for line in screen.read_text().splitlines()]
-    well, site, table = *map(rows[0].index, ("well", "site")), screen.with_name("sites.csv")
-    for row in rows[1:]:
-        row[well] += row[site]
-    table.write_text("\n".join(map(",".join, rows)) + "\n")
+def test_mol2image(ldm_path, cli, refused, radii, monkeypatch):
     words = ("mol2image", "--checkpoint", ldm_path, "--steps", 3, "--images", 12, "--train_steps",
-             2, "--nucleus_radius", 3, "--out", "o", "--data")
-    status, said, error = cli(evaluate, *words, table)
+             2, "--nucleus_radius", 3, "--out", "o")
+    refused(evaluate, *words, says=["no three easy molecules"])  # one well of each treatment
+    monkeypatch.setattr(evaluate, "wells_of", lambda m: np.arange(len(m)))  # sites stand in
+    status, _, error = cli(evaluate, *words)
     assert status == 0, error
     sets = json.loads(Path("o/mol2image.json").read_text())["table"]
     assert set(sets) == {"easy", "hard"} and radii == {3.} and Path("o/mol2image.png").exists()
     real, chance = (sets["hard"][k] for k in ("another well", "another well, molecules exchanged"))
     assert real["swd"] == chance["swd"] and real["count"] != chance["count"]
     assert sets["hard"]["generated"]["swd"] != sets["hard"]["generated, scale 1"]["swd"]
-    refused(evaluate, *words, screen, says=["no three easy molecules"])
