@@ -38,7 +38,7 @@ OF_BASE = ("vae", "biology", "experiment", "molecule_encoder", "fingerprint_bits
 
 
 @dataclass
-class Config:
+class Config(train_vae.Running):
     # data
     data: str = ""                        # the manifest; runs/data/manifest.csv, or the base's
     vae: str = ""                         # autoencoder, it fixes the split; runs/vae/model.pt
@@ -66,15 +66,7 @@ class Config:
     ema: float = 0.999                    # decay of the averaged weights that sampling uses
     views: int = 2                        # random views of each image in the latent cache
     seed: int = 0                         # of weights, order, noise and dropout
-    eval_every: int = 500                 # steps between held-out losses and checkpoints
-    resume: bool = False                  # go on from model.pt
-    overwrite: bool = False               # train again where model.pt exists
     overfit: bool = False                 # one fixed batch, nothing saved: its loss must collapse
-    # memory and speed: what is learned stays the same
-    compile: bool = False                 # torch.compile, for a GPU
-    threads: int = 0                      # of the CPU; 0 times one thread and all, takes the faster
-    workers: int = 4                      # processes that read image files
-    max_corrupt: float = 0.01             # share of images that may be unreadable and are left out
 
 
 def train(config=Config()):

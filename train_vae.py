@@ -33,7 +33,19 @@ from vae import VAE, VAEConfig, kl_divergence, vae_loss
 
 
 @dataclass
-class Config:
+class Running:
+    """Settings of both training scripts that change nothing of what is learned."""
+    eval_every: int = 500                 # steps between evaluations and checkpoints
+    resume: bool = False                  # go on from model.pt
+    overwrite: bool = False               # train again where model.pt exists
+    compile: bool = False                 # torch.compile, for a GPU
+    threads: int = 0                      # of the CPU; 0 times one thread and all, takes the faster
+    workers: int = 4                      # processes that read images; 0: the one that trains
+    max_corrupt: float = 0.01             # share of images that may be unreadable and are left out
+
+
+@dataclass
+class Config(Running):
     # data: what counts as an image. train_ldm.py reads these from the autoencoder's checkpoint
     data: str = "runs/data/manifest.csv"  # the manifest; the default one is drawn if it is missing
     channels: str = ",".join(CHANNELS)    # stains: columns of the manifest, or the order in a file
@@ -58,18 +70,9 @@ class Config:
     batch: int = 8                        # images per step
     lr: float = 2e-3                      # peak learning rate, after warm-up, before decay
     seed: int = 0                         # of weights, order and noise
-    eval_every: int = 500                 # steps between evaluations and checkpoints
-    resume: bool = False                  # go on from model.pt
-    overwrite: bool = False               # train again where model.pt exists
-    # memory and speed: what is learned stays the same
-    compile: bool = False                 # torch.compile, for a GPU
-    threads: int = 0                      # of the CPU; 0 times one thread and all, takes the faster
-    workers: int = 4                      # processes that read images; 0: the one that trains
-    max_corrupt: float = 0.01             # share of images that may be unreadable and are left out
 
 
-FREE = {"steps", "resume", "overwrite", "overfit", "eval_every", "out", "compile", "threads",
-        "workers", "max_corrupt"}  # settings that may change on --resume
+FREE = {"steps", "out", "overfit", *(f.name for f in fields(Running))}  # may change on --resume
 NOISE = 3  # purpose of the random numbers of a step, beside data.VIEW and data.ROWS
 ALL_THREADS = torch.get_num_threads()
 
