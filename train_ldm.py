@@ -24,7 +24,7 @@ from tqdm import tqdm
 import data
 import diffusion
 import train_vae
-from conditioning import (MOLECULE_ENCODERS, Conditioner, FieldError, dose_fields, draw_keep,
+from conditioning import (MOLECULE_ENCODERS, Conditioner, dose_fields, draw_keep,
                           draw_spelling, hide_molecule_of_controls, known_columns, parse_fields,
                           treatment_group)
 from data import UserError
