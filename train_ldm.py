@@ -24,7 +24,7 @@ from tqdm import tqdm
 import data
 import diffusion
 import train_vae
-from conditioning import (MOLECULE_ENCODERS, Conditioner, dose_fields, draw_keep,
+from conditioning import (MOLECULE_ENCODERS, Conditioner, FieldError, dose_fields, draw_keep,
                           draw_spelling, hide_molecule_of_controls, known_columns, parse_fields,
                           treatment_group)
 from data import UserError
@@ -335,7 +335,7 @@ def prepare(config, found):
     part = run.denoiser.controlnet or run.denoiser.unet
     print(f"{type(part).__name__} {config.size}: {sum(w.numel() for w in part.parameters()):,} "
           f"parameters, {run.training.usable.sum()} of {len(opened.train)} images to train on"
-          + ", drawn by the column weight" * ("weight" in opened.manifest.columns), "; told:",
+          + ", drawn by the column weight" * ("weight" in opened.manifest.columns) + "; told:",
           *(f"{f.name} ({f.kind}, {f.group})" for f in run.fields))
     return run
 
@@ -352,14 +352,22 @@ def open_all(config, found):
         vae = known["vae"]
     elif config.vae != VAE or Path(VAE).exists():
         vae = load_checkpoint(config.vae, "vae", "run python train_vae.py")
-    opened = train_vae.open_data(SimpleNamespace(**vae["settings"] | {"data": config.data}))
-    columns, groups = opened.manifest.columns, {"biology": config.biology,
-                                                "experiment": config.experiment}
-    if known:
-        groups = {"base": [f"{f['name']}:{f['kind']}" for f in known["fields"]]}
-    groups["weight"] = ["weight:log"] * ("weight" in columns)  # a number of at least 0
-    is_molecule = MOLECULE_ENCODERS[config.molecule_encoder].is_molecule
-    fields = parse_fields(groups, columns, is_molecule, config.data)
+    faults, is_molecule = [], MOLECULE_ENCODERS[config.molecule_encoder].is_molecule
+    try:
+        opened = train_vae.open_data(SimpleNamespace(**vae["settings"] | {"data": config.data}))
+    except UserError as fault:
+        faults += str(fault).splitlines()
+    try:  # the faults of the columns are reported beside those of the files
+        columns = data.read_table(config.data)
+        groups = {"biology": config.biology, "experiment": config.experiment}
+        if known:
+            groups = {"base": [f"{f['name']}:{f['kind']}" for f in known["fields"]]}
+        groups["weight"] = ["weight:log"] * ("weight" in columns)  # a number of at least 0
+        fields = parse_fields(groups, columns, is_molecule, config.data)
+    except (UserError, FieldError) as fault:
+        faults += str(fault).splitlines()
+    if faults:
+        raise UserError("\n".join(dict.fromkeys(faults)))
     if known:
         return opened, known
     if config.vae == VAE and vae["step"] < vae["settings"]["steps"]:

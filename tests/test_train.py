@@ -333,17 +333,15 @@ def test_negative_controls_are_drawn_from_those_listed(ldm_path, screen, tmp_pat
             "--out", tmp_path / "o", says=["row 2, column control_row: row 300", "row x"])
 
 
-def test_faults_are_reported_before_anything_is_trained(tmp_path, refused, monkeypatch):
-    """All of the files, then all of fields and weights, where the autoencoder would be trained."""
+def test_all_faults_are_reported_before_anything_is_trained(tmp_path, refused, monkeypatch):
+    """Of files, fields and weights in one go, where the autoencoder would be trained first."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_vae, "train", lambda config: pytest.fail("training has begun"))
-    columns = dict(smiles=["C1CC", "CCO"], dose=["1", "x"], split=["train", "val"],
-                   weight=["-1", "2"])
-    for images, says in ((["good.npy", "gone.npy"], ["row 3, column image"]), (["good.npy"] * 2, [
-            "row 2, column smiles", "row 3, column dose", "column weight: -1"])):
-        path = two_images(tmp_path, image=images, **columns)
-        lines = refused(train_ldm, "--data", path, "--experiment", says=says)
-        assert len(lines) == len(says) and all(str(path) in line for line in lines)
+    path = two_images(tmp_path, image=["good.npy", "gone.npy"], smiles=["C1CC", "CCO"],
+                      dose=["1", "x"], split=["train", "val"], weight=["-1", "2"])
+    lines = refused(train_ldm, "--data", path, "--experiment", says=[
+        "row 3, column image", "row 2, column smiles", "row 3, column dose", "column weight: -1"])
+    assert len(lines) == 4 and all(str(path) in line for line in lines)
 
 
 def test_the_default_autoencoder(ldm_config, vae_path, tmp_path, refused, monkeypatch):
