@@ -961,7 +961,7 @@ def disentangle(args):
     def measured(settings, measure=measure):
         return study(file, settings, measure, digest(args, run))
     if args.study in ("shortcut", "transfer"):
-        return globals()[args.study](args, run, truth, measured)
+        return {"shortcut": shortcut, "transfer": transfer}[args.study](args, run, truth, measured)
     lines = study_models(args, run, truth, load, measured) if args.study == "models" else measured({
         label: dict(path=args.checkpoint, sha1=run.sha1) | changes
         for label, changes in settings_of(args, run.model).items()})

@@ -19,7 +19,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import data
 import diffusion
