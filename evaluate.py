@@ -818,9 +818,8 @@ class Disentangle(Asked):
 def crossed_rows(screen, seeds, cells=0, requests=0):
     """Every mechanism (and the untreated cells) in every batch, rows as data.layout writes them, in
     the order (biology, experiment, seed). Seed s stands for the same cells everywhere, a position
-    on a plate, one molecule of each mechanism and one dose above half effect. The molecules are
-    seen ones, so that only the combination may be new. Another first number of `cells`: other
-    cells; of `requests`: other molecules, doses and positions."""
+    on a plate, a dose above half effect and one molecule of each mechanism, which training saw, so
+    that only the combination may be new. Other first numbers: other cells, other requests."""
     usable, rows = [x for x in data.molecules()
                     if x["kind"] == "train" and x["ec50"] < max(data.DOSES)], []
     for m, b, s in product(["none", *data.MECHANISMS], range(screen.batches), range(seeds)):
@@ -839,111 +838,97 @@ def crossed_rows(screen, seeds, cells=0, requests=0):
 
 
 class Truth:
-    """Every mechanism (and untreated cells) in every batch of a simulated screen as it truly looks.
-    shape: (biology, experiment, seeds). rows: what is asked for, in that order. held: {"val",
-    "test": (b, e) bool}, the combinations that training never saw. images: of a sample. sample,
-    reference: features (b, e, n, F) of it, and of more images of other cells."""
+    """Every mechanism in every batch of a simulated screen as it truly looks. rows: what models are
+    asked for; places (b, e, n): the row of each combination and seed. parts, val: (b, e) bool, the
+    combinations by name, and those for validation. images: true ones of the rows. sample, reference
+    (b, e, n, F): features of these, and of more images of other cells."""
 
     def __init__(self, run, args):
         screen, biology = fresh_screen(run, 2000), ["none", *data.MECHANISMS]
         n = max(4, args.images // (len(biology) * screen.batches))
-        self.shape, self.rows = (len(biology), screen.batches, n), crossed_rows(screen, n)
-        self.places = np.arange(len(self.rows)).reshape(self.shape)
-        pairs = {kind: data.heldout_combinations(screen.batches, kind) for kind in ("val", "test")}
-        self.held = {kind: torch.tensor([[of_kind.get(m) == b for b in range(screen.batches)]
-                                         for m in biology]) for kind, of_kind in pairs.items()}
+        self.rows = crossed_rows(screen, n)
+        self.places = np.arange(len(self.rows)).reshape(len(biology), screen.batches, n)
+        pairs = [data.heldout_combinations(screen.batches, kind) for kind in ("val", "test")]
+        self.val, test = (torch.tensor([[batch_of.get(m) == b for b in range(screen.batches)]
+                                        for m in biology]) for batch_of in pairs)
+        self.parts = {"": test | True, "_heldout": test, "_seen": ~(self.val | test)}
         self.measure = morphology(run, args.nucleus_radius)
         self.classifier = reference_classifier(run)
         self.images, *others = (photographs(crossed_rows(screen, n, 10_000 * k), screen,
                                             run.model.intensity) for k in (1, 2, 4, 6, 8))
-        self.sample, *more = (self.measure(x).unflatten(0, self.shape)
-                              for x in (self.images, *others))
-        self.reference, self.omega = torch.cat(more, 2), omega_squared(self.sample)
+        self.sample, self.hits = self.see(self.images, self.places)
+        self.reference = torch.cat([self.measure(x).unflatten(0, self.places.shape)
+                                    for x in others], 2)
+        self.omega = omega_squared(self.sample)
 
-    def recognised(self, images, where=...):
-        """{"mechanism", "batch"} of images of the combinations where (b, e), (combinations, n)."""
-        rows = [self.rows[i] for i in self.places[where].ravel()]
-        hits = recognised(self.classifier, images, rows)
-        return {name: hit.view(-1, self.shape[2]) for name, hit in hits.items()}
+    def draw(self, run, args, places, **changes):
+        """What a model draws for these rows. A seed is the same noise in each combination."""
+        return ask(run, told(run.model, [self.rows[i] for i in places.ravel()]),
+                   (places.ravel() % self.places.shape[2]).tolist(), args, **changes)
 
-    def draw(self, run, args, where=..., **changes):
-        """What a model draws for combinations where (b, e). A seed is the same noise in each."""
-        chosen = self.places[where].ravel()
-        return ask(run, told(run.model, [self.rows[i] for i in chosen]),
-                   (chosen % self.shape[2]).tolist(), args, **changes)
+    def see(self, images, places):
+        """Features (..., F) of images of these rows, and what is recognised, {"mechanism", "batch":
+        (...)}, in the shape of places."""
+        hits = recognised(self.classifier, images, [self.rows[i] for i in places.ravel()])
+        return self.measure(images).unflatten(0, places.shape), {
+            name: hit.view(places.shape) for name, hit in hits.items()}
 
-    def distance(self, y, where):
-        """Kernel distance of y (combinations, n, F) to the truth, averaged over them."""
-        return mean_distance(zip(y, self.reference[where]))
+    def agreement(self, y, hits):
+        """Distance to the truth and share recognised, by part, of what `see` finds."""
+        found = {}
+        for part, where in self.parts.items():
+            found[f"distance{part}"] = mean_distance(zip(y[where], self.reference[where]))
+            found |= {name + part: hit[where].nanmean().item() for name, hit in hits.items()}
+        return found
 
     def chance(self, where):
         """The sample of one combination against the truth of others that differ in both."""
-        b, e, n = self.shape
+        b, e, n = self.places.shape
         return mean_distance((self.sample[k, m], self.reference[i, j, :2 * n])
-                             for i, j in where.nonzero().tolist() for k in range(b)
-                             for m in range(e) if k != i and m != j)
+                             for i, j in where.nonzero().tolist()
+                             for k, m in product(range(b), range(e)) if k != i and m != j)
 
 
 def disentangle_line(truth, run, args, only="", **changes):
-    """The figures of one model under one request: of all combinations, of those seen and those held
-    out (None where there are none). only: of held-out combinations of this kind, distance and share
-    recognised alone."""
-    where = truth.held[only] if only else truth.held["test"] | True
-    images = truth.draw(run, args, where, **changes)
-    y = truth.measure(images).unflatten(0, (-1, truth.shape[2]))         # (combinations, n, F)
-    hits = truth.recognised(images, where)
+    """The figures of one model under one request. only: of the combinations for validation, and
+    their distance and share recognised alone."""
+    places = truth.places[truth.val] if only else truth.places           # (..., n)
+    y, hits = truth.see(truth.draw(run, args, places, **changes), places)
     if only:
-        return {"distance": truth.distance(y, where), "recognised": np.mean(
-            [hit.nanmean() for hit in hits.values()])}
-    crossed = y.unflatten(0, truth.shape[:2]), truth.sample, truth.reference
-    places = {"": where, "_heldout": truth.held["test"],
-              "_seen": ~(truth.held["val"] | truth.held["test"])}
+        return {"distance": mean_distance(zip(y, truth.reference[truth.val])),
+                "recognised": np.mean([hit.nanmean() for hit in hits.values()])}
 
-    def agreement(y, hits, s=slice(None)):
-        return {f"distance{name}": truth.distance(y[p.flatten()][:, s], p)
-                for name, p in places.items()} | {
-            k + name: hit[p.flatten()][:, s].nanmean().item() for name, p in places.items()
-            for k, hit in hits.items()}
-
-    def figures(s):
-        return agreement(y, hits, s) | leaks(
-            omega_squared(crossed[0][:, :, s]), omega_squared(truth.sample[:, :, s]))
-    spans = interval(figures, range(truth.shape[2]), [0] * truth.shape[2])
-    best = agreement(truth.sample.flatten(0, 1), truth.recognised(truth.images))
-    return figures(slice(None)) | {f"{k}_interval": v for k, v in spans.items()} | {
-        f"{k}_best": v for k, v in best.items()} | {
-        f"distance{name}_chance": truth.chance(p) for name, p in places.items()} | {
-        "effect_biology": effect_size(*crossed), "omega_truth": truth.omega,
-        "effect_experiment": effect_size(*(x.transpose(0, 1) for x in crossed)),
-        "omega": omega_squared(crossed[0]), "images": len(images)}
+    def figures(s):  # of these seeds
+        return truth.agreement(y[:, :, s], {name: hit[:, :, s] for name, hit in hits.items()}) | (
+            leaks(omega_squared(y[:, :, s]), omega_squared(truth.sample[:, :, s])))
+    seeds, effects = np.arange(places.shape[2]), (y, truth.sample, truth.reference)
+    beside = {"interval": interval(figures, seeds, 0 * seeds),
+              "best": truth.agreement(truth.sample, truth.hits),
+              "chance": {f"distance{p}": truth.chance(where) for p, where in truth.parts.items()}}
+    return figures(seeds) | {
+        f"{name}_{kind}": value for kind in beside for name, value in beside[kind].items()} | {
+        "effect_biology": effect_size(*effects), "omega": omega_squared(y),
+        "effect_experiment": effect_size(*(x.transpose(0, 1) for x in effects)),
+        "omega_truth": truth.omega, "images": places.size}
 
 
 def show_lines(path, lines):
-    """A table and a figure of several measurements: leaks, effects, shares recognised, distances;
-    below them the truth itself and chance."""
+    """A table and a figure of several measurements; below them the truth itself and chance."""
     best, chance = ({name: lines[0].get(f"{name}_{kind}") for name in TABLE}
                     for kind in ("best", "chance"))
     best |= dict(leak_e_to_b=0., leak_b_to_e=0., effect_biology=1., effect_experiment=1.)
     rows = [(line["label"], line) for line in lines] + [(BEST, best), (CHANCE, chance)]
-    print_table("", {name.replace("_", " "): ".2f" if "distance" in name else ".3f"
-                     for name in TABLE}, [(label, *map(line.get, TABLE)) for label, line in rows])
+    print_table("", dict.fromkeys(TABLE, ".2f"), [
+        (label, *map(line.get, TABLE)) for label, line in rows])
+
+    def panel(title, *names):
+        return title, {name: [(line.get(name), line.get(f"{name}_interval")) for line in lines]
+                       for name in names}, best[names[0]]
     draw_rows(path, [line["label"] for line in lines], [
-        (title, {name: [(line.get(name), line.get(f"{name}_interval")) for line in lines]
-                 for name in names}, mark) for title, names, mark in (
-            ("effect, as a share of the true one", ("effect_biology", "effect_experiment"), 1.),
-            ("leakage", ("leak_e_to_b", "leak_b_to_e"), 0.),
-            ("share recognised", ("mechanism", "batch"), 1.),
-            ("kernel distance", ("distance_seen", "distance_heldout"), best["distance_seen"]))])
-
-
-def settings_of(args, model):
-    """What a study of one checkpoint measures, {label: changes of the request}."""
-    return {"model": {words_of(model.scales(args.guidance)): {}},
-            "scales": {words_of(s): {"guidance": s} for s in SCALES},
-            "forms": {f"{form}, t/T {low:g} to {high:g}": dict(form=form, interval=(low, high))
-                      for low, high in ((0., 1.), INTERVAL) for form in FORMS},
-            "samplers": {f"{n} steps, {sampler}": dict(sampler=sampler, steps=n)
-                         for n in (5, 10, 15, 30, 60) for sampler in SAMPLERS}}[args.study]
+        panel("effect, as a share of the true one", "effect_biology", "effect_experiment"),
+        panel("leakage", "leak_e_to_b", "leak_b_to_e"),
+        panel("share recognised", "mechanism", "batch"),
+        panel("kernel distance", "distance_seen", "distance_heldout")])
 
 
 def disentangle(args):
@@ -952,42 +937,49 @@ def disentangle(args):
         args = replace(args, images=min(args.images, 216), train_steps=min(args.train_steps, 400),
                        seeds=args.seeds[:1], confounding=args.confounding[:1])
     run = open_run(args.vae, "vae") if args.study in ("models", "shortcut") else open_run(args)
-    truth, file = functools.cache(lambda: Truth(run, args)), Path(args.out) / "results.jsonl"
+    truth, out = functools.cache(lambda: Truth(run, args)), Path(args.out)
     load = functools.lru_cache(1)(lambda path: SimpleNamespace(model=Model.load(path)))
 
     def measure(path, sha1, only="", **changes):
         return disentangle_line(truth(), load(path), args, only, **changes)
 
     def measured(settings, measure=measure):
-        return study(file, settings, measure, digest(args, run))
+        return study(out / "results.jsonl", settings, measure, digest(args, run))
     if args.study in ("shortcut", "transfer"):
         return {"shortcut": shortcut, "transfer": transfer}[args.study](args, run, truth, measured)
-    lines = study_models(args, run, truth, load, measured) if args.study == "models" else measured({
-        label: dict(path=args.checkpoint, sha1=run.sha1) | changes
-        for label, changes in settings_of(args, run.model).items()})
+    if args.study == "models":
+        return show_lines(out / "models.png", study_models(args, run, truth, load, measured))
+    changes = {  # of the request to one checkpoint
+        "model": {words_of(run.model.scales(args.guidance)): {}},
+        "scales": {words_of(s): dict(guidance=s) for s in SCALES},
+        "forms": {f"{form}, t/T {low:g} to {high:g}": dict(form=form, interval=(low, high))
+                  for low, high in ((0., 1.), INTERVAL) for form in FORMS},
+        "samplers": {f"{n} steps, {sampler}": dict(sampler=sampler, steps=n)
+                     for n in (5, 10, 15, 30, 60) for sampler in SAMPLERS}}[args.study]
+    lines = measured({label: dict(path=args.checkpoint, sha1=run.sha1) | change
+                      for label, change in changes.items()})
     if args.study == "model":
-        parts = list(lines[0]["omega"])
-        print_table("share of variance (omega^2)", {
-            f"{part}, {of}": ".2f" for part in parts for of in ("truth", "generated")}, [
-            (name, *(lines[0][of][part][k] for part in parts for of in ("omega_truth", "omega")))
-            for k, name in enumerate(feature_names(run.model.channels))])
-    show_lines(Path(args.out) / f"{args.study}.png", lines)
+        omega = {f"{part}, {of}": lines[0][key][part] for part in lines[0]["omega"]
+                 for of, key in (("truth", "omega_truth"), ("generated", "omega"))}
+        print_table("share of variance (omega^2)", dict.fromkeys(omega, ".2f"),
+                    zip(feature_names(run.model.channels), *omega.values()))
+    show_lines(out / f"{args.study}.png", lines)
 
 
 def train_model(args, base, name, confounding, seed):
     """One of MODELS, {"path", "sha1"}, trained if it is missing on the shared autoencoder `base`,
     which never saw a held-out combination: these are the same at any confounding."""
-    screen, source = fresh_screen(base, 0), base.manifest.path
+    screen, folder = fresh_screen(base, 0), f"{args.out}/data-{confounding:g}"
+    manifest = base.manifest.path
     if confounding != screen.confounding:
-        source = Path(args.out) / f"data-{confounding:g}" / "manifest.csv"
-        if not source.exists():
-            data.simulate(source.parent, replace(screen, confounding=confounding))
-    manifest = source
-    if name in ("balanced", "restained"):
-        manifest = Path(args.out) / f"data-{confounding:g}-{name}" / "manifest.csv"
+        manifest = Path(folder, "manifest.csv")
         if not manifest.exists():
-            data.write_restained(source, ("batch", "plate"), .75 * (
-                name == "restained"), ("smiles", "batch"), manifest.parent)
+            data.simulate(folder, replace(screen, confounding=confounding))
+    if name in ("balanced", "restained"):
+        source, manifest = manifest, Path(f"{folder}-{name}", "manifest.csv")
+        if not manifest.exists():
+            data.write_restained(source, ("batch", "plate"), .75 * (name == "restained"),
+                                 ("smiles", "batch"), manifest.parent)
     path = train_vae.train_if_missing(train_ldm.train, train_ldm.Config(
         data=str(manifest), vae=args.vae, seed=seed, steps=args.train_steps, **MODELS[name],
         eval_every=max(1, args.train_steps // 6),
@@ -1014,33 +1006,31 @@ def study_models(args, base, truth, load, measured):
         runs = {f"{name}, {confounding:g}, {s}": train_model(args, base, name, confounding, s)
                 for s in seeds}
         group = {"perturbations": "biology", "experiment": "experiment"}.get(name)
-        settings = [dict(form=form, guidance=guidance) for form in (
-            FORMS if name in ("balanced", "restained") else ["nested"]) for guidance in (
-            [{group: s} for s in (1, 1.5, 2, 3)] if group else SCALES)]
+        scales = [{group: s} for s in (1, 1.5, 2, 3)] if group else SCALES
+        forms = FORMS if name in ("balanced", "restained") else ["nested"]
+        settings = [dict(form=form, guidance=s) for form, s in product(forms, scales)]
         best = best_scales(settings, [measured({
             f"{label} tried, {s['form']} {words_of(s['guidance'])}": run | s | {"only": "val"}
             for s in settings}) for label, run in runs.items()])
         lines += measured({f"{label} ({best['form']}, {words_of(best['guidance'])})": run | best
                            for label, run in runs.items()})
         shown[f"{name}, {confounding:g}"] = next(iter(runs.values()))["path"], best
-    t, held = truth(), truth().held["test"]
-    first = t.places[held][:, 1]  # one seed
-    images = {"the truth": t.images[first]} | {
-        name: t.draw(load(path), args, held, **best).unflatten(0, (len(first), -1))[:, 1]
-        for name, (path, best) in shown.items()}
+    t = truth()
+    one = t.places[t.parts["_heldout"]][:, 1]                            # a seed of each
+    images = {"the truth": t.images[one]} | {
+        name: t.draw(load(path), args, one, **best) for name, (path, best) in shown.items()}
     data.picture(Path(args.out) / "heldout_combinations.png", [list(x.numpy()) for x in
                  images.values()], base.model.channels, list(images), [
-        f"{t.rows[i]['true_mechanism']}\nin {t.rows[i]['batch']}" for i in first])
+        f"{t.rows[i]['true_mechanism']}\nin {t.rows[i]['batch']}" for i in one])
     return lines
 
 
 def shortcut(args, base, truth, measured):
-    """Does a classifier of mechanisms profit from images drawn without confounding? It is trained
-    on each of a list of training sets and tested on an unconfounded screen. accuracy: the mean over
-    mechanisms of the share recognised. closed: how much of the gap between the two screens."""
-    best, answers = train_model(args, base, args.models[-1], args.confounding[0], 0), [
-        "none", *data.MECHANISMS]
-    n, steps = (540, 200) if args.quick else (1512, 600)
+    """Does a classifier of mechanisms, tested on an unconfounded screen, profit from images drawn
+    without confounding? One is trained on each of several sets. accuracy: mean over mechanisms of
+    the share recognised. closed: how much of the gap between the two screens."""
+    best = train_model(args, base, args.models[-1], args.confounding[0], 0)
+    answers, (n, steps) = ["none", *data.MECHANISMS], (540, 200) if args.quick else (1512, 600)
 
     def photographed(confounding, draw, n, seed=0, left_out=("test_substituent", "test_scaffold")):
         screen = fresh_screen(base, draw, confounding=confounding)
@@ -1050,46 +1040,42 @@ def shortcut(args, base, truth, measured):
         return photographs(rows, replace(screen, draw=draw + 10 * seed), base.model.intensity), rows
     test = functools.cache(lambda: photographed(0., 4000, 1200))
 
-    def standardise_on_controls(images, rows):  # mean and deviation by channel and batch
+    def standardised(images, rows):  # controls have one mean and deviation in all batches
         control, out = torch.tensor([r["true_mechanism"] == "none" for r in rows]), images.clone()
         for i in map(torch.tensor, grouped(r["batch"] for r in rows).values()):
             own, every = (torch.std_mean(x, (0, 2, 3), keepdim=True)
                           for x in (images[i[control[i]]], images[control]))
             out[i] = (images[i] - own[1]) * (every[0] / own[0].clamp(min=1e-3)) + every[1]
-        return out
-
-    def accuracy(seed, images, rows, prepare=lambda images, rows: images):
-        network = train_classifier(prepare(images, rows), rows, {"true_mechanism": answers}, steps,
-                                   seed)
-        chosen = network.choose(prepare(*test()))["true_mechanism"]
-        classes = grouped(r["true_mechanism"] for r in test()[1])
-        return np.mean([np.mean(chosen[i] == m) for m, i in classes.items()])
+        return out, rows
 
     def measure(seed, sha1):
         run, rng = SimpleNamespace(model=Model.load(best["path"])), np.random.default_rng(seed)
-        short = photographed(args.confounding[0], 0, n, seed, ("val", "val_pair", *HELD_OUT))
-        plates, screen = defaultdict(set), fresh_screen(base, 2000)
-        for row in short[1]:
-            plates[row["batch"]].add(row["plate"])
-        goals = [row | dict(batch=b, plate=str(rng.choice(sorted(plates[b])))) for row, b in zip(
-            short[1], map(str, rng.choice(sorted(plates), len(short[1]))))]
-        rows = crossed_rows(screen, n // len(answers) // screen.batches, 0, 1000 * (seed + 1))
-        free = ask(run, told(run.model, rows), [10_000 * seed + i for i in range(len(rows))], args)
-        half = rng.permutation(len(rows))[:n // 2]
-        found = {name: accuracy(seed, *words) for name, words in {
-            "confounded": short, "generated": (free, rows), "both together": (
-                torch.cat([short[0][:n - n // 2], free[half]]),
-                short[1][:n - n // 2] + [rows[i] for i in half]),
-            "edited to other batches": (run.model.edit(
-                short[0], told(run.model, short[1]), told(run.model, goals), {"experiment": 1.5},
-                steps=10, rounds=1, interval=(0., 1.)), goals),
-            "standardised on controls": (*short, standardise_on_controls),
-            "unconfounded": photographed(0., 5000, n, seed)}.items()}
-        gap = found["unconfounded"] - found["confounded"] or math.nan
-        return {"accuracy": found, "closed": {k: (v - found["confounded"]) / gap
-                                              for k, v in found.items()}}
-    lines = measured({f"shortcut, {seed}": dict(seed=seed, sha1=best["sha1"])
-                      for seed in args.seeds}, measure)
+        images, rows = photographed(args.confounding[0], 0, n, seed, ("val", "val_pair", *HELD_OUT))
+        plates = {batch: sorted({rows[i]["plate"] for i in of_batch})
+                  for batch, of_batch in grouped(r["batch"] for r in rows).items()}
+        goals = [row | dict(batch=batch, plate=str(rng.choice(plates[batch]))) for row, batch in
+                 zip(rows, rng.choice(list(plates), len(rows)).tolist())]
+        edited = run.model.edit(images, told(run.model, rows), told(run.model, goals),
+                                {"experiment": 1.5}, steps=10, rounds=1, interval=(0., 1.))
+        screen = fresh_screen(base, 2000)
+        asked = crossed_rows(screen, n // len(answers) // screen.batches, 0, 1000 * (seed + 1))
+        free = ask(run, told(run.model, asked), [10_000 * seed + i for i in range(len(asked))],
+                   args)
+        found = {}
+        for name, train in {
+                "confounded": (images, rows), "generated": (free, asked),
+                "edited to other batches": (edited, goals),
+                "standardised on controls": standardised(images, rows),
+                "unconfounded": photographed(0., 5000, n, seed)}.items():
+            network = train_classifier(*train, {"true_mechanism": answers}, steps, seed)
+            shown, true = standardised(*test()) if "standardised" in name else test()
+            true = np.array([row["true_mechanism"] for row in true])
+            right = network.choose(shown)["true_mechanism"] == true
+            found[name] = np.mean([right[i].mean() for i in grouped(true).values()])
+        least, gap = found["confounded"], found["unconfounded"] - found["confounded"] or math.nan
+        return {"accuracy": found, "closed": {k: (v - least) / gap for k, v in found.items()}}
+    lines = measured({f"shortcut, {s}": dict(seed=s, sha1=best["sha1"]) for s in args.seeds},
+                     measure)
     print_table("mechanism classifier trained on", {"accuracy": ".3f", "gap closed": ".2f"}, [
         (name, np.mean([line["accuracy"][name] for line in lines]), (np.mean(closed), [
             min(closed), max(closed)])) for name in lines[0]["accuracy"]
@@ -1098,30 +1084,28 @@ def shortcut(args, base, truth, measured):
 
 def transfer(args, run, truth, measured):
     """True images edited (sample.py --edit) to another batch, and negative controls to each
-    mechanism, against the true image of the same cells there, all behind the autoencoder. before,
-    after: L1 to it. moved: how far the features of the changed side moved along their true change
-    (1 is right). drift: how far the others moved, in deviations of the training set."""
+    mechanism, beside the same cells there, all behind the autoencoder. before, after: L1 to these.
+    moved: features of the changed side along their true change (1 is right). drift: the others."""
     def measure(task, sha1):
         t = truth()
-        experimental = t.omega["biology"] <= t.omega["experiment"]       # (F,)
-        start, goal, side = {
-            "another batch": (t.places, np.roll(t.places, -1, 1), experimental), "treated": (
-                np.repeat(t.places[:1], t.shape[0] - 1, 0), t.places[1:], ~experimental)}[task]
+        start, goal = t.places, np.roll(t.places, -1, 1)
+        side = t.omega["biology"] <= t.omega["experiment"]               # (F,), to be changed
+        if task == "treated":
+            start, goal, side = np.repeat(start[:1], len(start) - 1, 0), start[1:], ~side
         source, target = (told(run.model, [t.rows[i] for i in p.ravel()]) for p in (start, goal))
         edited = run.model.edit(t.images[start.ravel()], source, target, args.guidance, args.form,
                                 5 if args.quick else EDIT_STEPS, interval=args.interval)
         before, true = (reconstruct(run.model.vae, t.images[p.ravel()])[0] for p in (start, goal))
-        y, y_edited, y_true = (t.measure(x) for x in (before, edited, true))
-        change, wanted, seeds = y_edited - y, y_true - y, goal.ravel() % t.shape[2]
+        y, y_edited, y_true = map(t.measure, (before, edited, true))
+        change, wanted, seeds = y_edited - y, y_true - y, goal.ravel() % goal.shape[2]
 
-        def figures(i):
+        def figures(i=...):
             c, w = change[i], wanted[i]
             return {"before": (before - true)[i].abs().mean().item() / 2,
                     "after": (edited - true)[i].abs().mean().item() / 2,
                     "moved": ((c * w)[:, side].sum() / w[:, side].square().sum()).item(),
                     "drift": c[:, ~side].square().mean().sqrt().item()}
-        return figures(np.arange(len(y))) | {"images": len(y), "intervals": interval(
-            figures, seeds, np.zeros(len(y)))}
+        return figures() | {"images": len(y), "intervals": interval(figures, seeds, 0 * seeds)}
     lines = measured({f"edited: {task}": dict(task=task, sha1=run.sha1)
                       for task in ("another batch", "treated")}, measure)
     columns = {"before": ".4f", "after": ".4f", "moved": ".2f", "drift": ".2f"}
@@ -1228,8 +1212,8 @@ class Control(Asked):
 
 
 def regression(x, y, shown, steps, batch=16):
-    """Images for the conditioning images `shown` from a plain U-Net in pixels, without noise or
-    conditions, trained by L1 on pairs of conditioning images and images x, y (N, C, H, W)."""
+    """Images for conditioning images `shown` from a plain U-Net in pixels, without noise, trained
+    by L1 on pairs of conditioning images and images x, y (N, C, H, W)."""
     torch.manual_seed(0)
     channels = max(x.shape[1], y.shape[1])
     unet = UNet(UNetConfig(channels, fold=2, width=48, multipliers=(1, 2, 2), blocks=1,
@@ -1259,17 +1243,18 @@ def drawn_sets(run, args, rows, training, same_cells):
                          for k in range(args.samples)])
     sets = {"true": true, "through the autoencoder": reconstruct(model.vae, true)[0],
             "ControlNet": draws[0], f"ControlNet, mean of {args.samples}": draws.mean(0),
-            "without the conditioning image": ask(run, asked, range(n), args)}
+            "without the conditioning image": ask(run, asked, range(n), args),
+            "mean image": others.mean(0, keepdim=True).expand_as(true)}
     if same_cells:
         sets["regression"] = regression(hint_of(model, run, training)[0], others, hint[0],
                                         args.regression_steps)
-    if same_cells and model.controlnet["stains"]:  # they are untreated
-        own = asked | {f.name: ["0"] * n for f in dose_fields(model.fields)}
-        sets["edited"] = model.edit(hint[0], own, asked, args.guidance, args.form,
-                                    interval=args.interval)
+        if model.controlnet["stains"]:  # of untreated cells
+            own = asked | {f.name: ["0"] * n for f in dose_fields(model.fields)}
+            sets["edited"] = model.edit(hint[0], own, asked, args.guidance, args.form,
+                                        interval=args.interval)
     if hint[0].shape[1] in (1, len(model.channels)):
         sets["conditioning image itself"] = hint[0].expand_as(true)
-    return sets | {"mean image": others.mean(0, keepdim=True).expand_as(true)}, hint[0]
+    return sets, hint[0]
 
 
 def intensity_error(x, y, conditions):
@@ -1295,9 +1280,8 @@ def control(args):
         raise UserError(f"{m.path} has no column control_row: python data.py controls writes it")
     conditions = conditions_of(m, args.by or (("plate",) if style else ("true_mechanism", "batch")))
     if hinted["stains"] and not style:  # the cells are shown untreated: rows whose treatment shows
-        effect = m.columns.get("true_effect", "1" * len(m))
-        untreated = data.negative_controls(m.columns)
-        rows = [i for i in rows if float(effect[i]) >= .5 and not untreated[i]]
+        effect, untreated = m.columns.get("true_effect"), data.negative_controls(m.columns)
+        rows = [i for i in rows if not untreated[i] and (not effect or float(effect[i]) >= .5)]
     apart, others = split_wells(m, rows, conditions, args.images, crop=run.settings.crop)
     if not len(apart):
         raise UserError("too few held-out images of each condition: hold out more (--split of "
@@ -1308,28 +1292,25 @@ def control(args):
     rows = np.r_[apart, rng.permutation(np.setdiff1d(rows, apart))][:max(args.images, len(apart))]
     sets, hint = drawn_sets(run, args, rows, training[:most], not style)
     measure, classifier = morphology(run, args.nucleus_radius), reference_classifier(run)
-    true, of_rows = sets["true"], conditions[rows]
     table = distance_table({name: measure(x[:len(apart)]) for name, x in sets.items()},
                            measure(run.images(others)), conditions[apart], conditions[others])
-    count = count_nuclei(true, model.channels, args.nucleus_radius)
+    true, count = sets["true"], count_nuclei(sets["true"], model.channels, args.nucleus_radius)
     for name, x in sets.items():
         nuclei = count_nuclei(x, model.channels, args.nucleus_radius)
         table[name] |= compare((x + 1) / 2, (true + 1) / 2) | {
             "nuclei_error": (nuclei - count).abs().mean() / count.mean(),
             "nuclei_bias": nuclei.mean() / count.mean() - 1,
-            "log_intensity": intensity_error(x, true, of_rows)} | {
+            "log_intensity": intensity_error(x, true, conditions[rows])} | {
             k: hits.nanmean() for k, hits in recognised(classifier, x, records(m, rows)).items()}
-    table, means = plain(table), {"l1": ".4f", "psnr": ".1f", "ssim": ".3f", "pearson": ".2f",
-                                  "spectrum": ".2f", "nuclei_error": ".3f", "nuclei_bias": "+.3f"}
-    print_table(f"{len(rows)} images, distance of {len(apart)}", means | {
+    table, columns = plain(table), {"l1": ".4f", "psnr": ".1f", "ssim": ".3f", "pearson": ".2f",
+                                    "spectrum": ".2f", "nuclei_error": ".3f", "nuclei_bias": "+.3f"}
+    print_table(f"{len(rows)} images, distance of {len(apart)}", columns | {
         "log intensity": ".3f", "distance (5-95 %)": ".2f", "mechanism": ".2f"}, [
-        (name, *(np.mean(e[k]) for k in means), np.mean([*e["log_intensity"].values()]),
+        (name, *(np.mean(e[k]) for k in columns), np.mean([*e["log_intensity"].values()]),
          (e["distance"], e["distance_interval"]), e.get("mechanism")) for name, e in table.items()])
-    few = np.arange(0, len(rows), len(rows) // 8 or 1)[:8]
     shown = {"conditioning image": hint if hint.shape[1] == len(model.channels) else hint[:, 0]} | {
         name: x for name, x in sets.items() if not {"mean", "itself", "through"} & {*name.split()}}
-    data.picture(out / "control.png", [list(x[few].numpy()) for x in shown.values()],
-                 model.channels, list(shown), pixel_um=model.pixel_um)
+    draw_sets(out / "control.png", {hinted["column"]: shown}, model)
     write_report(out / "control.json", args, {"sha1": run.sha1, "column": hinted["column"],
                                               "table": table}, "control.png")
 
@@ -1353,20 +1334,20 @@ class LatentSpaces(Options):
 
 def measure_latents(path, sha1, images, nucleus_radius):
     """How well an autoencoder keeps held-out images (fewer of large ones), beside the L1 of images
-    made small and large again that hold as many numbers."""
-    run, rng = open_run(path, "vae"), np.random.default_rng(0)
-    most = max(8, 2 ** 21 // math.prod(run.views.shape[1:]))
-    rows = np.resize(rng.permutation(run.held), images)[:most if run.settings.crop else min(
-        most, len(run.held))]
-    x, vae = run.images(rows), run.model.vae
+    made small and large again that hold as many numbers. features: their mean correlation."""
+    run = open_run(path, "vae")
+    vae, most = run.model.vae, max(8, 2 ** 21 // math.prod(run.views.shape[1:]))
+    held = np.random.default_rng(0).permutation(run.held)
+    rows = np.resize(held, min(images, most if run.settings.crop else len(held)))[:most]
+    x = run.images(rows)
     (x_hat, kl), numbers = reconstruct(vae, x), vae.to_latent(x[:1].to(device())).numel()
     a, b = (features(v, run.model.channels, max(1, 2 ** 18 // x[0, 0].numel()), nucleus_radius)
             for v in (x, x_hat))
-    hits = recognised(reference_classifier(run), x_hat, records(run.manifest, rows))
-    # correlation of the features that vary among the originals; 0 of one that does no longer
-    kept = correlations(a, b).nan_to_num(0.)[~correlations(a, a).isnan()]
-    found = compare((x_hat + 1) / 2, (x + 1) / 2) | hits | {
-        "l1, made small": (x - shrunk(x, numbers)).abs() / 2, "features": kept}
+    found = compare((x_hat + 1) / 2, (x + 1) / 2) | recognised(
+        reference_classifier(run), x_hat, records(run.manifest, rows)) | {
+        "l1, made small": (x - shrunk(x, numbers)).abs() / 2,
+        # of those that vary among the originals; 0 where they do no longer
+        "features": correlations(a, b).nan_to_num(0.)[~correlations(a, a).isnan()]}
     return {"numbers": numbers, "kl": kl.mean(), "images": len(x)} | {
         name: values.nanmean() for name, values in found.items()}
 
@@ -1386,11 +1367,12 @@ def latent_spaces(args):
             f"--out={out}/{label}-{args.train_steps}", *(f"--{word}" for word in words)])
     for label, config in configs.items():
         path = str(train_vae.train_if_missing(train_vae.train, config))
-        lines += study(out / "vae.jsonl", {label: dict(
-            path=path, sha1=file_hash(path), images=args.images,
-            nucleus_radius=args.nucleus_radius)}, measure_latents, args.data)
-    columns = {k: "d" if k == "numbers" else ".0f" if k == "kl" else ".4f" if "l1" in k else ".2f"
-               for k in lines[0] if k not in ("key", "label", "setting", "images")}
+        setting = dict(path=path, sha1=file_hash(path), images=args.images,
+                       nucleus_radius=args.nucleus_radius)
+        lines += study(out / "vae.jsonl", {label: setting}, measure_latents, args.data)
+    forms = {"numbers": "d", "kl": ".0f", "l1": ".4f", "l1, made small": ".4f"}
+    columns = {k: forms.get(k, ".2f") for k in lines[0] if k not in (
+        "key", "label", "setting", "images")}
     print_table("", columns, [(line["label"], *map(line.get, columns)) for line in lines])
     print(f"wrote {out}/vae.jsonl")
 
@@ -1446,9 +1428,8 @@ def sliced_wasserstein(a, b, count=128, side=7, directions=4 * 128):
 
 def zernike_moments(labels):
     """Sizes of the 30 Zernike moments up to order 9 of each object, (B, L - 1, 30): sums of the
-    polynomials (Zernike 1934) over the object, on the disc about its centre of mass that encloses
-    it, over the area of the disc. A disc is (1, 0, 0, ...), and turning changes nothing. NaN where
-    an image has fewer objects and where the border cuts one."""
+    polynomials (Zernike 1934) over it, on the disc about its centre of mass that encloses it, over
+    the disc's area: turning changes nothing. NaN for missing objects and those the border cuts."""
     (area, cut), own = areas(labels), labels.flatten(1)
     y, x = (v.expand_as(labels).float() for v in torch.meshgrid(
         *(torch.arange(n, device=labels.device) for n in labels.shape[1:]), indexing="ij"))
@@ -1489,9 +1470,9 @@ def family_correlations(a, b, of_a, of_b):
 
 def train_correspondence(read, graphs, molecule, steps, batch=32, width=512):
     """scores(images (N, C, H, W), graphs (M, ...)), (N, M), of whether they belong together: the
-    product of what a residual network makes of the image and message passing of the molecule.
-    Trained by binary cross-entropy on all pairs of a batch, half of the weight on matched ones.
-    read(places): images; molecule (N,): of each place, its index in graphs."""
+    product of a residual network of the image and message passing of the molecule. Trained by
+    cross-entropy on all pairs of a batch, half of the weight on matched ones. read(places): images;
+    molecule (N,): of each place, its index in graphs."""
     torch.manual_seed(0)
     parts = nn.ModuleList([Backbone(read([0]).shape[1], width),
                            MOLECULE_ENCODERS["graph"]({}, width, 16)]).to(device())
@@ -1514,18 +1495,17 @@ def train_correspondence(read, graphs, molecule, steps, batch=32, width=512):
 def hits(scores, molecule):
     """Of scores (N, M) of images with molecules, molecule (N,) the true ones: {"pairs": (N,) share
     that is told right, above 0 for the true one, and with equal weight not above 0 for the others;
-    "top-1", "top-5", "top-10": (N,) whether the true one is among the first, ties by half}."""
+    "top-1", "top-5", "top-10": (N,) whether the true one is among the first, alone}."""
     true = scores.gather(1, torch.from_numpy(molecule)[:, None])         # (N, 1)
-    wrong = ((scores > 0).sum(1) - (true > 0).sum(1)) / (scores.shape[1] - 1)
-    above = (scores > true).sum(1) + ((scores == true).sum(1) - 1) / 2
-    return {"pairs": ((true[:, 0] > 0).float() + 1 - wrong) / 2} | {
-        f"top-{k}": (above < k).float() for k in (1, 5, 10)}
+    wrong = ((scores > 0).sum(1) - (true[:, 0] > 0).int()) / (scores.shape[1] - 1)
+    place = (scores >= true).sum(1)
+    return {"pairs": ((true[:, 0] > 0) + 1 - wrong) / 2} | {
+        f"top-{k}": (place <= k).float() for k in (1, 5, 10)}
 
 
 def benchmark_sets(label):
-    """{name: rows} of what is not trained on, from the column split: each set of Mol2Image's whose
-    name says easy (unseen images of training molecules) or hard (unseen molecules); of a simulated
-    screen the same."""
+    """{name: rows} of what is not trained on, from the column split: Mol2Image's sets whose names
+    say easy (unseen images of training molecules) or hard (unseen molecules), or a screen's."""
     sets = {name: [name] for name in sorted({*label}) if "easy" in name or "hard" in name} or {
         "easy": ["val"], "hard": ["test_substituent", "test_scaffold"]}
     return {name: np.flatnonzero(np.isin(label, values)) for name, values in sets.items()}
@@ -1545,6 +1525,14 @@ def two_wells(rows, treatments, wells, limit):
     return np.array(a, int), np.array(b, int)
 
 
+def correlated(a, b, of_a, of_b):
+    """family_correlations and, over molecules, their intervals."""
+    def figures(i=...):
+        return family_correlations(*({family: x[i] for family, x in found.items()}
+                                     for found in (a, b)), of_a[i], of_b[i])
+    return figures() | {"intervals": interval(figures, of_a, 0 * of_a)}
+
+
 def mol2image(args):
     """The tables of `evaluate.py mol2image`, each set beside true images of the same treatments."""
     if args.quick:
@@ -1559,37 +1547,33 @@ def mol2image(args):
     dose = np.array([float(t[1] or 0) if t[1:] else 1. for t in treatments])
     usable = np.flatnonzero((4 * dose >= dose.max()) & (smiles[number] != ""))
     graphs = MOLECULE_ENCODERS["graph"]({}, 8, 8).featurise([text or "C" for text in smiles])
-    measure = functools.partial(families, channels=model.channels, radius=args.nucleus_radius)
     seen = np.intersect1d(run.train, usable)
     if not len(seen):
         raise UserError(f"{m.path}: no training row has a molecule at a dose above 0")
     scores = train_correspondence(lambda k: run.images(seen[k]), graphs, number[seen],
                                   args.train_steps)
+    measure = functools.partial(families, channels=model.channels, radius=args.nucleus_radius)
     for name, rows in benchmark_sets(m.columns.get("split", [""] * len(m))).items():
         a, b = two_wells(np.intersect1d(rows, usable), treatments, wells_of(m), args.images)
         molecules, own = np.unique(number[a], return_inverse=True)
         if len(molecules) < 3:
             raise UserError(f"{m.path}: no three {name} molecules, held out and in two wells")
-        sets = {"another well": run.images(b), "another well, molecules exchanged": run.images(b)}
-        for kind, changes in (("generated, scale 1", {"guidance": ones}), ("generated", {})):
-            sets[kind] = ask(run, told(model, records(m, a)), range(len(a)), args, **changes)
-        true, table = run.images(a), {}
-        true_found = measure(true)
+        true, asked = run.images(a), told(model, records(m, a))
+        sets = {"another well": run.images(b),
+                "generated, scale 1": ask(run, asked, range(len(a)), args, guidance=ones),
+                "generated": ask(run, asked, range(len(a)), args)}
+        pictures[name], of_true, table = {"true": true} | sets, measure(true), {}
+        sets["another well, molecules exchanged"] = sets["another well"]
         for kind, x in sets.items():  # chance: those of each molecule pass for another's
             given = (own + len(molecules) // 2) % len(molecules) if "exchanged" in kind else own
-            found, told_right = measure(x), hits(scores(x, graphs[molecules]), given)
-
-            def correlate(i=...):
-                x, y = ({k: v[i] for k, v in of.items()} for of in (found, true_found))
-                return family_correlations(x, y, given[i], own[i])
-            table[kind] = correlate() | {k: v.mean().item() for k, v in told_right.items()} | {
-                "swd": sliced_wasserstein((x + 1) / 2, (true + 1) / 2),
-                "intervals": interval(correlate, given, np.zeros(len(a)))}
-        del sets["another well, molecules exchanged"]  # the same pictures
-        report[name], pictures[name] = table, {"true": true} | sets
-        names = {"swd": ".0f", **dict.fromkeys((*found, *told_right), ".2f")}
-        print_table(f"{name}: {len(a)} images, {len(molecules)} molecules", names, [
-            (kind, *(np.mean(e[k]) for k in names)) for kind, e in table.items()])
+            told_right = hits(scores(x, graphs[molecules]), given)
+            table[kind] = {"swd": sliced_wasserstein((x + 1) / 2, (true + 1) / 2)} | correlated(
+                measure(x), of_true, given, own) | {k: v.mean() for k, v in told_right.items()}
+        report[name] = table = plain(table)
+        columns = {k: ".0f" if k == "swd" else ".2f" for k in table["generated"]}
+        del columns["intervals"]
+        print_table(f"{name}: {len(a)} images, {len(molecules)} molecules", columns, [
+            (kind, *(np.mean(e[k]) for k in columns)) for kind, e in table.items()])
     draw_sets(out / "mol2image.png", pictures, model)
     write_report(out / "mol2image.json", args, {"sha1": run.sha1, "table": report}, "mol2image.png")
 
