@@ -816,10 +816,9 @@ class Disentangle(Asked):
 
 
 def crossed_rows(screen, seeds, cells=0, requests=0):
-    """Every mechanism (and the untreated cells) in every batch, rows as data.layout writes them, in
-    the order (biology, experiment, seed). Seed s stands for the same cells everywhere, a position
-    on a plate, a dose above half effect and one molecule of each mechanism, which training saw, so
-    that only the combination may be new. Other first numbers: other cells, other requests."""
+    """Rows as of data.layout of every mechanism (and none) in every batch, in the order (biology,
+    experiment, seed). A seed is the same cells everywhere, a position, a dose above half effect and
+    a molecule of each mechanism from training. Other first numbers: other cells, other requests."""
     usable, rows = [x for x in data.molecules()
                     if x["kind"] == "train" and x["ec50"] < max(data.DOSES)], []
     for m, b, s in product(["none", *data.MECHANISMS], range(screen.batches), range(seeds)):
@@ -861,10 +860,11 @@ class Truth:
                                     for x in others], 2)
         self.omega = omega_squared(self.sample)
 
-    def draw(self, run, args, places, **changes):
+    def draw(self, model, args, places, **changes):
         """What a model draws for these rows. A seed is the same noise in each combination."""
-        return ask(run, told(run.model, [self.rows[i] for i in places.ravel()]),
-                   (places.ravel() % self.places.shape[2]).tolist(), args, **changes)
+        asked = told(model, [self.rows[i] for i in places.ravel()])
+        seeds = (places.ravel() % self.places.shape[2]).tolist()
+        return ask(SimpleNamespace(model=model), asked, seeds, args, **changes)
 
     def see(self, images, places):
         """Features (..., F) of images of these rows, and what is recognised, {"mechanism", "batch":
@@ -889,11 +889,11 @@ class Truth:
                              for k, m in product(range(b), range(e)) if k != i and m != j)
 
 
-def disentangle_line(truth, run, args, only="", **changes):
+def disentangle_line(truth, model, args, only="", **changes):
     """The figures of one model under one request. only: of the combinations for validation, and
     their distance and share recognised alone."""
     places = truth.places[truth.val] if only else truth.places           # (..., n)
-    y, hits = truth.see(truth.draw(run, args, places, **changes), places)
+    y, hits = truth.see(truth.draw(model, args, places, **changes), places)
     if only:
         return {"distance": mean_distance(zip(y, truth.reference[truth.val])),
                 "recognised": np.mean([hit.nanmean() for hit in hits.values()])}
@@ -938,17 +938,16 @@ def disentangle(args):
                        seeds=args.seeds[:1], confounding=args.confounding[:1])
     run = open_run(args.vae, "vae") if args.study in ("models", "shortcut") else open_run(args)
     truth, out = functools.cache(lambda: Truth(run, args)), Path(args.out)
-    load = functools.lru_cache(1)(lambda path: SimpleNamespace(model=Model.load(path)))
 
     def measure(path, sha1, only="", **changes):
-        return disentangle_line(truth(), load(path), args, only, **changes)
+        return disentangle_line(truth(), Model.load(path), args, only, **changes)
 
     def measured(settings, measure=measure):
         return study(out / "results.jsonl", settings, measure, digest(args, run))
     if args.study in ("shortcut", "transfer"):
         return {"shortcut": shortcut, "transfer": transfer}[args.study](args, run, truth, measured)
     if args.study == "models":
-        return show_lines(out / "models.png", study_models(args, run, truth, load, measured))
+        return show_lines(out / "models.png", study_models(args, run, truth, measured))
     changes = {  # of the request to one checkpoint
         "model": {words_of(run.model.scales(args.guidance)): {}},
         "scales": {words_of(s): dict(guidance=s) for s in SCALES},
@@ -956,14 +955,9 @@ def disentangle(args):
                   for low, high in ((0., 1.), INTERVAL) for form in FORMS},
         "samplers": {f"{n} steps, {sampler}": dict(sampler=sampler, steps=n)
                      for n in (5, 10, 15, 30, 60) for sampler in SAMPLERS}}[args.study]
-    lines = measured({label: dict(path=args.checkpoint, sha1=run.sha1) | change
-                      for label, change in changes.items()})
-    if args.study == "model":
-        omega = {f"{part}, {of}": lines[0][key][part] for part in lines[0]["omega"]
-                 for of, key in (("truth", "omega_truth"), ("generated", "omega"))}
-        print_table("share of variance (omega^2)", dict.fromkeys(omega, ".2f"),
-                    zip(feature_names(run.model.channels), *omega.values()))
-    show_lines(out / f"{args.study}.png", lines)
+    show_lines(out / f"{args.study}.png", measured({
+        label: dict(path=args.checkpoint, sha1=run.sha1) | change
+        for label, change in changes.items()}))
 
 
 def train_model(args, base, name, confounding, seed):
@@ -982,7 +976,6 @@ def train_model(args, base, name, confounding, seed):
                                  ("smiles", "batch"), manifest.parent)
     path = train_vae.train_if_missing(train_ldm.train, train_ldm.Config(
         data=str(manifest), vae=args.vae, seed=seed, steps=args.train_steps, **MODELS[name],
-        eval_every=max(1, args.train_steps // 6),
         out=f"{args.out}/{name}-{confounding:g}-{seed}-{args.train_steps}"))
     return dict(path=str(path), sha1=file_hash(path))
 
@@ -996,7 +989,7 @@ def best_scales(settings, tried):
     return settings[max(near, key=lambda k: (read[k], -distance[k]))]
 
 
-def study_models(args, base, truth, load, measured):
+def study_models(args, base, truth, measured):
     """MODELS at several confoundings, each at its own best form and scales, chosen on validation
     combinations alone. Where rare pairs are not balanced v(biology) holds the home batch as well,
     so only balanced models may do without nesting. Draws the held-out combinations."""
@@ -1018,7 +1011,7 @@ def study_models(args, base, truth, load, measured):
     t = truth()
     one = t.places[t.parts["_heldout"]][:, 1]                            # a seed of each
     images = {"the truth": t.images[one]} | {
-        name: t.draw(load(path), args, one, **best) for name, (path, best) in shown.items()}
+        name: t.draw(Model.load(path), args, one, **best) for name, (path, best) in shown.items()}
     data.picture(Path(args.out) / "heldout_combinations.png", [list(x.numpy()) for x in
                  images.values()], base.model.channels, list(images), [
         f"{t.rows[i]['true_mechanism']}\nin {t.rows[i]['batch']}" for i in one])
@@ -1077,9 +1070,8 @@ def shortcut(args, base, truth, measured):
     lines = measured({f"shortcut, {s}": dict(seed=s, sha1=best["sha1"]) for s in args.seeds},
                      measure)
     print_table("mechanism classifier trained on", {"accuracy": ".3f", "gap closed": ".2f"}, [
-        (name, np.mean([line["accuracy"][name] for line in lines]), (np.mean(closed), [
-            min(closed), max(closed)])) for name in lines[0]["accuracy"]
-        for closed in [[line["closed"][name] or 0. for line in lines]]])
+        (name, *(np.mean([line[k][name] or 0. for line in lines]) for k in ("accuracy", "closed")))
+        for name in lines[0]["accuracy"]])
 
 
 def transfer(args, run, truth, measured):
@@ -1238,23 +1230,22 @@ def drawn_sets(run, args, rows, training, same_cells):
     """({name: images} of every way to draw these rows, the conditioning images). training: rows for
     the regression. same_cells: the conditioning images show the cells themselves."""
     model, n, asked = run.model, len(rows), told(run.model, records(run.manifest, rows))
-    true, others, hint = run.images(rows), run.images(training), hint_of(model, run, rows)
-    draws = torch.stack([ask(run, asked, range(k * n, (k + 1) * n), args, hint)
+    true, (hint, own) = run.images(rows), hint_of(model, run, rows)
+    draws = torch.stack([ask(run, asked, range(k * n, (k + 1) * n), args, (hint, own))
                          for k in range(args.samples)])
     sets = {"true": true, "through the autoencoder": reconstruct(model.vae, true)[0],
             "ControlNet": draws[0], f"ControlNet, mean of {args.samples}": draws.mean(0),
-            "without the conditioning image": ask(run, asked, range(n), args),
-            "mean image": others.mean(0, keepdim=True).expand_as(true)}
+            "without the conditioning image": ask(run, asked, range(n), args)}
     if same_cells:
-        sets["regression"] = regression(hint_of(model, run, training)[0], others, hint[0],
-                                        args.regression_steps)
-        if model.controlnet["stains"]:  # of untreated cells
-            own = asked | {f.name: ["0"] * n for f in dose_fields(model.fields)}
-            sets["edited"] = model.edit(hint[0], own, asked, args.guidance, args.form,
-                                        interval=args.interval)
-    if hint[0].shape[1] in (1, len(model.channels)):
-        sets["conditioning image itself"] = hint[0].expand_as(true)
-    return sets, hint[0]
+        sets["regression"] = regression(hint_of(model, run, training)[0], run.images(training),
+                                        hint, args.regression_steps)
+    if same_cells and model.controlnet["stains"]:  # they are untreated
+        own = asked | {f.name: ["0"] * n for f in dose_fields(model.fields)}
+        sets["edited"] = model.edit(hint, own, asked, args.guidance, args.form,
+                                    interval=args.interval)
+    if hint.shape[1] in (1, len(model.channels)):
+        sets["conditioning image itself"] = hint.expand_as(true)
+    return sets, hint
 
 
 def intensity_error(x, y, conditions):
@@ -1302,12 +1293,13 @@ def control(args):
             "nuclei_bias": nuclei.mean() / count.mean() - 1,
             "log_intensity": intensity_error(x, true, conditions[rows])} | {
             k: hits.nanmean() for k, hits in recognised(classifier, x, records(m, rows)).items()}
-    table, columns = plain(table), {"l1": ".4f", "psnr": ".1f", "ssim": ".3f", "pearson": ".2f",
-                                    "spectrum": ".2f", "nuclei_error": ".3f", "nuclei_bias": "+.3f"}
-    print_table(f"{len(rows)} images, distance of {len(apart)}", columns | {
-        "log intensity": ".3f", "distance (5-95 %)": ".2f", "mechanism": ".2f"}, [
+    table = plain(table)
+    columns = ("l1", "psnr", "ssim", "pearson", "spectrum", "nuclei_error", "nuclei_bias")
+    print_table(f"{len(rows)} images, distance of {len(apart)}", dict.fromkeys(
+        (*columns, "log intensity", "distance (5-95 %)", "mechanism"), ".3g"), [
         (name, *(np.mean(e[k]) for k in columns), np.mean([*e["log_intensity"].values()]),
-         (e["distance"], e["distance_interval"]), e.get("mechanism")) for name, e in table.items()])
+         (e["distance"], e["distance_interval"]), e.get("mechanism"))
+        for name, e in table.items()])
     shown = {"conditioning image": hint if hint.shape[1] == len(model.channels) else hint[:, 0]} | {
         name: x for name, x in sets.items() if not {"mean", "itself", "through"} & {*name.split()}}
     draw_sets(out / "control.png", {hinted["column"]: shown}, model)
@@ -1370,10 +1362,9 @@ def latent_spaces(args):
         setting = dict(path=path, sha1=file_hash(path), images=args.images,
                        nucleus_radius=args.nucleus_radius)
         lines += study(out / "vae.jsonl", {label: setting}, measure_latents, args.data)
-    forms = {"numbers": "d", "kl": ".0f", "l1": ".4f", "l1, made small": ".4f"}
-    columns = {k: forms.get(k, ".2f") for k in lines[0] if k not in (
-        "key", "label", "setting", "images")}
-    print_table("", columns, [(line["label"], *map(line.get, columns)) for line in lines])
+    columns = [k for k in lines[0] if k not in ("key", "label", "setting", "images")]
+    print_table("", dict.fromkeys(columns, ".4g"), [
+        (line["label"], *map(line.get, columns)) for line in lines])
     print(f"wrote {out}/vae.jsonl")
 
 
@@ -1421,8 +1412,7 @@ def sliced_wasserstein(a, b, count=128, side=7, directions=4 * 128):
             std, mean = torch.std_mean(patches, (0, 2, 3), correction=0, keepdim=True)
             samples.append(((patches - mean) / std.clamp(min=1e-8)).flatten(1).T)
         u = F.normalize(torch.randn(directions, len(samples[0]), generator=rng), dim=1)
-        parts = [wasserstein(*(part @ points for points in samples)) for part in u.split(64)]
-        found.append(1000 * torch.cat(parts).mean().item())
+        found.append(1000 * wasserstein(*(u @ points for points in samples)).mean().item())
     return found
 
 
@@ -1459,11 +1449,13 @@ def families(images, channels, radius):
                 zernike_moments(segment_nuclei(x, radius)).nanmean(1) for x in dna.split(64)])}
 
 
-def family_correlations(a, b, of_a, of_b):
-    """{family: Pearson correlation} of families of two sets of images: averaged over the images of
-    a molecule, of_a and of_b (N,), correlated over molecules, averaged over the features."""
+def family_correlations(a, b, of_a, of_b, images=...):
+    """{family: Pearson correlation} of families of two sets of images (or these of them): averaged
+    over the images of a molecule, of_a and of_b (N,), correlated over molecules, averaged over the
+    features."""
     def means(found, molecule):
-        return torch.stack([found[i].nanmean(0) for i in grouped(molecule).values()])
+        return torch.stack([found[images][i].nanmean(0)
+                            for i in grouped(molecule[images]).values()])
     return {family: correlations(means(a[family], of_a), means(b[family], of_b)).nanmean().item()
             for family in a}
 
@@ -1525,14 +1517,6 @@ def two_wells(rows, treatments, wells, limit):
     return np.array(a, int), np.array(b, int)
 
 
-def correlated(a, b, of_a, of_b):
-    """family_correlations and, over molecules, their intervals."""
-    def figures(i=...):
-        return family_correlations(*({family: x[i] for family, x in found.items()}
-                                     for found in (a, b)), of_a[i], of_b[i])
-    return figures() | {"intervals": interval(figures, of_a, 0 * of_a)}
-
-
 def mol2image(args):
     """The tables of `evaluate.py mol2image`, each set beside true images of the same treatments."""
     if args.quick:
@@ -1566,13 +1550,15 @@ def mol2image(args):
         sets["another well, molecules exchanged"] = sets["another well"]
         for kind, x in sets.items():  # chance: those of each molecule pass for another's
             given = (own + len(molecules) // 2) % len(molecules) if "exchanged" in kind else own
+            correlate = functools.partial(family_correlations, measure(x), of_true, given, own)
             told_right = hits(scores(x, graphs[molecules]), given)
-            table[kind] = {"swd": sliced_wasserstein((x + 1) / 2, (true + 1) / 2)} | correlated(
-                measure(x), of_true, given, own) | {k: v.mean() for k, v in told_right.items()}
+            table[kind] = {"swd": sliced_wasserstein((x + 1) / 2, (true + 1) / 2)} | correlate() | {
+                k: v.mean() for k, v in told_right.items()} | {
+                "intervals": interval(correlate, given, 0 * given)}
         report[name] = table = plain(table)
-        columns = {k: ".0f" if k == "swd" else ".2f" for k in table["generated"]}
-        del columns["intervals"]
-        print_table(f"{name}: {len(a)} images, {len(molecules)} molecules", columns, [
+        columns = [k for k in table["generated"] if k != "intervals"]
+        print_table(f"{name}: {len(a)} images, {len(molecules)} molecules",
+                    dict.fromkeys(columns, ".3g"), [
             (kind, *(np.mean(e[k]) for k in columns)) for kind, e in table.items()])
     draw_sets(out / "mol2image.png", pictures, model)
     write_report(out / "mol2image.json", args, {"sha1": run.sha1, "table": report}, "mol2image.png")
