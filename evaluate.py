@@ -1075,9 +1075,9 @@ def shortcut(args, base, truth, measured):
 
 
 def transfer(args, run, truth, measured):
-    """True images edited (sample.py --edit) to another batch, and negative controls to each
-    mechanism, beside the same cells there, all behind the autoencoder. before, after: L1 to these.
-    moved: features of the changed side along their true change (1 is right). drift: the others."""
+    """True images edited to another batch, and negative controls to each mechanism, beside the same
+    cells there, all behind the autoencoder. before, after: L1 to these. moved: features of the
+    changed side along their true change (1 is right). drift: the others."""
     def measure(task, sha1):
         t = truth()
         start, goal = t.places, np.roll(t.places, -1, 1)
@@ -1100,9 +1100,8 @@ def transfer(args, run, truth, measured):
         return figures() | {"images": len(y), "intervals": interval(figures, seeds, 0 * seeds)}
     lines = measured({f"edited: {task}": dict(task=task, sha1=run.sha1)
                       for task in ("another batch", "treated")}, measure)
-    columns = {"before": ".4f", "after": ".4f", "moved": ".2f", "drift": ".2f"}
-    print_table("L1 to the truth", columns, [
-        (line["label"], *((line[k], line["intervals"][k]) for k in columns)) for line in lines])
+    print_table("L1 to the truth", dict.fromkeys(lines[0]["intervals"], ".3g"), [
+        (e["label"], *((e[k], span) for k, span in e["intervals"].items())) for e in lines])
 
 
 # --- 8. conditions: is every field used? which molecule encoder generalises? ----------------------
@@ -1450,9 +1449,8 @@ def families(images, channels, radius):
 
 
 def family_correlations(a, b, of_a, of_b, images=...):
-    """{family: Pearson correlation} of families of two sets of images (or these of them): averaged
-    over the images of a molecule, of_a and of_b (N,), correlated over molecules, averaged over the
-    features."""
+    """{family: Pearson correlation} of families of two sets, of these images: averaged over those
+    of a molecule, of_a and of_b (N,), correlated over molecules, averaged over the features."""
     def means(found, molecule):
         return torch.stack([found[images][i].nanmean(0)
                             for i in grouped(molecule[images]).values()])

@@ -214,10 +214,9 @@ def truth(run):
         return evaluate.Truth(run, evaluate.Disentangle(images=108))
 
 
-def test_drawn_combinations_share_their_noise(run, truth):
-    every, one = (truth.draw(run.model, Asked(guidance={}, steps=2), places)
-                  for places in (truth.places, truth.places[4, 1]))
-    assert_close(every.unflatten(0, truth.places.shape)[4, 1], one, atol=2e-2, rtol=0)
+def test_combinations_are_drawn_on_the_same_noise(run, truth, monkeypatch):
+    monkeypatch.setattr(evaluate, "ask", lambda _, columns, seeds, args: (columns["batch"], seeds))
+    assert truth.draw(run.model, Asked(), truth.places[3:5, 1]) == (["B2"] * 8, [0, 1, 2, 3] * 2)
 
 
 def test_seen_and_heldout_combinations_are_told_apart(run, truth, monkeypatch):
@@ -321,7 +320,7 @@ def test_disentangle_command_measures_once(ldm_path, call, tmp_path, truth):
         lines = (tmp_path / "results.jsonl").read_text().splitlines()
         assert len(lines) == count + 1
     last = json.loads(lines[-1])  # every seed is edited, and the interval is over them
-    assert last["images"] == 8 * 3 * truth.places.shape[2] and np.ptp(last["intervals"]["moved"]) > 0
+    assert last["images"] == 8 * truth.places[0].size and np.ptp(last["intervals"]["moved"]) > 0
 
 
 def test_models_are_compared_at_their_own_best_scale(vae_path, call, tmp_path):
@@ -333,20 +332,27 @@ def test_models_are_compared_at_their_own_best_scale(vae_path, call, tmp_path):
 
 
 def test_the_shortcut_has_one_classifier_for_every_training_set(vae_path, call, monkeypatch):
-    asked = []
-    monkeypatch.setattr(evaluate, "photographs", lambda rows, *_: torch.zeros(len(rows), 5, 32, 32))
-    monkeypatch.setattr(evaluate, "ask", lambda _, c, seeds, __: torch.ones(len(seeds), 5, 32, 32))
-    monkeypatch.setattr(evaluate.Model, "edit", lambda _, images, source, target, *__, **words:
-                        asked.append((source, target)) or images + 2)
+    asked, levels, shown = [], [], []  # a level of brightness for each batch
+
+    def grey(values):
+        return torch.tensor(values)[:, None, None, None].expand(-1, 5, 32, 32)
+    monkeypatch.setattr(evaluate, "photographs", lambda rows, *_: grey(
+        [float(r["batch"][1]) for r in rows]))
+    monkeypatch.setattr(evaluate, "ask", lambda _, c, seeds, __: grey([7.] * len(seeds)))
+    monkeypatch.setattr(evaluate.Model, "edit", lambda _, images, *told, **__: asked.extend(
+        told) or grey([8.] * len(images)))
 
     def train(images, rows, *_):
-        asked.append((len(images), len(rows), round(images.mean().item(), 1)))
-        return SimpleNamespace(choose=lambda x: {"true_mechanism": np.array(["none"] * len(x))})
+        levels.append((len(images), len(rows), images.unique().tolist()))
+        return SimpleNamespace(choose=lambda x: shown.append(len(x.unique())) or {
+            "true_mechanism": np.array(["none"] * len(x))})
     monkeypatch.setattr(evaluate, "train_classifier", train)
     call("disentangle", "--study", "shortcut", "--vae", vae_path, "--quick")
-    (source, target), *sets = asked
+    source, target, _ = asked
     assert source["smiles"] == target["smiles"] and source["batch"] != target["batch"]
-    assert sets == [(540, 540, x) for x in (0., 1., 2., 0., 0.)]
+    every, standardised = [1., 2., 3.], levels[3][2]
+    assert levels == [(540, 540, x) for x in (every, [7.], [8.], standardised, every)]
+    assert len(standardised) == 1 and shown == [3, 3, 3, 1, 3]  # it is tested alike
 
 
 def test_conditions_command_names_what_is_not_used(ldm_path, call, tmp_path):
