@@ -1229,22 +1229,23 @@ def drawn_sets(run, args, rows, training, same_cells):
     """({name: images} of every way to draw these rows, the conditioning images). training: rows for
     the regression. same_cells: the conditioning images show the cells themselves."""
     model, n, asked = run.model, len(rows), told(run.model, records(run.manifest, rows))
-    true, (hint, own) = run.images(rows), hint_of(model, run, rows)
-    draws = torch.stack([ask(run, asked, range(k * n, (k + 1) * n), args, (hint, own))
+    true, others, hint = run.images(rows), run.images(training), hint_of(model, run, rows)
+    draws = torch.stack([ask(run, asked, range(k * n, (k + 1) * n), args, hint)
                          for k in range(args.samples)])
     sets = {"true": true, "through the autoencoder": reconstruct(model.vae, true)[0],
             "ControlNet": draws[0], f"ControlNet, mean of {args.samples}": draws.mean(0),
-            "without the conditioning image": ask(run, asked, range(n), args)}
+            "without the conditioning image": ask(run, asked, range(n), args),
+            "mean image": others.mean(0, keepdim=True).expand_as(true)}
     if same_cells:
-        sets["regression"] = regression(hint_of(model, run, training)[0], run.images(training),
-                                        hint, args.regression_steps)
+        sets["regression"] = regression(hint_of(model, run, training)[0], others, hint[0],
+                                        args.regression_steps)
     if same_cells and model.controlnet["stains"]:  # they are untreated
         own = asked | {f.name: ["0"] * n for f in dose_fields(model.fields)}
-        sets["edited"] = model.edit(hint, own, asked, args.guidance, args.form,
+        sets["edited"] = model.edit(hint[0], own, asked, args.guidance, args.form,
                                     interval=args.interval)
-    if hint.shape[1] in (1, len(model.channels)):
-        sets["conditioning image itself"] = hint.expand_as(true)
-    return sets, hint
+    if hint[0].shape[1] in (1, len(model.channels)):
+        sets["conditioning image itself"] = hint[0].expand_as(true)
+    return sets, hint[0]
 
 
 def intensity_error(x, y, conditions):
@@ -1301,7 +1302,8 @@ def control(args):
         for name, e in table.items()])
     shown = {"conditioning image": hint if hint.shape[1] == len(model.channels) else hint[:, 0]} | {
         name: x for name, x in sets.items() if not {"mean", "itself", "through"} & {*name.split()}}
-    draw_sets(out / "control.png", {hinted["column"]: shown}, model)
+    data.picture(out / "control.png", [list(x[::len(x) // 8 or 1][:8].numpy()) for x in
+                 shown.values()], model.channels, list(shown), pixel_um=model.pixel_um)
     write_report(out / "control.json", args, {"sha1": run.sha1, "column": hinted["column"],
                                               "table": table}, "control.png")
 
