@@ -190,7 +190,7 @@ def layout(screen):
             pairs = [f"{k}_pair" for k, h in heldout if h.get(molecule["mechanism"]) == batch]
             split = (molecule["kind"] if molecule["kind"] != "train" else pairs[0] if pairs
                      else "val" if rng.random() < .1 else "train")
-            after = dict(role="treated" if dose else "control", split=split, pixel_um=1.2,
+            after = dict(role="treated" if dose else "control", split=split, pixel_um=.8,
                          **{f"true_{k}": molecule[k] for k in (
                              "mechanism", "scaffold", "substituent", "ec50")},
                          true_effect=hill(dose, molecule["ec50"]))
@@ -212,14 +212,15 @@ def fill_plates(screen, rng):
 
 # --- 2. The simulated microscope: cells, perturbations, experiment effects ------------------------
 
-# An untreated cell. Lengths in pixels (1.2 micrometres), intensities as a share of full scale.
+# An untreated cell. Lengths in pixels (0.8 micrometres), intensities as a share of full scale.
 UNTREATED = dict(
-    cell_count=1., nucleus_radius=4.6, eccentricity=.22, binucleation=.04, cell_radius=11.5,
-    elongation=.3, ruffling=.8, dna=.5, er=.42, er_spread=.75, rna=.2, nucleoli=.45,
-    nucleolus_radius=1.15, nucleolus_count=3., golgi=.5, golgi_spread=1.7, membrane=.3, actin=.16,
-    mito=.8, mito_granularity=2.5, mito_spread=.62)
-CELLS_PER_PIXEL = 11 / 64 ** 2  # eleven nuclei in a 64x64 field of view
-MARGIN = 8                      # pixels drawn around the field, so that cells are cut by its border
+    cell_count=1., nucleus_radius=6.9, eccentricity=.22, binucleation=.04, cell_radius=17.2,
+    elongation=.3, ruffling=1.2, dna=.5, er=.42, er_spread=.75, rna=.2, nucleoli=.45,
+    nucleolus_radius=1.7, nucleolus_count=3., golgi=.5, golgi_spread=2.5, membrane=.3, actin=.16,
+    mito=.8, mito_granularity=3.8, mito_spread=.62)
+CELLS_PER_PIXEL = 5 / 64 ** 2   # five nuclei in a 64x64 field of view
+MARGIN = 12                     # pixels drawn around the field, so that cells are cut by its border
+SPACING = 19.5                  # pixels between nuclei, where there is room
 
 
 def microscope(screen):
@@ -250,14 +251,14 @@ def textures(noise, sigmas):
 
 def cell_randomness(rng, cell_density, size):
     """The random numbers that make these cells these cells: drawn with other parameters, the same
-    cells are seen treated. Centres are pushed apart until few lie closer than 13 pixels."""
+    cells are seen treated. Centres are pushed apart until few lie closer than SPACING."""
     side = size + 2 * MARGIN
     n = rng.poisson(CELLS_PER_PIXEL * side ** 2 * cell_density)
     centres = rng.uniform(0, side, (n, 2))
     for _ in range(12):
         gap = centres[:, None] - centres[None]
         distance = np.sqrt((gap ** 2).sum(-1)) + 1e-6
-        push = np.where(distance < 13, (13 - distance) / distance / 2, 0.)
+        push = np.where(distance < SPACING, (SPACING - distance) / distance / 2, 0.)
         centres = np.clip(centres + (gap * push[..., None]).sum(1), 0, side)
     return dict(centres=centres.astype(np.float32), survival=rng.random(n),
                 normal=rng.standard_normal((n, 5 + len(CHANNELS)), np.float32),
@@ -279,7 +280,7 @@ def draw_cells(cell, randomness, size):
     if not alive.any():
         return np.zeros((len(CHANNELS), side, side)), np.zeros((side, side)), np.zeros((0, 2))
     y, x = np.mgrid[:side, :side].astype(np.float32)
-    shift_y, shift_x = cell["ruffling"] * textures(randomness["noise"][:2], [2, 2])
+    shift_y, shift_x = cell["ruffling"] * textures(randomness["noise"][:2], [3, 3])
     stretch = np.exp(cell["elongation"] * abs(cells["normal"][:, 1]))
     mean_axis = cell["cell_radius"] * np.exp(.15 * cells["normal"][:, 0])
     distances = ellipse_distance(
@@ -325,7 +326,7 @@ def draw_stains(cell, noise, d, next_d, inside, in_nucleus, spots, golgi):
     """What each stain shows, (C, S, S) in CHANNELS order, from white noise (5, S, S), the scaled
     distances of the nearest and the next cell, and the masks of the cells, (S, S) each."""
     patchy, strands, chromatin, reticulum, fibres = textures(
-        noise, [1.5, cell["mito_granularity"], 1.6, 2.2, 2.5])
+        noise, [2.2, cell["mito_granularity"], 2.4, 3.3, 3.8])
     fluid = inside * (1 - .8 * in_nucleus)
     # a cell ends at its outline, and where the two nearest cells are equally near
     border = np.exp(-(np.minimum(abs(1 - d), .8 * (next_d - d)) / .11) ** 2) * inside
@@ -382,8 +383,8 @@ def expose(stains, row, optics, noise_rng):
 def phase_contrast(height, row, optics, noise_rng):
     """Brightfield of the same cells: the slope and curvature of their height. uint8 (1, s, s)."""
     blurred = smooth(height, optics[0][row["batch"]]["blur"])
-    relief = .9 * (np.roll(blurred, 1, 0) - np.roll(blurred, -1, 0))
-    image = .45 + .35 * relief + .55 * (smooth(blurred, 2.) - blurred)
+    relief = 1.35 * (np.roll(blurred, 1, 0) - np.roll(blurred, -1, 0))
+    image = .45 + .35 * relief + .55 * (smooth(blurred, 3.) - blurred)
     image = image[MARGIN:-MARGIN, MARGIN:-MARGIN]
     image = image + noise_rng.normal(0, .004, image.shape)
     return np.round(image.clip(0, 1) * 255).astype(np.uint8)[None]

@@ -15,7 +15,7 @@ import torch
 
 TARGETS = ("velocity", "noise", "image")
 FORMS = ("nested", "independent")
-SAMPLERS = ("ddim", "ddpm", "dpm")
+SAMPLERS = ("sde", "dpm", "ddim", "ddpm")
 
 
 # --- schedules: abar_t, the share of signal variance left at step t, t = 0 .. T-1 -----------------
@@ -140,16 +140,19 @@ def ddim_step(schedule, z, prediction, t, t_next, eta, noise):
     return abar_next ** .5 * z0 + max(0., 1 - abar_next - sigma ** 2) ** .5 * eps + sigma * noise
 
 
-def dpm_step(schedule, z, z0, t, t_next, before):
-    """DPM-Solver++ 2M, Algorithm 2 of Lu et al. 2022: DDIM (eta 0) with z_0 carried on by half a
-    step along the line through its last two predictions, over lambda = log(signal / noise).
-    z0: predicted at t. before: (t, z_0) of the step before, None in the first."""
+def dpm_step(schedule, z, z0, t, t_next, before, eta, noise):
+    """DPM-Solver++ 2M, Algorithm 2 of Lu et al. 2022: DDIM with z_0 carried on by half a step along
+    the line through its last two predictions, over lambda = log(signal / noise). z0: predicted at
+    t. before: (t, z_0) of the step before, None in the first. eta: how much of the noise is new, 0
+    none; at 1 this is their SDE-DPM-Solver++ 2M."""
     a, s = schedule.signal_noise(t, z)
     a_next, s_next = schedule.signal_noise(t_next, z)
     if before is not None and t_next >= 0:  # clean is at lambda = inf: DDIM's step goes there
         earlier, now, later = schedule.half_log_snr[[before[0], t, t_next]].tolist()
         z0 = z0 + (later - now) / (2 * (now - earlier)) * (z0 - before[1])  # + 0 if SNR was 0
-    return a_next * z0 + s_next / s * (z - a * z0)
+    old = (a / s * s_next / a_next) ** eta
+    return (a_next * z0 + old * s_next / s * (z - a * z0)
+            + s_next * (1 - old ** 2).clamp(min=0).sqrt() * noise)
 
 
 def generators(seeds):
@@ -165,21 +168,21 @@ def gaussian(rngs, shape, device="cpu"):
 @torch.no_grad()
 def sample(denoise, schedule, seeds, shape, steps=50, eta=0., sampler="ddim", device="cpu",
            each_step=lambda: None, start=None, top=None):
-    """Noise to latents (len(seeds), *shape), one seed per image; `sampler` is one of SAMPLERS.
-    start: latents at noise level `top` to go on from, such as an inverted image."""
-    rngs, before = generators(seeds), None
+    """Noise to latents (len(seeds), *shape), one seed per image; `sampler` is one of SAMPLERS: sde
+    is dpm with eta 1. start: latents at noise level `top` to go on from, as an inverted image."""
+    rngs, before, eta = generators(seeds), None, 1. if sampler in ("sde", "ddpm") else eta
     z = gaussian(rngs, shape, device) if start is None else start
     for t, t_next in pairwise(schedule.timesteps(steps, top)):
         prediction = denoise(z, torch.full((len(z),), t, device=device))
-        noisy = (sampler == "ddpm" or eta > 0) and t_next >= 0
+        noisy = eta > 0 and t_next >= 0
         noise = gaussian(rngs, shape, device) if noisy else torch.zeros_like(z)
         if sampler == "ddpm":
             z = ddpm_step(schedule, z, prediction, t, t_next, noise)
-        elif sampler == "dpm":
-            z0, _ = schedule.split(z, prediction, t)
-            z, before = dpm_step(schedule, z, z0, t, t_next, before), (t, z0)
-        else:
+        elif sampler == "ddim":
             z = ddim_step(schedule, z, prediction, t, t_next, eta, noise)
+        else:
+            z0, _ = schedule.split(z, prediction, t)
+            z, before = dpm_step(schedule, z, z0, t, t_next, before, eta, noise), (t, z0)
         each_step()
     return z
 

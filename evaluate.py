@@ -40,7 +40,7 @@ from train_vae import autocast, device, reconstruct
 from unet import UNet, UNetConfig
 from vae import shrunk
 
-NUCLEUS_RADIUS = 4.5  # pixels, what the segmentation looks for
+NUCLEUS_RADIUS = 6.9  # pixels, what the segmentation looks for
 
 
 # --- 1. Features of images: morphology, in torch, in batches --------------------------------------
@@ -357,7 +357,7 @@ class Asked(Options):
     form: str = "nested"        # of guidance: nested, independent
     interval: tuple = INTERVAL  # noise levels between which guidance acts
     steps: int = STEPS          # of the sampler
-    sampler: str = "dpm"        # ddim, ddpm, or dpm, which is DPM-Solver++ 2M
+    sampler: str = "sde"        # SDE-DPM-Solver++ 2M; or dpm without new noise, ddim, ddpm
 
 
 def open_run(asked, kind="ldm"):
@@ -535,10 +535,8 @@ def train_classifier(images, rows, answers, steps, seed=0, batch=32):
 
     def loss_of(rng):
         chosen = torch.from_numpy(rng.choice(len(images), batch))
-        x = torch.rot90(images[chosen], int(rng.integers(4)), (2, 3))
-        x = x.flip(3) if rng.random() < .5 else x
         with autocast():
-            out = network(x.to(device()))
+            out = network(turned(images[chosen], rng).to(device()))
         return sum(F.cross_entropy(out[q].float(), labels[q][chosen].to(device())) for q in labels)
     return fit(network, loss_of, steps, 2e-3, seed, "classifier")
 
@@ -579,6 +577,43 @@ def reference_classifier(run, steps=1500):
     network = Classifier(len(run.model.channels), answers).to(device())
     network.load_state_dict(train_vae.load_checkpoint(path, "classifier", "remove it")["weights"])
     return network.eval()
+
+
+def told_apart(fake, real, steps=400, seeds=3, batch=32):
+    """How well networks learn to tell images `fake` (N, C, H, W) from `real` ones, both under the
+    same conditions: the area under the ROC curve, .5 at best, 1 at worst, on a quarter of both that
+    they did not train on (Lopez-Paz & Oquab 2017, arXiv:1610.06545). Mean of `seeds` networks. They
+    see an image, its detail below 1 pixel and from 1 to 2, all in deviations of the real ones: else
+    texture is too faint to be learned from."""
+    def detail(x):
+        fine, coarse = gaussian_blur(x, 1.), gaussian_blur(x, 2.)
+        return torch.cat([x, x - fine, fine - coarse], 1)
+    fake, real = detail(fake), detail(real)
+    std, mean = torch.std_mean(real, (0, 2, 3), keepdim=True)
+    images, areas = torch.stack([(fake - mean) / std, (real - mean) / std], 1), []
+    for seed in range(seeds):                                            # (N, 2, 3 C, H, W)
+        torch.manual_seed(seed)
+        network = Backbone(images.shape[2], 1).to(device())
+        order = np.random.default_rng(seed).permutation(len(images))
+        tested, taught = np.split(order, [len(order) // 4])
+
+        def loss_of(rng):
+            x = turned(images[rng.choice(taught, batch // 2)].flatten(0, 1), rng)
+            with autocast():
+                says_fake, says_real = network(x.to(device())).float().unflatten(0, (-1, 2)).unbind(1)
+            return (F.softplus(-says_fake) + F.softplus(says_real)).mean()
+        fit(network, loss_of, steps, 2e-3, seed, "two-sample test")
+        with torch.no_grad(), autocast():
+            one, other = (torch.cat([network(x.to(device())).float() for x in images[
+                tested, k].split(64)]) for k in (0, 1))
+        areas.append((one > other.T).float().mean().item())  # a pair in the right order
+    return float(np.mean(areas))
+
+
+def turned(x, rng):
+    """Images (N, C, H, W) turned by a multiple of 90 degrees and mirrored, at random, all alike."""
+    x = torch.rot90(x, int(rng.integers(4)), (2, 3))
+    return x.flip(3) if rng.random() < .5 else x
 
 
 def recognised(classifier, images, rows):
@@ -771,19 +806,43 @@ def quality(args):
         dict.fromkeys(run.model.groups, 1.), run.model.scales(args.guidance))}
     measure, classifier = morphology(run, args.nucleus_radius), reference_classifier(run)
     table, pictures = {}, {}
-    for name, (a, b) in heldout_halves(run, conditions, limit).items():
+    halves = heldout_halves(run, conditions, limit)
+    for name, (a, b) in halves.items():
         print(f"{name}: {len(a)} images of {len(set(conditions[a]))} conditions")
         table[name], pictures[name] = quality_line(run, a, b, conditions, measure, classifier,
                                                    args, requests)
     if not table:
         raise UserError("nothing to compare: no condition has four wells or images")
+    apart = all_together(run, [halves[name][1] for name in table], pictures, requests,
+                         20 if args.quick else 400)
     figures = {"spread": ".2f", "mechanism": ".2f", "batch": ".2f"}
     print_table("held-out set", {"distance (5-95 %)": ".2f", "score": ".2f"} | figures, [
         (f"{name}, {kind}", *((e.get(k), e.get(f"{k}_interval")) for k in ("distance", "score")),
          *map(e.get, figures)) for name, kinds in plain(table).items()
         for kind, e in kinds.items()])
+    print_table("all sets", dict.fromkeys(next(iter(apart.values())), ".2f"), [
+        (kind, *line.values()) for kind, line in apart.items()])
     draw_sets(out / "quality.png", pictures, run.model)
-    write_report(out / "quality.json", args, {"sha1": run.sha1, "table": table}, "quality.png")
+    write_report(out / "quality.json", args, {"sha1": run.sha1, "table": table, "all": apart},
+                 "quality.png")
+
+
+def all_together(run, others, pictures, requests, steps):
+    """What needs many images, of all sets together, beside images through the autoencoder: can they
+    be told apart, at full and at half resolution, and the difference of log10 power in five bands
+    of spatial frequency, coarse to fine. others: rows of other wells under the same conditions."""
+    sets = {name: torch.cat([kinds[name] for kinds in pictures.values()])
+            for name in (REBUILT, *requests)}
+    rebuilt = sets.pop(REBUILT)
+    sets = {BEST: reconstruct(run.model.vae, run.images(np.concatenate(others)))[0]} | sets
+
+    def bands(x):
+        return (power_spectrum((x + 1) / 2).mean(0) / math.log(10)).tensor_split(5)
+    return {name: {f"told apart, 1/{k}": told_apart(
+        *(F.avg_pool2d(v, k) for v in (x, rebuilt)), steps) for k in (1, 2)} | {
+            f"power {k + 1}": (one - other).mean().item()
+            for k, (one, other) in enumerate(zip(bands(x), bands(rebuilt)))}
+            for name, x in sets.items()}
 
 
 def words_of(scales):
@@ -798,7 +857,7 @@ def words_of(scales):
 MODELS = {"perturbations": dict(experiment=()), "experiment": dict(biology=()), "joint": {},
           "balanced": {}, "restained": {}}
 SCALES = [dict(biology=b, experiment=e) for b, e in (
-    (1, 1), (1.5, 1.5), (2, 1), (2, 1.5), (2, 2), (2.5, 2), (2.5, 2.5), (3, 2), (3, 3))]
+    (1, 1), (1.5, 1.5), (2, 1.5), (2.5, 2), (3, 3))]
 TABLE = ("leak_e_to_b", "leak_b_to_e", "effect_biology", "effect_experiment", "mechanism",
          "mechanism_seen", "mechanism_heldout", "batch", "distance_seen", "distance_heldout")
 
@@ -1207,14 +1266,15 @@ def regression(x, y, shown, steps, batch=16):
     by L1 on pairs of conditioning images and images x, y (N, C, H, W)."""
     torch.manual_seed(0)
     channels = max(x.shape[1], y.shape[1])
-    unet = UNet(UNetConfig(channels, fold=2, width=48, multipliers=(1, 2, 2), blocks=1,
-                           attention=(False,) * 3, embedding=64, token=16)).to(device())
+    unet = UNet(UNetConfig(4 * channels, 48, (1, 2, 2), 1, (False,) * 3, embedding=64, token=16))
+    unet.to(device())
 
     def predict(x):
         x, n = F.pad(x, (0, 0, 0, 0, 0, channels - x.shape[1])).to(device()), len(x)
         nothing = x.new_zeros(n, 64), x.new_zeros(n, 1, 16), x.new_ones(n, 1, dtype=torch.bool)
         with autocast():
-            return unet(x, x.new_zeros(n), *nothing)[:, :y.shape[1]]
+            y_hat = unet(F.pixel_unshuffle(x, 2), x.new_zeros(n), *nothing)
+            return F.pixel_shuffle(y_hat, 2)[:, :y.shape[1]]
 
     def loss_of(rng):
         chosen, turns = rng.integers(len(x), size=batch), int(rng.integers(4))
@@ -1559,7 +1619,7 @@ def mol2image(args):
         columns = [k for k in table["generated"] if k != "intervals"]
         print_table(f"{name}: {len(a)} images, {len(molecules)} molecules",
                     dict.fromkeys(columns, ".3g"), [
-            (kind, *(np.mean(e[k]) for k in columns)) for kind, e in table.items()])
+            (kind, *(np.array(e[k], float).mean() for k in columns)) for kind, e in table.items()])
     draw_sets(out / "mol2image.png", pictures, model)
     write_report(out / "mol2image.json", args, {"sha1": run.sha1, "table": report}, "mol2image.png")
 

@@ -33,9 +33,9 @@ from data import UserError
 from train_vae import autocast, build_vae, device, load_checkpoint, reconstruct, run
 from unet import ControlNet, Denoiser, UNet, UNetConfig
 
-STEPS = 15           # of DPM-Solver++, which more steps do not improve (README, Samplers)
+STEPS = 25           # of SDE-DPM-Solver++
 EDIT_STEPS = 50      # of DDIM, there and back
-GUIDANCE = 2.5       # scale of every group unless asked otherwise
+GUIDANCE = 2.5, 2.   # scales of the first group (biology) and of every other
 INTERVAL = (.2, .8)  # noise levels t / T between which guidance acts
 
 
@@ -86,7 +86,8 @@ class Model:
         guidance, dials = guidance or {}, self.groups + ["image"] * bool(self.controlnet)
         if unknown := [group for group in guidance if group not in dials]:
             raise FieldError(f"no group {unknown[0]} to guide: this model has {', '.join(dials)}")
-        scales = [(group, guidance.get(group, GUIDANCE)) for group in reversed(self.groups)]
+        scales = [(group, guidance.get(group, GUIDANCE[group != self.groups[0]]))
+                  for group in reversed(self.groups)]
         image = [("image", guidance.get("image", 1.))] * hinted
         return dict(scales[:-1] + image + scales[-1:])
 
@@ -159,7 +160,7 @@ class Model:
 
     @sampling()
     def generate(self, columns, seeds, guidance=None, form="nested", steps=STEPS, eta=0.,
-                 sampler="dpm", batch=64, progress=True, interval=INTERVAL, hint=None):
+                 sampler="sde", batch=64, progress=True, interval=INTERVAL, hint=None):
         """Images (n, C, H, W) in [-1, 1] on the CPU, one per seed, the same whatever the batch, of
         the hint's size. columns, guidance, form, interval, hint: see `guided`. eta: of ddim."""
         denoise = self.guided(columns, len(seeds), guidance, form, interval, hint, batch)
@@ -416,12 +417,13 @@ def arguments():
     add("-n", type=int, help="images (default: 8, or 1 for each place of a grid)")
     add("--seed", type=int, default=0, help="of the first image, then one more (default: 0)")
     add("--guidance", nargs="+", default=[], metavar="GROUP=SCALE",
-        help=f"0 leaves a group out, 1 is the plain model (default: {GUIDANCE}; 1 with --edit)")
+        help=f"0 leaves a group out, 1 is the plain model (default: {GUIDANCE[0]:g} for the "
+        f"first group, {GUIDANCE[1]:g} for others; 1 with --edit)")
     add("--form", choices=diffusion.FORMS, default="nested", help="(default: %(default)s)")
     add("--interval", type=float, nargs=2, default=INTERVAL, metavar=("LOW", "HIGH"),
         help="noise levels outside which scales above 1 count as 1 (default: %(default)s)")
     add("--steps", type=int, help=f"of the sampler (default: {STEPS}; {EDIT_STEPS} with --edit)")
-    add("--sampler", choices=diffusion.SAMPLERS, default="dpm", help="(default: %(default)s)")
+    add("--sampler", choices=diffusion.SAMPLERS, default="sde", help="(default: %(default)s)")
     add("--grid", nargs="+", default=[], metavar="NAME=V1,V2,...", help="sweep one or two fields")
     image("--edit", metavar="MANIFEST:ROW", help="its cells under these conditions (no -n, DDIM)")
     image("--control", metavar="FILE", help="a ControlNet follows it; or STACK.npy:INDEX, CSV:ROW")

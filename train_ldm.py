@@ -135,7 +135,8 @@ class Steps(torch.utils.data.Dataset):
         rng, noise_rng = step_rng(c.seed, 0 if c.overfit else step)
         positions = np.searchsorted(self.cumulative, rng.random(n) * self.cumulative[-1], "right")
         batch = run.training.batch(positions, rng, noise_rng)
-        batch["t"] = torch.randint(run.schedule.T, (n,), generator=noise_rng)
+        # logit-normal (Esser et al. 2024, arXiv:2403.03206): mostly where structure is made
+        batch["t"] = (torch.randn(n, generator=noise_rng).sigmoid() * run.schedule.T).long()
         if not c.overfit:
             batch["keep"] &= draw_keep(fields, n, noise_rng)
             batch["codes"] = hide_molecule_of_controls(
@@ -382,7 +383,7 @@ def new_content(config, opened, fields):
     fields = [field.fit(manifest.rows(opened.train, field.name)) for field in fields]
     _, h, w = data.Views(manifest, content["intensity"], s.crop, s.flips, s.binning).shape
     unet = unet_config(config.size, vae.config.latent_channels)
-    step = f * unet.fold * 2 ** (len(unet.multipliers) - 1)
+    step = f * 2 ** (len(unet.multipliers) - 1)
     if h % step or w % step:
         raise UserError(f"images of {w}x{h} pixels: the U-Net {config.size} wants an autoencoder "
                         f"with a --crop that is a multiple of {step}")

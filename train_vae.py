@@ -63,7 +63,7 @@ class Config(Running):
     blocks: int = 2                       # residual blocks per level
     pixels: bool = False                  # no autoencoder: diffusion in pixels on the latents' grid
     kl_weight: float = 1e-2               # weight of the KL, both terms per pixel value
-    spectral_weight: float = 0.           # weight of the difference of Fourier amplitudes
+    spectral_weight: float = 0.3          # weight of the difference of Fourier amplitudes
     # training
     out: str = "runs/vae"                 # model.pt, reconstruction.png and log.jsonl go here
     steps: int = 4200                     # optimiser steps

@@ -21,7 +21,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 @dataclass
 class UNetConfig:
     latent_channels: int = 4          # Z
-    fold: int = 1                     # latent pixels folded into channels by the stem
     width: int = 64                   # channels of the finest level
     multipliers: tuple = (1, 2)       # width of each level; the side halves from one to the next
     blocks: int = 2                   # residual blocks per level
@@ -31,11 +30,11 @@ class UNetConfig:
     token: int = 128                  # D: molecule tokens
 
 
-# One dial for size (parameters with four latent channels). `small`, the quick start on CPU, folds
-# 16x16 latents to 8x8. `base` and `large` want a GPU and latents of 32 to 64 pixels.
+# One dial for size (parameters with four latent channels). `small` is for 16x16 latents on a CPU,
+# `base` and `large` want a GPU and latents of 32 to 64 pixels.
 SIZES = {
     "tiny": UNetConfig(width=16, blocks=1, head=16, embedding=64, token=32),             # 0.2 M
-    "small": UNetConfig(fold=2, width=128, multipliers=(1, 1), blocks=1),                # 4.6 M
+    "small": UNetConfig(multipliers=(1, 2, 2), attention=(False, True, True), blocks=1),
     "base": UNetConfig(width=128, multipliers=(1, 2, 3, 4), attention=(False, False, True, True),
                        head=64, embedding=512, token=256),                               # 97 M
     "large": UNetConfig(width=192, multipliers=(1, 2, 3, 4), attention=(False, False, True, True),
@@ -120,7 +119,7 @@ class Stage(nn.Module):
 class UNet(nn.Module):
     """z (B, Z, h, w), t (B,) in 0 .. 999, vector (B, E), tokens (B, L, D), mask (B, L) true where
     a token counts (at least one in each row), to the target (B, Z, h, w). The sides h and w are
-    multiples of fold * 2^(levels - 1)."""
+    multiples of 2^(levels - 1)."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -128,8 +127,7 @@ class UNet(nn.Module):
         widths = [c.width * m for m in c.multipliers]
         self.time = nn.Sequential(nn.Linear(256, c.embedding), nn.SiLU(),
                                   nn.Linear(c.embedding, c.embedding))
-        self.stem = nn.Sequential(nn.PixelUnshuffle(c.fold), nn.Conv2d(
-            c.latent_channels * c.fold ** 2, widths[0], 3, padding=1))
+        self.stem = nn.Conv2d(c.latent_channels, widths[0], 3, padding=1)
 
         # down: every output is kept as a skip, the stem's and the downsamplings' included
         self.down, channels = nn.ModuleList(), [widths[0]]
@@ -155,8 +153,7 @@ class UNet(nn.Module):
                 self.up.append(nn.Sequential(nn.Conv2d(w, widths[i - 1], 3, padding=1),
                                              nn.Upsample(scale_factor=2)))
                 w = widths[i - 1]
-        self.out = nn.Sequential(norm(w), nn.SiLU(), nn.Conv2d(
-            w, c.latent_channels * c.fold ** 2, 3, padding=1), nn.PixelShuffle(c.fold))
+        self.out = nn.Sequential(norm(w), nn.SiLU(), nn.Conv2d(w, c.latent_channels, 3, padding=1))
         self.initialise()
         if not (torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16")):
             # on CPU float32 convolutions run faster on channels-last weights, bfloat16 ones slower
@@ -177,7 +174,7 @@ class UNet(nn.Module):
     def encode(self, z, emb, tokens, mask, hint=0.):
         """The way down: (h, skips). hint: what a ControlNet adds behind the stem."""
         assert z.shape[1] == self.config.latent_channels, tuple(z.shape)
-        h = self.stem(z) + hint                                   # (B, width, h/fold, w/fold)
+        h = self.stem(z) + hint                                   # (B, width, h, w)
         skips = [h]
         for layer in self.down:
             h = layer(h, emb, tokens, mask) if isinstance(layer, Stage) else layer(h)
@@ -250,7 +247,7 @@ class ControlNet(nn.Module):
         c = unet.config
         self.encoder_copy = copy.deepcopy(unet).requires_grad_(True)
         del self.encoder_copy.up, self.encoder_copy.out
-        self.stem = HintStem(channels, c.width, downsampling * c.fold)
+        self.stem = HintStem(channels, c.width, downsampling)
         self.metadata = zero(nn.Linear(c.embedding, c.embedding))
         self.style_mlp = nn.Sequential(nn.Linear(3 * channels, c.embedding), nn.SiLU(),
                                        zero(nn.Linear(c.embedding, c.embedding)))

@@ -166,13 +166,11 @@ def spectral_distance(x, x_hat):
 
 def vae_loss(x, x_hat, mean, logvar, kl_weight, spectral_weight=0.):
     """L1 plus the weighted KL, both per pixel value, so that a weight means the same at any size,
-    plus the weighted spectral distance where one is asked for. Returns the scalars (loss, l1 on
+    plus the weighted spectral distance. Returns the scalars (loss, l1 on
     [-1, 1], kl in nats per image)."""
     l1 = (x - x_hat).abs().mean()
     kl = kl_divergence(mean, logvar).mean()
-    loss = l1 + kl_weight * kl / x[0].numel()
-    if spectral_weight:
-        loss = loss + spectral_weight * spectral_distance(x, x_hat)
+    loss = l1 + kl_weight * kl / x[0].numel() + spectral_weight * spectral_distance(x, x_hat)
     return loss, l1, kl
 
 

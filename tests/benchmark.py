@@ -57,21 +57,20 @@ def training_step(network, loss):
 
 def unets(batch, c=unet_config(SIZE, LATENT[0])):
     """{name: (U-Net, how it is called)} and a batch of inputs, five tokens each."""
-    ours, channels = for_training(UNet(c).to(device())), LATENT[0] * c.fold ** 2
+    ours = for_training(UNet(c).to(device()))
     networks = {"ours": (ours, ours)}
     if find_spec("diffusers"):  # not one of the requirements
         import diffusers
         kinds = ["CrossAttn%sBlock2D" if a else "%sBlock2D" for a in c.attention]
         net = diffusers.UNet2DConditionModel(
-            in_channels=channels, out_channels=channels, block_out_channels=WIDTHS,
+            in_channels=LATENT[0], out_channels=LATENT[0], block_out_channels=WIDTHS,
             layers_per_block=c.blocks, norm_num_groups=4, cross_attention_dim=c.token,
             down_block_types=[kind % "Down" for kind in kinds], class_embed_type="identity",
             up_block_types=[kind % "Up" for kind in kinds[::-1]], time_embedding_dim=c.embedding,
             attention_head_dim=[w // c.head for w in WIDTHS],  # (the number of heads)
             resnet_time_scale_shift="scale_shift").to(device())
-        networks["diffusers"] = net, lambda z, t, vector, tokens, mask: pixel_shuffle(net(
-            pixel_unshuffle(z, c.fold), t, tokens, class_labels=vector,
-            encoder_attention_mask=mask).sample, c.fold).float()
+        networks["diffusers"] = net, lambda z, t, vector, tokens, mask: net(
+            z, t, tokens, class_labels=vector, encoder_attention_mask=mask).sample.float()
     with device():
         return networks, (torch.randn(batch, *LATENT), torch.randint(1000, (batch,)),
                           torch.randn(batch, c.embedding), torch.randn(batch, 5, c.token),

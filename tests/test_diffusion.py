@@ -77,15 +77,19 @@ def test_the_last_training_step_is_the_first_sampling_step():
 
 
 @pytest.mark.parametrize("t, t_next", [(999, 899), (500, 499), (300, 40), (19, -1)])
-def test_ddim_with_eta_one_is_ddpm(t, t_next):
+def test_ddim_and_the_first_step_of_dpm_with_eta_one_are_ddpm(t, t_next):
     schedule, (z, v, noise) = Schedule(), torch.randn(3, 2, 4, 4)
-    assert_close(ddim_step(schedule, z, v, t, t_next, 1., noise),
-                 ddpm_step(schedule, z, v, t, t_next, noise), atol=1e-4, rtol=1e-4)
+    z0, _ = schedule.split(z, v, t)
+    ddpm = ddpm_step(schedule, z, v, t, t_next, noise)
+    for step in (ddim_step(schedule, z, v, t, t_next, 1., noise),
+                 dpm_step(schedule, z, z0, t, t_next, None, 1., noise)):
+        assert_close(step, ddpm, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("sampler, eta, target", [
     ("ddim", 0., "velocity"), ("ddim", 1., "noise"), ("ddpm", 0., "velocity"),
-    ("ddpm", 0., "image"), ("dpm", 0., "velocity"), ("dpm", 0., "noise")])
+    ("ddpm", 0., "image"), ("dpm", 0., "velocity"), ("dpm", 0., "noise"),
+    ("sde", 0., "velocity")])
 def test_samplers_recover_a_gaussian(sampler, eta, target):
     schedule = Schedule("linear", target, zero_snr=target == "velocity")
     z = sample(exact(schedule), schedule, range(1200), (1,), steps=100, eta=eta, sampler=sampler)
@@ -108,7 +112,7 @@ def test_dpm_is_of_second_order_and_ddim_of_first():
             if sampler == "ddim":
                 z = ddim_step(schedule, z, prediction, t, t_next, 0., 0.)
             else:
-                z, before = dpm_step(schedule, z, z0, t, t_next, before), (t, z0)
+                z, before = dpm_step(schedule, z, z0, t, t_next, before, 0., 0.), (t, z0)
         return (z - path(bottom)).abs().max().item()
     for sampler, order in (("ddim", 1.), ("dpm", 2.)):
         assert abs(math.log2(error(sampler, 40) / error(sampler, 160)) / 2 - order) < .05

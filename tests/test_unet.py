@@ -80,7 +80,7 @@ def test_what_a_controlnet_learns_in_each_of_the_first_three_steps(denoiser):
         learning.append({n for n, p in net.named_parameters() if p.grad.any()})
         torch.optim.SGD(net.parameters(), .1).step()
     assert {n.split(".")[0] for n in learning[0]} == {"zero_convolutions", "style_mlp"}
-    assert {"stem.out.weight", "metadata.weight", "encoder_copy.stem.1.weight"} <= learning[1]
+    assert {"stem.out.weight", "metadata.weight", "encoder_copy.stem.weight"} <= learning[1]
     assert "stem.layers.0.weight" not in learning[1]
     assert len(learning[2]) == len([*net.parameters()])
 
