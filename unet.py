@@ -9,13 +9,11 @@ that seam is where the ControlNet (Zhang et al. 2023, arXiv:2302.05543) enters.
 import argparse
 import copy
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @dataclass
@@ -87,10 +85,13 @@ class Attention(nn.Module):
 
     def attend(self, q, k, v, mask=None):                                # (B, N, C)
         q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
-        # on CPU the fused kernel's backward pass is slower than the plain formula
-        plain = q.device.type == "cpu" and torch.is_grad_enabled()
-        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
-            return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+        if q.is_cuda or not torch.is_grad_enabled():
+            out = F.scaled_dot_product_attention(q, k, v, mask)
+        else:  # the same in plain words, whose backward pass is faster on a CPU
+            scores = q @ k.mT * q.shape[-1] ** -.5                       # (B, heads, N, L)
+            scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+            out = scores.softmax(-1).to(v.dtype) @ v
+        return out.transpose(1, 2).flatten(2)
 
     def forward(self, h, tokens, mask):                                  # (B, C, h, w), (B, L, D)
         shape = h.shape

@@ -295,7 +295,9 @@ def call(cli, monkeypatch, tmp_path, tmp_path_factory, ldm_path, truth):
 def test_quality_command(ldm_path, call, refused, tmp_path):
     words = ["quality", "--checkpoint", ldm_path, "--quick", "--steps", 1]
     call(*words)
-    table = json.loads((tmp_path / "quality.json").read_text())["table"]
+    report = json.loads((tmp_path / "quality.json").read_text())
+    table, everything = report["table"], report["all"]["generated, biology 1, experiment 1"]
+    assert {"told apart, 1/2", "power 5"} <= set(everything)
     assert list(table) == list(evaluate.HELD_OUT.values()) and len(table["unseen wells"]) == 6
     line = table["unseen scaffolds"]["generated, biology 1, experiment 1"]
     assert {"distance", "distance_interval", "spread", "mechanism", "batch"} <= set(line)
