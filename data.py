@@ -726,16 +726,25 @@ class Views(torch.utils.data.Dataset):
 
     def __init__(self, manifest, intensity, crop=0, flips=True, binning=1, seed=0):
         self.manifest, self.intensity, self.crop, self.flips = manifest, intensity, crop, flips
-        self.binning, self.seed = binning, seed
+        self.binning, self.seed, self.kept = binning, seed, {}
         self.top = intensity["high"][0] if intensity["rule"] == "dtype" else None
         sizes, names = list(manifest.sizes), manifest.channels
         c, h, w = (len(names), *sizes[0]) if sizes and names else manifest.read(0, 1.).shape
         self.shape = (c, crop or h // binning, crop or w // binning)
 
+    def read(self, row):
+        """The binned image (C, H, W). Up to 512 MB of them are kept: a crop costs less than a PNG."""
+        if row in self.kept:
+            return self.kept[row]
+        image = bin_pixels(self.manifest.read(row, self.top), self.binning)
+        if len(self.kept) * image.nbytes < 2 ** 29:
+            self.kept[row] = image
+        return image
+
     def __getitem__(self, key):
         row, view = key
         try:
-            image = bin_pixels(self.manifest.read(row, self.top), self.binning)
+            image = self.read(row)
             c, h, w = image.shape
             if c != self.shape[0] or (min(h, w) < self.crop if self.crop else
                                       (h, w) != self.shape[1:]):

@@ -579,7 +579,7 @@ def reference_classifier(run, steps=1500):
     return network.eval()
 
 
-def told_apart(fake, real, steps=400, seeds=3, batch=32):
+def told_apart(fake, real, steps=300, seeds=3, batch=32):
     """How well networks learn to tell images `fake` (N, C, H, W) from `real` ones, both under the
     same conditions: the area under the ROC curve, .5 at best, 1 at worst, on a quarter of both that
     they did not train on (Lopez-Paz & Oquab 2017, arXiv:1610.06545). Mean of `seeds` networks. They
@@ -775,16 +775,17 @@ def copied_controls(run, conditions, asked):
     return [next(turns[c[1:]]) for c in asked] if {c[1:] for c in asked} <= set(turns) else None
 
 
-def quality_line(run, rows_a, rows_b, conditions, measure, classifier, args, requests):
+def quality_line(run, rows_a, rows_b, conditions, measure, classifier, args, requests, first=0):
     """The rows of the table for one held-out set, {row: figures}, and the images behind them. The
     true rows_b (as from split_wells) are compared with the true rows_a, negative controls of their
     experiments, rows_a through the autoencoder, and what each of `requests`, {row: changes of
-    args}, draws for them. correlation: over conditions, of their mean features."""
+    args}, draws for them with seeds from `first` on. correlation: over conditions, of their mean
+    features."""
     cond_a, cond_b, true = conditions[rows_a], conditions[rows_b], run.images(rows_a)
     copied, asked = copied_controls(run, conditions, cond_a), records(run.manifest, rows_a)
     sets = {BEST: true} | ({COPIED: run.images(copied)} if copied else {}) | {
         REBUILT: reconstruct(run.model.vae, true)[0]} | {
-        name: ask(run, told(run.model, asked), range(len(asked)), args, **changes)
+        name: ask(run, told(run.model, asked), range(first, first + len(asked)), args, **changes)
         for name, changes in requests.items()}
     found, b = {name: measure(x) for name, x in sets.items()}, measure(run.images(rows_b))
     table = distance_table(found, b, cond_a, cond_b, COPIED if copied else None)
@@ -810,11 +811,11 @@ def quality(args):
     for name, (a, b) in halves.items():
         print(f"{name}: {len(a)} images of {len(set(conditions[a]))} conditions")
         table[name], pictures[name] = quality_line(run, a, b, conditions, measure, classifier,
-                                                   args, requests)
+                                                   args, requests, 10 ** 6 * len(table))
     if not table:
         raise UserError("nothing to compare: no condition has four wells or images")
     apart = all_together(run, [halves[name][1] for name in table], pictures, requests,
-                         20 if args.quick else 400)
+                         20 if args.quick else 300)
     figures = {"spread": ".2f", "mechanism": ".2f", "batch": ".2f"}
     print_table("held-out set", {"distance (5-95 %)": ".2f", "score": ".2f"} | figures, [
         (f"{name}, {kind}", *((e.get(k), e.get(f"{k}_interval")) for k in ("distance", "score")),
