@@ -12,7 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from diffusion import Schedule, combine, sample  # noqa: E402
@@ -22,7 +21,7 @@ from vae import VAE, VAEConfig, vae_loss  # noqa: E402
 
 GPU = torch.cuda.is_available()
 SIZE, LATENT = ("base", (8, 64, 64)) if GPU else ("small", (4, 16, 16))
-WIDTHS = (112, 208, 320, 448) if GPU else (112, 120)  # of diffusers' U-Net of that size
+WIDTHS = (112, 208, 320, 448) if GPU else (56, 112, 112)  # of diffusers' U-Net of that size
 
 
 def measure(what, items, functions):
