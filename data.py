@@ -733,7 +733,7 @@ class Views(torch.utils.data.Dataset):
         self.shape = (c, crop or h // binning, crop or w // binning)
 
     def read(self, row):
-        """The binned image (C, H, W). Up to 512 MB of them are kept: a crop costs less than a PNG."""
+        """The binned image (C, H, W). Up to 512 MB of them are kept: reading a PNG is slow."""
         if row in self.kept:
             return self.kept[row]
         image = bin_pixels(self.manifest.read(row, self.top), self.binning)

@@ -583,14 +583,16 @@ def told_apart(fake, real, steps=300, seeds=3, batch=32):
     """How well networks learn to tell images `fake` (N, C, H, W) from `real` ones, both under the
     same conditions: the area under the ROC curve, .5 at best, 1 at worst, on a quarter of both that
     they did not train on (Lopez-Paz & Oquab 2017, arXiv:1610.06545). Mean of `seeds` networks. They
-    see an image, its detail below 1 pixel and from 1 to 2, all in deviations of the real ones: else
-    texture is too faint to be learned from."""
+    see (of large images a corner of 128 pixels) an image, its detail below 1 pixel and from 1 to 2,
+    all in deviations of the real ones: else texture is too faint to be learned from."""
     def detail(x):
+        x = x[..., :128, :128]
         fine, coarse = gaussian_blur(x, 1.), gaussian_blur(x, 2.)
         return torch.cat([x, x - fine, fine - coarse], 1)
     fake, real = detail(fake), detail(real)
     std, mean = torch.std_mean(real, (0, 2, 3), keepdim=True)
-    images, areas = torch.stack([(fake - mean) / std, (real - mean) / std], 1), []
+    images = torch.stack([(fake - mean), (real - mean)], 1) / std.clamp(min=1e-6)
+    areas = []
     for seed in range(seeds):                                            # (N, 2, 3 C, H, W)
         torch.manual_seed(seed)
         network = Backbone(images.shape[2], 1).to(device())
@@ -600,8 +602,8 @@ def told_apart(fake, real, steps=300, seeds=3, batch=32):
         def loss_of(rng):
             x = turned(images[rng.choice(taught, batch // 2)].flatten(0, 1), rng)
             with autocast():
-                says_fake, says_real = network(x.to(device())).float().unflatten(0, (-1, 2)).unbind(1)
-            return (F.softplus(-says_fake) + F.softplus(says_real)).mean()
+                fake, real = network(x.to(device())).float().unflatten(0, (-1, 2)).unbind(1)
+            return (F.softplus(-fake) + F.softplus(real)).mean()
         fit(network, loss_of, steps, 2e-3, seed, "two-sample test")
         with torch.no_grad(), autocast():
             one, other = (torch.cat([network(x.to(device())).float() for x in images[

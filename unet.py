@@ -32,7 +32,7 @@ class UNetConfig:
 # `base` and `large` want a GPU and latents of 32 to 64 pixels.
 SIZES = {
     "tiny": UNetConfig(width=16, blocks=1, head=16, embedding=64, token=32),             # 0.2 M
-    "small": UNetConfig(multipliers=(1, 2, 2), attention=(False, True, True), blocks=1),
+    "small": UNetConfig(multipliers=(1, 2, 2), attention=(False, True, True), blocks=1),  # 5.3 M
     "base": UNetConfig(width=128, multipliers=(1, 2, 3, 4), attention=(False, False, True, True),
                        head=64, embedding=512, token=256),                               # 97 M
     "large": UNetConfig(width=192, multipliers=(1, 2, 3, 4), attention=(False, False, True, True),
