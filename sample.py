@@ -162,7 +162,7 @@ class Model:
     def generate(self, columns, seeds, guidance=None, form="nested", steps=STEPS, eta=0.,
                  sampler="sde", batch=64, progress=True, interval=INTERVAL, hint=None):
         """Images (n, C, H, W) in [-1, 1] on the CPU, one per seed, the same whatever the batch, of
-        the hint's size. columns, guidance, form, interval, hint: see `guided`. eta: of ddim, dpm."""
+        the hint's size. columns, guidance, form, interval, hint: see `guided`. eta: ddim, dpm."""
         denoise = self.guided(columns, len(seeds), guidance, form, interval, hint, batch)
         size, f = hint[0].shape[2:] if hint else self.size, self.vae.config.downsampling
         z, *window = self.latent_shape
