@@ -62,13 +62,14 @@ class Schedule:
                 "linear or scaled_linear without zero terminal SNR")
         self.target, self.T = target, steps
         self.abar = torch.cat([abar, torch.ones(1, dtype=torch.float64)])  # abar[-1] = 1: clean
+        self.roots = torch.stack([self.abar.sqrt(), (1 - self.abar).sqrt()])  # (2, T + 1)
         # lambda_t = log(sqrt(abar_t) / sqrt(1 - abar_t)): -inf at zero terminal SNR
         self.half_log_snr = (torch.log(self.abar) - torch.log(1 - self.abar)) / 2
 
     def signal_noise(self, t, z):
         """sqrt(abar_t) and sqrt(1 - abar_t), shaped and typed to multiply z."""
-        abar = self.abar[torch.as_tensor(t, device="cpu")].reshape(-1, *[1] * (z.ndim - 1))
-        return abar.sqrt().to(z), (1 - abar).sqrt().to(z)
+        self.roots = self.roots.to(z.device)  # copied once, so that a t on a GPU stays there
+        return self.roots[:, t].to(z.dtype).reshape(2, -1, *[1] * (z.ndim - 1)).unbind()
 
     def add_noise(self, z0, eps, t):
         """Eq. 4 of Ho et al."""
@@ -91,8 +92,8 @@ class Schedule:
 
     def min_snr_weight(self, t, gamma=5.):
         """Hang et al. 2023 (arXiv:2303.09556) for each target, (B,); finite at zero SNR."""
-        abar = self.abar[torch.as_tensor(t, device="cpu")]
-        snr = abar / (1 - abar)
+        a, s = self.roots.to(t.device)[:, t]
+        snr = (a / s) ** 2
         capped = snr.clamp(max=gamma)
         weight = {"velocity": capped / (snr + 1), "noise": capped / snr.clamp(min=1e-8),
                   "image": capped}[self.target]

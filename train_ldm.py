@@ -59,7 +59,7 @@ class Config(train_vae.Running):
     unfreeze_decoder: bool = False        # train the base's way up as well; a tenth sees no image
     # training
     out: str = ""                         # results go to this folder; runs/ldm, or runs/COLUMN
-    steps: int = 2000                     # optimiser steps
+    steps: int = 10_000 if train_vae.GPU else 2000  # optimiser steps
     batch: int = 32                       # latents per step
     lr: float = 2e-3                      # peak learning rate, after warm-up, before decay
     ema: float = 0.999                    # decay of the averaged weights that sampling uses
@@ -75,10 +75,11 @@ def train(config=Config()):
     if found["step"] == config.steps:
         return path
     run = prepare(config, found)
-    denoiser, average = run.denoiser, copy.deepcopy(run.denoiser).requires_grad_(False)
-    model = train_vae.for_training(denoiser, config.compile)
-    optimiser = torch.optim.AdamW([w for w in denoiser.parameters() if w.requires_grad],
-                                  lr=config.lr, betas=(.9, .99), fused=True)
+    denoiser, model = run.denoiser, train_vae.for_training(run.denoiser, config.compile)
+    average = copy.deepcopy(denoiser).requires_grad_(False)
+    averaged, weights = zip(*((a, w) for a, w in zip(average.parameters(), denoiser.parameters())
+                              if w.requires_grad))
+    optimiser = torch.optim.AdamW(weights, lr=config.lr, betas=(.9, .99), fused=True)
     workers = config.workers if device().type == "cuda" else 0  # a CPU does not wait for a batch
     gpu = dict(multiprocessing_context="fork", pin_memory=True) if workers else {}  # not pickled
     progress = train_vae.Progress(Steps(run, config), config, found, "training the diffusion model",
@@ -95,14 +96,13 @@ def train(config=Config()):
         optimiser.zero_grad()
         loss = loss_of(model, batch, run, config)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.)
-        train_vae.check_finite(loss, norm, config, step)
+        norm = torch.nn.utils.clip_grad_norm_(weights, 1.)
         optimiser.step()
         decay = min(config.ema, (1 + step) / (10 + step))  # of the averaged weights: warms up
         with torch.no_grad():
-            torch._foreach_lerp_([*average.parameters()], [*denoiser.parameters()], 1 - decay)
+            torch._foreach_lerp_(averaged, weights, 1 - decay)
 
-        saves, evaluates = progress.after(step, loss.item())
+        saves, evaluates = progress.after(step, loss, norm)
         if saves:
             train_vae.save_checkpoint(path, "ldm", run.saved | {
                 "weights": denoiser.state_dict(), "ema": average.state_dict(),

@@ -32,13 +32,16 @@ from data import CHANNELS, UserError
 from vae import VAE, VAEConfig, kl_divergence, vae_loss
 
 
+GPU = torch.cuda.is_available()
+
+
 @dataclass
 class Running:
     """Settings of both training scripts that change nothing of what is learned."""
     eval_every: int = 500                 # steps between evaluations and checkpoints
     resume: bool = False                  # go on from model.pt
     overwrite: bool = False               # train again where model.pt exists
-    compile: bool = False                 # torch.compile, for a GPU
+    compile: bool = GPU                   # torch.compile
     threads: int = 0                      # of the CPU; 0 times one thread and all, takes the faster
     workers: int = 4                      # processes that read images; 0: the one that trains
     max_corrupt: float = 0.01             # share of images that may be unreadable and are left out
@@ -66,7 +69,7 @@ class Config(Running):
     spectral_weight: float = 0.3          # weight of the difference of Fourier amplitudes
     # training
     out: str = "runs/vae"                 # model.pt, reconstruction.png and log.jsonl go here
-    steps: int = 4200                     # optimiser steps
+    steps: int = 10_000 if GPU else 4200  # optimiser steps
     batch: int = 8                        # images per step
     lr: float = 2e-3                      # peak learning rate, after warm-up, before decay
     seed: int = 0                         # of weights, order and noise
@@ -103,10 +106,9 @@ def train(config=Config()):
         loss, l1 = loss_of(model, x, noise, config)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(run.vae.parameters(), 1.)
-        check_finite(loss, norm, config, step)
         optimiser.step()
 
-        saves, evaluates = progress.after(step, l1.item())
+        saves, evaluates = progress.after(step, l1, norm)
         if saves:
             save(run, config, step + 1, optimiser, [] if evaluates else progress.losses)
         if evaluates:
@@ -289,22 +291,21 @@ def learning_rate(step, steps, peak, warmup=100):
     return peak * min(1., (step + 1) / min(warmup, max(1, steps // 5))) * decay
 
 
-def check_finite(loss, norm, config, step):
-    """Stop before a loss or a gradient that is not finite reaches the weights."""
-    if not math.isfinite(loss.item() + norm.item()):
-        raise UserError(f"step {step}: the loss is {loss.item()}, its gradient {norm.item()}; "
-                        f"{config.out} stays as it was, try a smaller --lr")
-
-
 class Progress:
     """for step, batch in progress: the steps of a run that are left and what `draws` draws for
     each, with a bar. On a CPU it chooses the number of threads. Ctrl-C and SIGTERM are only noted,
-    so that the running step can be finished and saved; then the program ends."""
+    so that the running step can be finished and saved; then the program ends. Reading a number from
+    a GPU waits for all it has been given to do, so there losses are read every `period` steps."""
+    period = 20 if GPU else 1
 
     def __init__(self, draws, config, found, what, workers, **loader):
         first, self.config, self.losses = found["step"], config, [*found["losses"]]
         self.entries = [e for e in read_log(config.out) if e["step"] <= first] if first else []
         self.noted, self.stop, self.writes = 0, 0, not getattr(config, "overfit", False)
+        self.unread = []
+        if GPU:
+            print(f"a GPU: {config.steps} steps, {'' if config.compile else 'not '}compiled; change "
+                  "it with --steps and --no-compile")
         self.bar = tqdm(range(first, config.steps), what, config.steps, initial=first,
                         mininterval=1, disable=RANK > 0)
         self.batches = data.loader(draws, range(first, config.steps), workers, batch_size=None,
@@ -336,13 +337,22 @@ class Progress:
         self.noted = number
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C interrupts
 
-    def after(self, step, loss):
-        """Note the loss of a step. Returns whether to save now (every eval_every steps, at the end,
-        and when this process or another one was sent a signal), and whether to evaluate."""
-        loss, noted = average([loss, self.noted])
-        self.losses.append(loss)
-        self.stop = noted and (self.noted or signal.SIGTERM)
+    def after(self, step, loss, norm):
+        """Note loss and gradient norm of a step, scalars on the device. Returns whether to save now
+        (every eval_every steps, at the end, and when this process or another one was sent a signal)
+        and whether to evaluate. What is not finite ends the run before anything is saved."""
+        self.unread.append(torch.stack([loss.detach(), norm]))
         evaluates = (step + 1) % self.config.eval_every == 0 or step + 1 == self.config.steps
+        if not evaluates and (step + 1) % self.period:
+            return False, False
+        losses, norms = torch.stack(self.unread, 1).tolist()
+        *losses, noted = average([*losses, self.noted])
+        for k, (loss, norm) in enumerate(zip(losses, norms), step + 1 - len(losses)):
+            if not math.isfinite(loss + norm):
+                raise UserError(f"step {k}: the loss is {loss}, its gradient {norm}; "
+                                f"{self.config.out} stays as it was, try a smaller --lr")
+        self.losses, self.unread = self.losses + losses, []
+        self.stop = noted and (self.noted or signal.SIGTERM)
         return self.writes and bool(evaluates or noted), evaluates
 
     def log(self, step, **found):
@@ -450,9 +460,10 @@ def autocast():
 
 def for_training(model, compiled=False):
     """What the training loop calls instead of `model`: channels-last on a GPU, gradients averaged
-    over the processes, compiled if asked."""
+    over the processes, compiled if asked, where there is a compiler."""
     if device().type == "cuda":
         model.to(memory_format=torch.channels_last)
+        torch.backends.cudnn.benchmark = True  # shapes stay: try the algorithms, keep the fastest
     if WORLD > 1:
         empty = any(not w.numel() for w in model.parameters())  # of a model that is told nothing
         model = DistributedDataParallel(model, find_unused_parameters=empty)
@@ -460,7 +471,8 @@ def for_training(model, compiled=False):
         try:  # next to nothing first, to say in one line what this machine lacks
             torch.compile(torch.sin)(torch.zeros(1, device=device()))
         except RuntimeError as fault:
-            raise UserError(f"--compile fails here: {str(fault).splitlines()[0]}") from None
+            print(f"not compiled, so slower: {str(fault).splitlines()[0]}")
+            return model
         model.compile()
     return model
 

@@ -66,7 +66,7 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, h, emb):                                           # (B, cin, h, w), (B, E)
-        scale, shift = self.modulation(F.silu(emb))[:, :, None, None].chunk(2, dim=1)
+        scale, shift = self.modulation(emb)[:, :, None, None].chunk(2, dim=1)
         r = self.conv1(F.silu(self.norm1(h)))                            # (B, cout, h, w)
         r = self.conv2(F.silu(self.norm2(r) * (1 + scale) + shift))
         return self.skip(h) + r
@@ -170,7 +170,7 @@ class UNet(nn.Module):
         zero(self.out[2])
 
     def embed(self, t, vector):
-        return self.time(sinusoid(t)) + vector                           # (B, E)
+        return F.silu(self.time(sinusoid(t)) + vector)                   # (B, E)
 
     def encode(self, z, emb, tokens, mask, hint=0.):
         """The way down: (h, skips). hint: what a ControlNet adds behind the stem."""

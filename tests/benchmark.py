@@ -1,6 +1,7 @@
 """How fast the networks are on the CPU or GPU at hand, as a table.
 
     OMP_NUM_THREADS=1 python tests/benchmark.py
+    python tests/benchmark.py gpu             # the sizes of the U-Net, plain, compiled, in graphs
 
 Not a test. Weights are random, times are medians. Where diffusers is installed, its U-Net of as
 many parameters (within 5 %) runs in turn with ours, and `ratio` is our time over its.
@@ -9,9 +10,11 @@ import statistics
 import sys
 import time
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from diffusion import Schedule, combine, sample  # noqa: E402
@@ -21,7 +24,7 @@ from vae import VAE, VAEConfig, vae_loss  # noqa: E402
 
 GPU = torch.cuda.is_available()
 SIZE, LATENT = ("base", (8, 64, 64)) if GPU else ("small", (4, 16, 16))
-WIDTHS = (112, 208, 320, 448) if GPU else (56, 112, 112)  # of diffusers' U-Net of that size
+WIDTHS = {"small": (56, 112, 112), "base": (112, 208, 320, 448)}  # of diffusers' U-Net of that size
 
 
 def measure(what, items, functions):
@@ -54,24 +57,25 @@ def training_step(network, loss):
     return step
 
 
-def unets(batch, c=unet_config(SIZE, LATENT[0])):
+def unets(batch, size=SIZE, latent=LATENT):
     """{name: (U-Net, how it is called)} and a batch of inputs, five tokens each."""
+    c, widths = unet_config(size, latent[0]), WIDTHS.get(size)
     ours = for_training(UNet(c).to(device()))
     networks = {"ours": (ours, ours)}
-    if find_spec("diffusers"):  # not one of the requirements
+    if widths and find_spec("diffusers"):  # not one of the requirements
         import diffusers
         kinds = ["CrossAttn%sBlock2D" if a else "%sBlock2D" for a in c.attention]
         net = diffusers.UNet2DConditionModel(
-            in_channels=LATENT[0], out_channels=LATENT[0], block_out_channels=WIDTHS,
+            in_channels=latent[0], out_channels=latent[0], block_out_channels=widths,
             layers_per_block=c.blocks, norm_num_groups=4, cross_attention_dim=c.token,
             down_block_types=[kind % "Down" for kind in kinds], class_embed_type="identity",
             up_block_types=[kind % "Up" for kind in kinds[::-1]], time_embedding_dim=c.embedding,
-            attention_head_dim=[w // c.head for w in WIDTHS],  # (the number of heads)
+            attention_head_dim=[w // c.head for w in widths],  # (the number of heads)
             resnet_time_scale_shift="scale_shift").to(device())
         networks["diffusers"] = net, lambda z, t, vector, tokens, mask: net(
             z, t, tokens, class_labels=vector, encoder_attention_mask=mask).sample.float()
     with device():
-        return networks, (torch.randn(batch, *LATENT), torch.randint(1000, (batch,)),
+        return networks, (torch.randn(batch, *latent), torch.randint(1000, (batch,)),
                           torch.randn(batch, c.embedding), torch.randn(batch, 5, c.token),
                           torch.ones(batch, 5, dtype=torch.bool))
 
@@ -103,7 +107,45 @@ def autoencoder(n=256 if GPU else 8):
         "ours": training_step(vae, lambda: vae_loss(x, *vae(x), 1e-2)[0])}
 
 
+def seconds(f, least=2.):
+    """Median of one call of f, after five; on a GPU until its work is done."""
+    times, begin = [], time.perf_counter()
+    while len(times) < 10 or time.perf_counter() - begin < least:
+        start = time.perf_counter()
+        f()
+        if GPU:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[5:])
+
+
+def sizes():
+    """Training steps of each size of the U-Net: what part of the machine's matrix rate they use."""
+    a = torch.randn(*[8192 if GPU else 1024] * 2, device=device(), dtype=torch.bfloat16)
+
+    def rate():
+        return 2 * len(a) ** 3 / seconds(lambda: a @ a)
+    print(f"matrix rate {rate() / 1e12:.4g}, {rate() / 1e12:.4g} TFLOP/s")
+    for size, latent in [("small", (4, 16, 16)), ("base", (8, 64, 64)), ("large", (8, 64, 64))]:
+        networks, inputs = unets(32, size, latent)
+        for (name, (net, call)), mode in product(
+                networks.items(), (None, "default", "reduce-overhead") if GPU else (None,)):
+            torch.compiler.reset(), GPU and torch.cuda.reset_peak_memory_stats()
+            run = torch.compile(call, mode=mode) if mode else call
+            with FlopCounterMode(display=False) as counter:
+                training_step(net, lambda: call(*inputs).square().mean())()
+            t = seconds(training_step(net, lambda: run(*inputs).square().mean()))
+            print(f"{size}, {name}, {mode or 'plain'}: {1e3 * t:.1f} ms, {32 / t:.4g} latents a "
+                  f"second, {counter.get_total_flops() / t / rate():.1%} of the matrix rate, "
+                  f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB", flush=True)
+        if not GPU:  # the others are not for a CPU
+            break
+
+
 if __name__ == "__main__":
     print(f"{device()}, {torch.get_num_threads()} threads")
-    for part in (training, sampling, autoencoder):
-        measure(*part())
+    if sys.argv[1:] == ["gpu"]:
+        sizes()
+    else:
+        for part in (training, sampling, autoencoder):
+            measure(*part())

@@ -1,5 +1,6 @@
 """Training the diffusion model and the ControlNet: what a step draws, what reaches what is learned,
 and what goes wrong in runs of days, each caused on purpose."""
+import contextlib
 import csv
 import functools
 import os
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 import sample
@@ -184,18 +187,60 @@ def test_a_run_that_goes_on_keeps_its_own_autoencoder(ldm_config, ldm_path, vae_
         train_ldm.train(replace(config, steps=3, resume=True, target="image"))
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_weights(ldm_config, tmp_path, monkeypatch):
-    """At a step that saves, with a finite loss: the checkpoint before it is as it was."""
+@pytest.mark.parametrize("period", [1, 20])
+def test_a_gradient_that_is_not_finite_reaches_no_checkpoint(period, ldm_config, tmp_path,
+                                                             monkeypatch):
+    """However seldom losses are read, and though the loss itself is finite."""
     def loss(*given, real=train_ldm.loss_of):
         found = real(*given)
         if (tmp_path / "model.pt").exists():
             found.register_hook(lambda gradient: gradient * torch.nan)
         return found
     monkeypatch.setattr(train_ldm, "loss_of", loss)
-    with pytest.raises(UserError, match="step 1: .* nan; "):
-        train_ldm.train(replace(ldm_config, out=str(tmp_path), eval_every=1, steps=2))
+    monkeypatch.setattr(train_vae.Progress, "period", period)
+    with pytest.raises(UserError, match="step 2: .* nan; "):
+        train_ldm.train(replace(ldm_config, out=str(tmp_path), eval_every=2, steps=4))
     content = load(tmp_path / "model.pt")
-    assert content["step"] == 1 and all(v.isfinite().all() for v in content["weights"].values())
+    assert content["step"] == 2 and all(v.isfinite().all() for v in content["weights"].values())
+
+
+def test_without_a_compiler_training_goes_on(monkeypatch, capsys):
+    def fails(*_):
+        raise RuntimeError("no compiler\nand more")
+    monkeypatch.setattr(torch, "compile", fails)
+    assert train_vae.for_training(torch.nn.Linear(1, 1), True)._compiled_call_impl is None
+    assert capsys.readouterr().out == "not compiled, so slower: no compiler\n"
+
+
+class Waits(TorchDispatchMode):
+    """Names the operations that wait for a GPU: with some tensors here, some on the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        places = {x.device for x in tree_leaves((args, kwargs, out)) if torch.is_tensor(x)}
+        self.found += [str(function)] * (len(places) > 1)
+        return out
+
+
+@pytest.mark.parametrize("hinted", [False, True])
+def test_a_step_on_a_device_neither_copies_nor_reads_anything(hinted, ldm_config, ldm_path,
+                                                              tmp_path, monkeypatch):
+    """On torch's device "meta", which has no values to read: .item() and nonzero() fail there."""
+    config = hinted_config(ldm_path, tmp_path, "brightfield") if hinted else replace(
+        ldm_config, out=str(tmp_path), min_snr=True)
+    run, steps = prepared(config)
+    monkeypatch.setattr(train_ldm, "autocast", contextlib.nullcontext)
+    model, to_meta = run.denoiser.to("meta"), lambda x: x.to("meta")
+    batch, run.molecules = train_ldm.each(to_meta, [steps[0], run.molecules])
+    train_ldm.loss_of(model, batch, run, config)  # the schedule's table is copied once
+    with Waits() as waits:
+        train_ldm.loss_of(model, batch, run, config).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+    assert waits.found == []
 
 
 def test_a_step_is_saved_before_it_is_evaluated(ldm_config, ldm_path, tmp_path, monkeypatch):
