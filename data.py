@@ -1247,8 +1247,9 @@ def picture(path, rows, channels, row_labels=(), column_labels=(), pixel_um=None
     for (i, j), tile in tiles.items():
         rgb = composite(tile, channels)
         sheet[i * (h + gap):, j * (w + gap):][:rgb.shape[0], :rgb.shape[1]] = rgb
-    with figure(path, figsize=(1.15 * n + 1.1, 1.15 * len(rows) * h / w + .8)) as axis:
-        axis.imshow(sheet, interpolation="nearest")
+    side = 1.75 if n < 9 else 1.15                                       # inches of a tile
+    with figure(path, figsize=(side * n + 1.1, side * len(rows) * h / w + .8)) as axis:
+        axis.imshow(sheet, interpolation="bicubic")
         axis.spines[:].set_visible(False)
         axis.tick_params(length=0, labelsize=7, top=True, labeltop=True, labelbottom=False)
         axis.set_xticks([w / 2 + k * (w + gap) for k in range(len(column_labels))], column_labels)
@@ -1319,8 +1320,9 @@ def show(manifest, channels=",".join(CHANNELS), out=""):
     print(f"no faults; contact sheet: {out}")
 
 
-def draw_mechanisms(path="runs/mechanisms.png", effect=.9):
-    """The same cells untreated and under each mechanism: composite, channels, brightfield."""
+def draw_screen(folder="runs", effect=.9):
+    """mechanisms.png: the same cells untreated and under each mechanism, in composite, channels and
+    brightfield. layout.png: how many wells to train on each mechanism has in each batch."""
     screen, rows, names = Screen(), [], ["none", *MECHANISMS]
     for mechanism in names:
         row = dict(row=5, column=5, site=1, batch="B1", plate="P01", true_mechanism=mechanism,
@@ -1328,8 +1330,21 @@ def draw_mechanisms(path="runs/mechanisms.png", effect=.9):
         drawn = draw_field(row, screen, microscope(screen), [3], counterpart=False)
         image = ((drawn["image"] / 127.5 - 1) * 1.4 + .4).clip(-1, 1)  # brighter, for the eye
         rows.append([image, *image, drawn["brightfield"][0] / 127.5 - 1])
-    picture(path, rows, CHANNELS, names, ["all", *CHANNELS, "brightfield"], 1.2)
-    return path
+    picture(f"{folder}/mechanisms.png", [*zip(*rows)], CHANNELS, ["all", *CHANNELS, "brightfield"],
+            names, .8)
+    batches, train = [f"B{b + 1}" for b in range(screen.batches)], Counter(
+        (r["true_mechanism"] if r["dose"] else "none", r["batch"])
+        for r in layout(screen) if r["split"] == "train" and r["site"] == 1)
+    counts = np.array([[train[name, batch] for batch in batches] for name in names])
+    with figure(f"{folder}/layout.png", figsize=(5, 3.6)) as axis:
+        axis.imshow(counts, "Greens", vmax=2 * counts.max(), aspect="auto")
+        axis.set_xticks(range(len(batches)), batches), axis.set_yticks(range(len(names)), names)
+        axis.set_title("wells to train on", fontsize=8)
+        kinds = {k: heldout_combinations(screen.batches, k) for k in ("home", "val", "test")}
+        for (i, j), count in np.ndenumerate(counts):
+            words = [kind for kind, batch_of in kinds.items() if batch_of.get(names[i]) == j]
+            axis.text(j, i, " ".join([str(count), *words]), ha="center", va="center", fontsize=7)
+    return f"{folder}/mechanisms.png and {folder}/layout.png"
 
 
 COMMANDS = {"simulate": simulate, "show": show, "mol2image": mol2image, "load_data": load_data,
@@ -1359,7 +1374,7 @@ def main():
     try:
         if command == "simulate":
             args = {"out": args.pop("out"), "screen": Screen(**args)}
-        if made := COMMANDS.get(command, draw_mechanisms)(**args):
+        if made := COMMANDS.get(command, draw_screen)(**args):
             print(f"wrote {made}")
     except (UserError, OSError) as fault:
         print(f"error: {fault}", file=sys.stderr)

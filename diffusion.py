@@ -5,7 +5,7 @@ Ho et al. 2020 (arXiv:2006.11239) DDPM; Song et al. 2021 (arXiv:2010.02502) DDIM
 2022 (arXiv:2202.00512) velocity; Lin et al. 2023 (arXiv:2305.08891) zero terminal SNR; Lu et al.
 2022 (arXiv:2211.01095) DPM-Solver++.
 
-    python diffusion.py      # samplers and composed guidance on toys with exact denoisers
+    python diffusion.py      # samplers and guidance on exact toys; draws runs/guidance.png
 """
 import argparse
 import math
@@ -270,6 +270,8 @@ def show_guidance():
     means = torch.tensor([[1., 1.], [-1., -1.], [1., -1.], [-1., 1.]])
     shares = torch.tensor([.45, .45, .05, .05])
     print("\nasked for biology +1, experiment -1, which one well in twenty has:")
+    wells, noise = means.repeat_interleave((1000 * shares).round().long(), 0), torch.manual_seed(0)
+    clouds = {"the wells": wells + spread * torch.randn(wells.shape, generator=noise)}
     for form, scale in product(FORMS, (1., 2.5)):
         composed = compose(form, {"experiment": scale, "biology": scale})
         branches = []
@@ -280,11 +282,19 @@ def show_guidance():
 
         def denoise(z, t):
             return combine([branch(z, t) for branch in branches], composed.values())
-        z = sample(denoise, schedule, range(1000), (2,), steps=50)
+        z = clouds[f"{form}, scales {scale}"] = sample(denoise, schedule, range(1000), (2,), 50)
         print(f"  {form:12s} scales {scale}: biology {z[:, 0].mean():+.2f}, experiment "
               f"{z[:, 1].mean():+.2f}, spread {z.std(0).mean():.2f} (of the wells: {spread})")
     print("At scales of 1 independent guidance is half way home. Scales above 1 exaggerate what\n"
           "is there and take spread away: sample.py guides between two noise levels only.")
+    import data  # for its frame of a picture only
+    shape = dict(figsize=(12, 2.7), sharex=True, sharey=True)
+    with data.figure("runs/guidance.png", 1, 5, **shape) as axes:
+        for axis, (title, z) in zip(axes, clouds.items()):
+            axis.plot(*z.T, ".", ms=2, alpha=.5)
+            axis.plot(*wanted, "r+", ms=12)
+            axis.set_title(title, fontsize=8), axis.set_xlabel("biology")
+        axes[0].set_ylabel("experiment")
 
 
 if __name__ == "__main__":

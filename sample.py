@@ -209,6 +209,24 @@ class Model:
         return torch.stack(maps)
 
 
+    @sampling()
+    def film(self, columns, seed, frames=8, steps=STEPS, sampler="sde", **guidance):
+        """How one image (columns as in `generate`) comes out of noise: (noise levels t / T, z_t,
+        the z_0 predicted from it), both behind the decoder, (frames, C, H, W)."""
+        denoise, seen = self.guided(columns, 1, **guidance), []
+
+        def watched(z, t):
+            prediction = denoise(z, t)
+            z0, _ = self.schedule.split(z, prediction, t)
+            seen.append((t.item() / self.schedule.T, z, z0))
+            return prediction
+        diffusion.sample(watched, self.schedule, [seed], self.latent_shape, steps, 0., sampler,
+                         device())
+        shown = [seen[round(k)] for k in np.linspace(0, len(seen) - 1, min(frames, len(seen)))]
+        levels, *latents = zip(*shown)
+        return levels, *(self.vae.to_image(torch.cat(z)).cpu() for z in latents)
+
+
 def windows(x, size):
     """Windows of this size (h, w) of x (n, C, H, W) that overlap by half, image by image: (n L, C,
     h, w). x is continued by reflection until they cover it."""
@@ -356,6 +374,15 @@ def generate_images(args, model, fixed, across, down, guidance):
           seeds=seeds, guidance=model.scales(guidance, bool(hint)))
 
 
+def draw_film(args, model, fixed, across, down, guidance):
+    """One image on its way out of noise: what is there, and what the network makes of it."""
+    levels, *rows = model.film(columns_of([fixed]), args.seed, steps=args.steps,
+                               sampler=args.sampler, guidance=guidance, form=args.form,
+                               interval=args.interval)
+    labels = ["z_t", "predicted z_0"], [f"t/T = {level:.2f}" for level in levels]
+    write(args, model, "film", ([[*x.numpy()] for x in rows], *labels), fixed, [fixed])
+
+
 def change_row(args, model, fixed, across, down, guidance, levels=(.2, .35, .5, .65, .8)):
     """A real image with some of its own conditions changed. --edit: its cells under them, one image
     per swept value. --attribution: where the change acts, by noise level."""
@@ -428,6 +455,7 @@ def arguments():
     image("--edit", metavar="MANIFEST:ROW", help="its cells under these conditions (no -n, DDIM)")
     image("--control", metavar="FILE", help="a ControlNet follows it; or STACK.npy:INDEX, CSV:ROW")
     image("--attribution", metavar="MANIFEST:ROW", help="where a change acts (options: --seed)")
+    image("--film", action="store_true", help="one image on its way out of noise (no -n, --grid)")
     args = parser.parse_intermixed_args()
     args.n = (1 if args.grid else 8) if args.n is None else args.n
     args.steps = (EDIT_STEPS if args.edit else STEPS) if args.steps is None else args.steps
@@ -450,7 +478,8 @@ def main():
         if wrong:
             raise UserError(fault)
     args.out.mkdir(parents=True, exist_ok=True)  # before the work, if it fails
-    command = change_row if args.edit or args.attribution else generate_images
+    command = (draw_film if args.film else change_row if args.edit or args.attribution
+               else generate_images)
     command(args, model, fixed, *[*swept, [{}], [{}]][:2], guidance)
 
 

@@ -304,8 +304,8 @@ class Progress:
         self.noted, self.stop, self.writes = 0, 0, not getattr(config, "overfit", False)
         self.unread = []
         if GPU:
-            print(f"a GPU: {config.steps} steps, {'' if config.compile else 'not '}compiled; change "
-                  "it with --steps and --no-compile")
+            print(f"a GPU: {config.steps} steps, {'' if config.compile else 'not '}compiled; "
+                  "--steps and --no-compile change it")
         self.bar = tqdm(range(first, config.steps), what, config.steps, initial=first,
                         mininterval=1, disable=RANK > 0)
         self.batches = data.loader(draws, range(first, config.steps), workers, batch_size=None,

@@ -207,6 +207,14 @@ def run(cli, monkeypatch, tmp_path):
     return call
 
 
+def test_a_film_ends_in_the_image_and_begins_in_its_noise(model):
+    levels, noisy, predicted = model.film(ONE, 7, frames=3, steps=5)
+    assert [round(1000 * level) for level in levels] == [999, 599, 199] and len(noisy) == 3
+    image = model.generate(ONE, [7], steps=5, progress=False)[0]
+    assert_close(predicted[-1], image)
+    assert (noisy[0] - image).abs().mean() > 10 * (predicted[-1] - image).abs().mean()
+
+
 def test_a_sweep_shares_its_noise_and_a_record_repeats_its_hyperstack(ldm_path, tmp_path, cli, run):
     rows, record = run("--guidance", "biology=2", "smiles=CCO", "-n", 2, "--steps", 1, "--seed", 7,
                        "--checkpoint", ldm_path, "--grid", "dose=0,3", "batch=B1,B2,B3")
