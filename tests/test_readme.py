@@ -1,8 +1,10 @@
-"""Every command of the README runs, those of assets/results.md parse, what both name exists."""
+"""Every command of README.md and assets/lab.md runs, those of assets/results.md parse, and what the
+three name exists."""
 import re
 import runpy
 import shlex
 import shutil
+import textwrap
 
 import numpy as np
 import torch
@@ -15,7 +17,8 @@ import train_ldm
 import train_vae
 
 SCRIPTS = {f"{m.__name__}.py": m for m in (data, train_vae, train_ldm, sample, evaluate)}
-README, RESULTS = ((conftest.ROOT / f).read_text() for f in ("README.md", "assets/results.md"))
+README, LAB, RESULTS = ((conftest.ROOT / f).read_text() for f in (
+    "README.md", "assets/lab.md", "assets/results.md"))
 # what makes a command short, behind its own words: the first row whose words are all in it is taken
 TRAIN, FEW = "--steps 2 --overwrite --workers 0", "--images 108 --steps 1"
 SHORT = [("train_vae.py", f"{TRAIN} --width 16 --blocks 1"),
@@ -23,6 +26,7 @@ SHORT = [("train_vae.py", f"{TRAIN} --width 16 --blocks 1"),
          ("train_ldm.py", f"{TRAIN} --batch 4 --views 1 --size tiny"),
          ("sample.py", "--attribution", ""),
          ("sample.py", "--edit", "--steps 2"),
+         ("sample.py", "--film", "--steps 2"),
          ("sample.py", "--steps 1 -n 1"),
          ("evaluate.py", "quality", f"{FEW} --images 24 --quick"),
          ("models", f"{FEW} --train_steps 2 --seeds 0 --confounding .5 --models joint"),
@@ -41,7 +45,7 @@ def commands(text, start="python "):
             if re.match(start + r"\w+\.py( |$)", c)]
 
 
-def test_every_command_of_the_readme_runs(screen, cli, tmp_path, monkeypatch):
+def test_every_command_of_the_front_page_and_of_the_lab_runs(screen, cli, tmp_path, monkeypatch):
     """On a small screen and two plates of noise; evaluate.py simulates noise, learns two steps."""
     shutil.copytree(screen.parent, tmp_path / "runs" / "data",
                     ignore=shutil.ignore_patterns("controls*"))
@@ -58,7 +62,7 @@ def test_every_command_of_the_readme_runs(screen, cli, tmp_path, monkeypatch):
              smiles=("CS(C)=O", "CCO")[i % 2], dose=5 * (i % 2)) for i in range(16)])
     train_vae.train(train_vae.Config(steps=2, width=16, blocks=1, workers=0))
     failed = []
-    for words in commands(README):
+    for words in dict.fromkeys(map(tuple, commands(README) + commands(LAB))):
         words = [SMALL.get(w, w) for w in words]
         if words[0] in SCRIPTS:
             extra = next(row[-1] for row in SHORT if all(w in words for w in row[:-1])).split()
@@ -75,17 +79,26 @@ def test_the_other_commands_are_parsed(cli, monkeypatch):
     for name in ("parse_args", "parse_intermixed_args"):
         monkeypatch.setattr(data.Parser, name, lambda self, *words, parse=getattr(
             data.Parser, name): stop(parse(self, *words)))
-    for words in commands(RESULTS) + [c for c in commands(README, "") if len(c) > 1]:
+    bare = [c for text in (README, LAB) for c in commands(text, "") if len(c) > 1]
+    for words in commands(RESULTS) + bare:
         assert cli(SCRIPTS[words[0]], *words[1:])[::2] == (2, "error: \n"), " ".join(words)
 
 
 def test_what_the_texts_point_to_exists():
     for line in re.search(r"```python\n(.*?)```", README, re.S)[1].splitlines():
         assert line.strip() in (conftest.ROOT / "train_ldm.py").read_text(), line
-    for text, folder in (README, conftest.ROOT), (RESULTS, conftest.ROOT / "assets"):
+    assets = conftest.ROOT / "assets"
+    for text, folder in (README, conftest.ROOT), (RESULTS, assets), (LAB, assets):
         assert "{{" not in text
         for link in re.findall(r"\]\(([^)#h][^)]*)\)", text):
             assert (folder / link).exists(), link
         for file, name in re.findall(r"(\w+\.py):([A-Za-z]\w*)", text):
             source = (conftest.ROOT / file).read_text()
             assert re.search(rf"^ *(def|class) {name}\b|^{name} = ", source, re.M), f"{file}:{name}"
+
+
+def test_the_biased_ruler_of_the_lab(capsys):
+    torch.manual_seed(0)
+    exec(textwrap.dedent(re.search(r"^    import torch.*\n(    .*\n)+", LAB, re.M)[0]))
+    eta, omega = map(float, re.findall(r"-?\d+\.\d+(?:e-\d+)?", capsys.readouterr().out)[:2])
+    assert abs(eta - 8 / 215) < .002 and abs(omega) < .002
