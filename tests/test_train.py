@@ -118,6 +118,12 @@ def test_a_step_follows_from_its_number_whatever_the_processes(ldm_config, monke
     assert not (run.held.codes["smiles"] % 8).any()
 
 
+def test_time_steps_are_logit_normal(ldm_config, tmp_path):
+    run, steps = prepared(replace(ldm_config, out=str(tmp_path), batch=4000))
+    logit = ((steps[0]["t"] + .5) / run.schedule.T).logit()
+    assert abs(logit.mean()) < .1 and abs(logit.std() - 1) < .1
+
+
 def test_latents_are_the_views_encoded_and_sampled(ldm_config, tmp_path):
     run, _ = prepared(replace(ldm_config, views=2, out=str(tmp_path)))
     x = torch.stack([run.views[int(run.training.rows[k]), v][0] for k in (0, 5) for v in (0, 1)])
