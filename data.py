@@ -395,7 +395,7 @@ def draw_field(row, screen, optics, seed, counterpart=True):
     image (C, s, s), untreated (the same cells before treatment, drawn only with `counterpart`) and
     brightfield (1, s, s), all uint8, and the drawn truth (`true_*`). Rows that share a number
     `cells` show the same cells from the same well, whatever was done to them and wherever they are
-    photographed. Wells at the edge have fewer cells with brighter membranes."""
+    rendered. Wells at the edge have fewer cells with brighter membranes."""
     edge = row["row"] in (1, 16) or row["column"] in (1, 24)
     position = [row["cells"]] if "cells" in row else [row["row"], row["column"], row["plate"][1:]]
     well = keyed_rng(screen.seed, screen.draw, 3, *position)
@@ -404,7 +404,7 @@ def draw_field(row, screen, optics, seed, counterpart=True):
     effect = min(1., row["true_effect"] * np.exp(well_effect))
     changes = MECHANISMS.get(row["true_mechanism"], {})
 
-    def photograph(strength):
+    def render(strength):
         cell = {name: float(value * np.exp(strength * changes.get(name, 0.)))
                 for name, value in UNTREATED.items()}
         cell["membrane"] *= 1.5 if edge else 1.
@@ -413,11 +413,11 @@ def draw_field(row, screen, optics, seed, counterpart=True):
         image = expose(stains, row, optics, camera_noise)
         return image, phase_contrast(height, row, optics, camera_noise), cell, nuclei
 
-    image, brightfield, cell, nuclei = photograph(effect)
+    image, brightfield, cell, nuclei = render(effect)
     seen = ((nuclei >= 0) & (nuclei < screen.size)).all(1)
     truth = {"true_nuclei": int(seen.sum())} | {
         f"true_{k}": round(v, 4) for k, v in cell.items() if k != "cell_count"}
-    return dict(image=image, untreated=photograph(0.)[0] if effect and counterpart else image,
+    return dict(image=image, untreated=render(0.)[0] if effect and counterpart else image,
                 brightfield=brightfield, truth=truth)
 
 
@@ -952,7 +952,7 @@ def plate_style(images):
 
 
 def restain(image, own, other):
-    """A photograph (C, H, W), dark at -1 and bright at 1, from the plate of style `own` as that of
+    """An image (C, H, W), dark at -1 and bright at 1, from the plate of style `own` as that of
     style `other` would show it (styles: from plate_style).
 
     Every frequency is scaled by sqrt(P_other / P_own), 1/8 to 8. For stationary Gaussian textures

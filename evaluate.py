@@ -551,7 +551,7 @@ def fresh_screen(run, draw, **changes):
     return replace(data.Screen(**json.loads(note.read_text())), draw=draw, **changes)
 
 
-def photographs(rows, screen, intensity):
+def rendered(rows, screen, intensity):
     """Fresh fields of view for rows as in data.layout: (N, C, H, W) in [-1, 1]."""
     images = np.stack([f["image"] for f in data.draw_fields(rows, screen, counterpart=False)])
     return torch.from_numpy(data.scale_intensity(images, intensity))
@@ -571,7 +571,7 @@ def reference_classifier(run, steps=1500):
     if not path.exists():
         print("drawing an unconfounded screen to train the reference classifier on")
         rows = [r for r in data.layout(screen) if r["role"] == "control" or r["true_effect"] >= .5]
-        images = photographs(rows, screen, run.model.intensity)
+        images = rendered(rows, screen, run.model.intensity)
         network = train_classifier(images, rows, answers, steps)
         train_vae.save_checkpoint(path, "classifier", {"weights": network.state_dict()})
     network = Classifier(len(run.model.channels), answers).to(device())
@@ -855,8 +855,9 @@ def words_of(scales):
 
 # --- 7. disentangle: how much of the image is biology, how much is experiment? --------------------
 
-# told the perturbation, the experiment, or both (joint). balanced: rare pairs of molecule and batch
-# drawn as often as common ones. restained: three of four treated images as another plate shows them
+# conditioned on the perturbation, the experiment, or both (joint). balanced: rare combinations of
+# molecule and batch drawn as often as common ones. restained: and three of four treated images as
+# another plate shows them
 MODELS = {"perturbations": dict(experiment=()), "experiment": dict(biology=()), "joint": {},
           "balanced": {}, "restained": {}}
 SCALES = [dict(biology=b, experiment=e) for b, e in (
@@ -915,7 +916,7 @@ class Truth:
         self.parts = {"": test | True, "_heldout": test, "_seen": ~(self.val | test)}
         self.measure = morphology(run, args.nucleus_radius)
         self.classifier = reference_classifier(run)
-        self.images, *others = (photographs(crossed_rows(screen, n, 10_000 * k), screen,
+        self.images, *others = (rendered(crossed_rows(screen, n, 10_000 * k), screen,
                                             run.model.intensity) for k in (1, 2, 4, 6, 8))
         self.sample, self.hits = self.see(self.images, self.places)
         self.reference = torch.cat([self.measure(x).unflatten(0, self.places.shape)
@@ -1053,7 +1054,7 @@ def best_scales(settings, tried):
 
 def study_models(args, base, truth, measured):
     """MODELS at several confoundings, each at its own best form and scales, chosen on validation
-    combinations alone. Where rare pairs are not balanced v(biology) holds the home batch as well,
+    combinations alone. Where rare ones are not balanced v(biology) holds the home batch as well,
     so only balanced models may do without nesting. Draws the held-out combinations."""
     lines, shown = [], {}
     for confounding, name in product(args.confounding, args.models):
@@ -1087,13 +1088,13 @@ def shortcut(args, base, truth, measured):
     best = train_model(args, base, args.models[-1], args.confounding[0], 0)
     answers, (n, steps) = ["none", *data.MECHANISMS], (540, 200) if args.quick else (1512, 600)
 
-    def photographed(confounding, draw, n, seed=0, left_out=("test_substituent", "test_scaffold")):
+    def wells_drawn(confounding, draw, n, seed=0, left_out=("test_substituent", "test_scaffold")):
         screen = fresh_screen(base, draw, confounding=confounding)
         rows = [r for r in data.layout(screen) if r["split"] not in left_out and (
             r["role"] == "control" or r["true_effect"] >= .5)]
         rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:n]]
-        return photographs(rows, replace(screen, draw=draw + 10 * seed), base.model.intensity), rows
-    test = functools.cache(lambda: photographed(0., 4000, 1200))
+        return rendered(rows, replace(screen, draw=draw + 10 * seed), base.model.intensity), rows
+    test = functools.cache(lambda: wells_drawn(0., 4000, 1200))
 
     def standardised(images, rows):  # controls have one mean and deviation in all batches
         control, out = torch.tensor([r["true_mechanism"] == "none" for r in rows]), images.clone()
@@ -1105,7 +1106,7 @@ def shortcut(args, base, truth, measured):
 
     def measure(seed, sha1):
         run, rng = SimpleNamespace(model=Model.load(best["path"])), np.random.default_rng(seed)
-        images, rows = photographed(args.confounding[0], 0, n, seed, ("val", "val_pair", *HELD_OUT))
+        images, rows = wells_drawn(args.confounding[0], 0, n, seed, ("val", "val_pair", *HELD_OUT))
         plates = {batch: sorted({rows[i]["plate"] for i in of_batch})
                   for batch, of_batch in grouped(r["batch"] for r in rows).items()}
         goals = [row | dict(batch=batch, plate=str(rng.choice(plates[batch]))) for row, batch in
@@ -1121,7 +1122,7 @@ def shortcut(args, base, truth, measured):
                 "confounded": (images, rows), "generated": (free, asked),
                 "edited to other batches": (edited, goals),
                 "standardised on controls": standardised(images, rows),
-                "unconfounded": photographed(0., 5000, n, seed)}.items():
+                "unconfounded": wells_drawn(0., 5000, n, seed)}.items():
             network = train_classifier(*train, {"true_mechanism": answers}, steps, seed)
             shown, true = standardised(*test()) if "standardised" in name else test()
             true = np.array([row["true_mechanism"] for row in true])

@@ -338,7 +338,7 @@ def test_the_shortcut_has_one_classifier_for_every_training_set(vae_path, call, 
 
     def grey(values):
         return torch.tensor(values)[:, None, None, None].expand(-1, 5, 32, 32)
-    monkeypatch.setattr(evaluate, "photographs", lambda rows, *_: grey(
+    monkeypatch.setattr(evaluate, "rendered", lambda rows, *_: grey(
         [float(r["batch"][1]) for r in rows]))
     monkeypatch.setattr(evaluate, "ask", lambda _, c, seeds, __: grey([7.] * len(seeds)))
     monkeypatch.setattr(evaluate.Model, "edit", lambda _, images, *told, **__: asked.extend(

@@ -53,7 +53,7 @@ def test_every_command_of_the_front_page_and_of_the_lab_runs(screen, cli, tmp_pa
     monkeypatch.chdir(tmp_path)
     fit = evaluate.fit
     monkeypatch.setattr(evaluate, "fit", lambda net, loss, steps, *more: fit(net, loss, 2, *more))
-    monkeypatch.setattr(evaluate, "photographs", lambda rows, screen, intensity: (
+    monkeypatch.setattr(evaluate, "rendered", lambda rows, screen, intensity: (
         2 * torch.rand(len(rows), 5, screen.size, screen.size) - 1))
     np.save("field.npy", np.zeros((48, 40), np.uint8))
     np.save("plates/stack.npy", np.random.default_rng(0).integers(0, 255, (16, 5, 160, 160), "u1"))
