@@ -438,7 +438,7 @@ def draw_samples(path, run, count=8):
     rows = [*{columns[names[0]][i]: int(i) for i in rows}.values()][-count:]
     hint = hint_of(run, run.data, rows)
     true, known = read_rows(run, manifest, rows, run.settings.crop)
-    pictures = {"true": true, "generated": run.generate(known, range(len(rows)), hint=hint)}
+    pictures = {"held out": true, "generated": run.generate(known, range(len(rows)), hint=hint)}
     if hint:
         pictures = {"shown": hint[0] if run.controlnet["stains"] else hint[0][:, 0]} | pictures
     labels = ["\n".join(columns[name][i][:12] for name in names[:3]) for i in rows]
