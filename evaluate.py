@@ -579,7 +579,7 @@ def reference_classifier(run, steps=1500):
     return network.eval()
 
 
-def told_apart(fake, real, steps=300, seeds=3, batch=32):
+def told_apart(fake, real, steps, seeds=3, batch=32):
     """How well networks learn to tell images `fake` (N, C, H, W) from `real` ones, both under the
     same conditions: the area under the ROC curve, .5 at best, 1 at worst, on a quarter of both that
     they did not train on (Lopez-Paz & Oquab 2017, arXiv:1610.06545). Mean of `seeds` networks. They

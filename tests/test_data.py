@@ -267,6 +267,14 @@ def test_intensity_rules(tmp_path):
     assert "Mito has no" in faults_of(data.fit_intensity, "percentile", dark, [0])[0]
 
 
+def test_an_image_is_read_once(tmp_path):
+    image = np.random.default_rng(0).integers(0, 255, (5, 8, 8), np.uint8)
+    views = Views(saved(tmp_path, {"one": image}), RAW)
+    first, _ = views[0, -1]
+    (tmp_path / "one.npy").unlink()
+    assert torch.equal(views[0, -1][0], first) and first.isfinite().all()
+
+
 def test_views_are_crops_in_all_eight_orientations(tmp_path):
     image = np.arange(2 * 9 * 9, dtype=np.float32).reshape(2, 9, 9)
     rng = np.random.default_rng(0)
