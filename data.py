@@ -10,7 +10,7 @@ as a real plate; because it is simulated, what biology and experiment did to eac
     python data.py controls MANIFEST --by plate --out NEW.csv     # each row's negative controls
     python data.py mol2image IMAGES train.csv test.csv    # Mol2Image's data set, as a manifest
     python data.py load_data load_data.csv       # CellProfiler's tables (JUMP, LINCS), likewise
-    python data.py                               # the same cells under each mechanism, as a picture
+    python data.py                               # pictures of the mechanisms and of the layout
 """
 import argparse
 import colorsys
@@ -395,7 +395,7 @@ def draw_field(row, screen, optics, seed, counterpart=True):
     image (C, s, s), untreated (the same cells before treatment, drawn only with `counterpart`) and
     brightfield (1, s, s), all uint8, and the drawn truth (`true_*`). Rows that share a number
     `cells` show the same cells from the same well, whatever was done to them and wherever they are
-    rendered. Wells at the edge have fewer cells with brighter membranes."""
+    imaged. Wells at the edge have fewer cells with brighter membranes."""
     edge = row["row"] in (1, 16) or row["column"] in (1, 24)
     position = [row["cells"]] if "cells" in row else [row["row"], row["column"], row["plate"][1:]]
     well = keyed_rng(screen.seed, screen.draw, 3, *position)
@@ -1247,9 +1247,9 @@ def picture(path, rows, channels, row_labels=(), column_labels=(), pixel_um=None
     for (i, j), tile in tiles.items():
         rgb = composite(tile, channels)
         sheet[i * (h + gap):, j * (w + gap):][:rgb.shape[0], :rgb.shape[1]] = rgb
-    side = 1.75 if n < 9 else 1.15                                       # inches of a tile
+    side = 1.75 if n * len(rows) < 20 else 1.15                          # inches of a tile
     with figure(path, figsize=(side * n + 1.1, side * len(rows) * h / w + .8)) as axis:
-        axis.imshow(sheet, interpolation="bicubic")
+        axis.imshow(sheet, interpolation="bicubic")  # pixels as blocks look worse than they are
         axis.spines[:].set_visible(False)
         axis.tick_params(length=0, labelsize=7, top=True, labeltop=True, labelbottom=False)
         axis.set_xticks([w / 2 + k * (w + gap) for k in range(len(column_labels))], column_labels)
@@ -1332,10 +1332,10 @@ def draw_screen(folder="runs", effect=.9):
         rows.append([image, *image, drawn["brightfield"][0] / 127.5 - 1])
     picture(f"{folder}/mechanisms.png", [*zip(*rows)], CHANNELS, ["all", *CHANNELS, "brightfield"],
             names, .8)
-    batches, train = [f"B{b + 1}" for b in range(screen.batches)], Counter(
-        (r["true_mechanism"] if r["dose"] else "none", r["batch"])
-        for r in layout(screen) if r["split"] == "train" and r["site"] == 1)
-    counts = np.array([[train[name, batch] for batch in batches] for name in names])
+    batches = [f"B{b + 1}" for b in range(screen.batches)]
+    wells = Counter((r["true_mechanism"] if r["dose"] else "none", r["batch"])
+                    for r in layout(screen) if r["split"] == "train" and r["site"] == 1)
+    counts = np.array([[wells[name, batch] for batch in batches] for name in names])
     with figure(f"{folder}/layout.png", figsize=(5, 3.6)) as axis:
         axis.imshow(counts, "Greens", vmax=2 * counts.max(), aspect="auto")
         axis.set_xticks(range(len(batches)), batches), axis.set_yticks(range(len(names)), names)

@@ -91,8 +91,9 @@ class Schedule:
         return prediction, (z - a * prediction) / s
 
     def min_snr_weight(self, t, gamma=5.):
-        """Hang et al. 2023 (arXiv:2303.09556) for each target, (B,); finite at zero SNR."""
-        a, s = self.roots.to(t.device)[:, t]
+        """Hang et al. 2023 (arXiv:2303.09556) for each target, t and weights (B,); finite at zero
+        SNR."""
+        a, s = self.roots.to(t.device)[:, t]                             # (B,) each
         snr = (a / s) ** 2
         capped = snr.clamp(max=gamma)
         weight = {"velocity": capped / (snr + 1), "noise": capped / snr.clamp(min=1e-8),
@@ -270,8 +271,9 @@ def show_guidance():
     means = torch.tensor([[1., 1.], [-1., -1.], [1., -1.], [-1., 1.]])
     shares = torch.tensor([.45, .45, .05, .05])
     print("\nasked for biology +1, experiment -1, which one well in twenty has:")
-    wells, noise = means.repeat_interleave((1000 * shares).round().long(), 0), torch.manual_seed(0)
-    clouds = {"the wells": wells + spread * torch.randn(wells.shape, generator=noise)}
+    wells = means.repeat_interleave((1000 * shares).round().long(), 0)
+    noise = torch.randn(wells.shape, generator=torch.Generator().manual_seed(0))
+    clouds = {"the wells": wells + spread * noise}
     for form, scale in product(FORMS, (1., 2.5)):
         composed = compose(form, {"experiment": scale, "biology": scale})
         branches = []
@@ -287,7 +289,7 @@ def show_guidance():
               f"{z[:, 1].mean():+.2f}, spread {z.std(0).mean():.2f} (of the wells: {spread})")
     print("At scales of 1 independent guidance is half way home. Scales above 1 exaggerate what\n"
           "is there and take spread away: sample.py guides between two noise levels only.")
-    import data  # for its frame of a picture only
+    import data  # only to draw: the method needs no data set
     shape = dict(figsize=(12, 2.7), sharex=True, sharey=True)
     with data.figure("runs/guidance.png", 1, 5, **shape) as axes:
         for axis, (title, z) in zip(axes, clouds.items()):

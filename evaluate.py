@@ -917,7 +917,7 @@ class Truth:
         self.measure = morphology(run, args.nucleus_radius)
         self.classifier = reference_classifier(run)
         self.images, *others = (rendered(crossed_rows(screen, n, 10_000 * k), screen,
-                                            run.model.intensity) for k in (1, 2, 4, 6, 8))
+                                         run.model.intensity) for k in (1, 2, 4, 6, 8))
         self.sample, self.hits = self.see(self.images, self.places)
         self.reference = torch.cat([self.measure(x).unflatten(0, self.places.shape)
                                     for x in others], 2)
@@ -1073,7 +1073,7 @@ def study_models(args, base, truth, measured):
         shown[f"{name}, {confounding:g}"] = next(iter(runs.values()))["path"], best
     t = truth()
     one = t.places[t.parts["_heldout"]][:, 1]                            # a seed of each
-    images = {"the truth": t.images[one]} | {
+    images = {"simulated": t.images[one]} | {
         name: t.draw(Model.load(path), args, one, **best) for name, (path, best) in shown.items()}
     data.picture(Path(args.out) / "heldout_combinations.png", [list(x.numpy()) for x in
                  images.values()], base.model.channels, list(images), [

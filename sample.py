@@ -4,6 +4,7 @@
     python sample.py --grid dose=0,0.3,1,3,10 batch=B1,B2,B3 smiles="CC1CCC(B(O)O)CC1"
     python sample.py --edit runs/data/manifest.csv:2 batch=B3          # the same cells, elsewhere
     python sample.py --attribution runs/data/manifest.csv:706 dose=0   # where the dose acts
+    python sample.py --film dose=10 batch=B3                           # on its way out of noise
     python sample.py --checkpoint runs/brightfield/model.pt --control field.tif batch=B3
 
 A field that is not given is unknown, not zero. The same seed gives the same cells, whatever else is
@@ -208,12 +209,11 @@ class Model:
             maps.append((x - y).abs().mean(1).cpu() / 2)
         return torch.stack(maps)
 
-
     @sampling()
-    def film(self, columns, seed, frames=8, steps=STEPS, sampler="sde", **guidance):
-        """How one image (columns as in `generate`) comes out of noise: (noise levels t / T, z_t,
-        the z_0 predicted from it), both behind the decoder, (frames, C, H, W)."""
-        denoise, seen = self.guided(columns, 1, **guidance), []
+    def film(self, columns, seed, frames=8, steps=STEPS, sampler="sde", **how):
+        """How one image comes out of noise: (noise levels t / T, z_t, the z_0 predicted from it),
+        both behind the decoder, (frames, C, H, W). columns, how: see `guided`."""
+        denoise, seen = self.guided(columns, 1, **how), []
 
         def watched(z, t):
             prediction = denoise(z, t)
@@ -380,7 +380,8 @@ def draw_film(args, model, fixed, across, down, guidance):
                                sampler=args.sampler, guidance=guidance, form=args.form,
                                interval=args.interval)
     labels = ["z_t", "predicted z_0"], [f"t/T = {level:.2f}" for level in levels]
-    write(args, model, "film", ([[*x.numpy()] for x in rows], *labels), fixed, [fixed])
+    write(args, model, "film", ([[*x.numpy()] for x in rows], *labels), fixed, [fixed],
+          guidance=model.scales(guidance))
 
 
 def change_row(args, model, fixed, across, down, guidance, levels=(.2, .35, .5, .65, .8)):
@@ -455,7 +456,7 @@ def arguments():
     image("--edit", metavar="MANIFEST:ROW", help="its cells under these conditions (no -n, DDIM)")
     image("--control", metavar="FILE", help="a ControlNet follows it; or STACK.npy:INDEX, CSV:ROW")
     image("--attribution", metavar="MANIFEST:ROW", help="where a change acts (options: --seed)")
-    image("--film", action="store_true", help="one image on its way out of noise (no -n, --grid)")
+    image("--film", action="store_true", help="one image on its way out of noise")
     args = parser.parse_intermixed_args()
     args.n = (1 if args.grid else 8) if args.n is None else args.n
     args.steps = (EDIT_STEPS if args.edit else STEPS) if args.steps is None else args.steps
@@ -474,6 +475,7 @@ def main():
             (len(swept) > 2, "--grid sweeps at most two fields"),
             (args.control and not model.controlnet, "--control needs a ControlNet: train one with "
              "python train_ldm.py --control_column NAME, and name it with --checkpoint"),
+            (args.film and swept, "--film draws one image: no --grid"),
             (args.attribution and not fixed, "--attribution needs a change, such as dose=0")):
         if wrong:
             raise UserError(fault)

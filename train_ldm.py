@@ -77,8 +77,8 @@ def train(config=Config()):
     run = prepare(config, found)
     denoiser, model = run.denoiser, train_vae.for_training(run.denoiser, config.compile)
     average = copy.deepcopy(denoiser).requires_grad_(False)
-    averaged, weights = zip(*((a, w) for a, w in zip(average.parameters(), denoiser.parameters())
-                              if w.requires_grad))
+    both = zip(average.parameters(), denoiser.parameters())
+    averaged, weights = zip(*(pair for pair in both if pair[1].requires_grad))  # a base is frozen
     optimiser = torch.optim.AdamW(weights, lr=config.lr, betas=(.9, .99), fused=True)
     workers = config.workers if device().type == "cuda" else 0  # a CPU does not wait for a batch
     gpu = dict(multiprocessing_context="fork", pin_memory=True) if workers else {}  # not pickled
@@ -344,7 +344,7 @@ def open_all(config, found):
     """(the data, what fixes network and conditions): as in the checkpoint to go on from, that of
     the base, or of a new model. What is missing is made, once the columns are known to be sound."""
     first = train_vae.Config(data=config.data, workers=config.workers, threads=config.threads,
-                             max_corrupt=config.max_corrupt)
+                             max_corrupt=config.max_corrupt, compile=config.compile)
     known, vae = found if found["step"] else {}, {"settings": asdict(first), "step": 0}
     if config.control_column and not known:
         known = load_checkpoint(config.base, "ldm", "")

@@ -97,10 +97,11 @@ def train(config=Config()):
     if found["step"]:
         optimiser.load_state_dict(found["optimiser"])
     steps = Steps(run, config, places)
-    progress = Progress(steps, config, found, "training the autoencoder", config.workers)
+    progress = Progress(steps, config, found, "training the autoencoder", config.workers,
+                        pin_memory=GPU)
     for step, (x, noise, faults) in progress:
         steps.leave_out(faults)
-        x, noise = x.to(device()), noise.to(device())
+        x, noise = (tensor.to(device(), non_blocking=True) for tensor in (x, noise))
         optimiser.param_groups[0]["lr"] = learning_rate(step, config.steps, config.lr)
         optimiser.zero_grad()
         loss, l1 = loss_of(model, x, noise, config)
@@ -303,9 +304,6 @@ class Progress:
         self.entries = [e for e in read_log(config.out) if e["step"] <= first] if first else []
         self.noted, self.stop, self.writes = 0, 0, not getattr(config, "overfit", False)
         self.unread = []
-        if GPU:
-            print(f"a GPU: {config.steps} steps, {'' if config.compile else 'not '}compiled; "
-                  "--steps and --no-compile change it")
         self.bar = tqdm(range(first, config.steps), what, config.steps, initial=first,
                         mininterval=1, disable=RANK > 0)
         self.batches = data.loader(draws, range(first, config.steps), workers, batch_size=None,
@@ -342,23 +340,24 @@ class Progress:
         (every eval_every steps, at the end, and when this process or another one was sent a signal)
         and whether to evaluate. What is not finite ends the run before anything is saved."""
         self.unread.append(torch.stack([loss.detach(), norm]))
+        [noted] = average([self.noted])
+        self.stop = noted and (self.noted or signal.SIGTERM)
         evaluates = (step + 1) % self.config.eval_every == 0 or step + 1 == self.config.steps
-        if not evaluates and (step + 1) % self.period:
+        if not evaluates and not noted and (step + 1) % self.period:
             return False, False
         losses, norms = torch.stack(self.unread, 1).tolist()
-        *losses, noted = average([*losses, self.noted])
+        losses = average(losses)
         for k, (loss, norm) in enumerate(zip(losses, norms), step + 1 - len(losses)):
             if not math.isfinite(loss + norm):
                 raise UserError(f"step {k}: the loss is {loss}, its gradient {norm}; "
                                 f"{self.config.out} stays as it was, try a smaller --lr")
         self.losses, self.unread = self.losses + losses, []
-        self.stop = noted and (self.noted or signal.SIGTERM)
         return self.writes and bool(evaluates or noted), evaluates
 
     def log(self, step, **found):
         """Print what was found after `step` steps and add it to log.jsonl, with the mean loss since
-        the last time, images a second, the share of time spent waiting for data and the memory held
-        at most (of the GPU where there is one)."""
+        the last time, images a second, the share of time in which the next batch was not ready
+        and the memory held at most (of the GPU where there is one)."""
         seconds, gpu = time.time() - self.since, torch.cuda.max_memory_allocated()
         if self.losses:
             found = {"train_loss": sum(self.losses) / len(self.losses)} | found | {
@@ -442,12 +441,12 @@ def settings(config, argv=None, choices={}):
 def device():
     """The GPU of this process, by its number, or the CPU."""
     index = int(os.environ.get("LOCAL_RANK", 0))
-    return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device("cuda", index) if GPU else torch.device("cpu")
 
 
 def has_bf16():
     """bfloat16 pays where the hardware multiplies it; elsewhere it is emulated and slower."""
-    if torch.cuda.is_available():
+    if GPU:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
@@ -463,7 +462,7 @@ def for_training(model, compiled=False):
     over the processes, compiled if asked, where there is a compiler."""
     if device().type == "cuda":
         model.to(memory_format=torch.channels_last)
-        torch.backends.cudnn.benchmark = True  # shapes stay: try the algorithms, keep the fastest
+        torch.backends.cudnn.benchmark = True  # tries the algorithms of a shape once
     if WORLD > 1:
         empty = any(not w.numel() for w in model.parameters())  # of a model that is told nothing
         model = DistributedDataParallel(model, find_unused_parameters=empty)
@@ -473,6 +472,8 @@ def for_training(model, compiled=False):
         except RuntimeError as fault:
             print(f"not compiled, so slower: {str(fault).splitlines()[0]}")
             return model
+        print("compiled; --no-compile trains without")
+        torch.compiler.reset()  # of the models before this one, of which few are kept
         model.compile()
     return model
 
@@ -488,10 +489,10 @@ def join_processes():
     """Under torchrun: meet the other processes. Started alone: nothing."""
     global RANK, WORLD
     if "LOCAL_RANK" in os.environ:  # CPU tensors go by gloo, where they wait for no GPU
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if GPU else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=7))  # of encoding, perhaps
         RANK, WORLD = dist.get_rank(), dist.get_world_size()
-        if torch.cuda.is_available():
+        if GPU:
             torch.cuda.set_device(device())
         if RANK:
             sys.stdout = open(os.devnull, "w")
@@ -559,7 +560,8 @@ def finished_or_resume(config, kind):
     if table.exists() and hashlib.sha1(table.read_bytes()).hexdigest() != content["manifest"]:
         faults.append(f"{table} has changed")
     if step > config.steps or step < config.steps and not config.resume:
-        faults.append(f"it has {step} steps of {config.steps}, --resume goes on")
+        faults.append(f"it has {step} steps of {config.steps}, " + (
+            "--resume goes on" if step < config.steps else f"--steps {step} keeps it"))
     if faults:
         raise UserError(f"{path} exists ({'; '.join(faults)}): --overwrite trains it again, or "
                         "choose another --out")

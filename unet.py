@@ -169,7 +169,7 @@ class UNet(nn.Module):
                 zero(module.out1), zero(module.out2)
         zero(self.out[2])
 
-    def embed(self, t, vector):
+    def embed(self, t, vector):  # activated here, once for all blocks
         return F.silu(self.time(sinusoid(t)) + vector)                   # (B, E)
 
     def encode(self, z, emb, tokens, mask, hint=0.):

@@ -32,14 +32,15 @@ def screen(tmp_path_factory):
 def vae_path(screen, tmp_path_factory):
     return train_vae.train(train_vae.Config(
         data=str(screen), out=str(tmp_path_factory.mktemp("vae")), steps=40, width=16, blocks=1,
-        eval_every=20, workers=0))
+        eval_every=20, workers=0, compile=False))
 
 
 @pytest.fixture(scope="session")
 def ldm_config(screen, vae_path, tmp_path_factory):
     return train_ldm.Config(
         data=str(screen), vae=str(vae_path), out=str(tmp_path_factory.mktemp("ldm")), size="tiny",
-        views=1, batch=8, steps=3, eval_every=3, workers=0)
+        views=1, batch=8, steps=3, eval_every=3, workers=0,
+        compile=False)
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +53,7 @@ def hinted_path(ldm_config, ldm_path, tmp_path_factory):
     """A ControlNet that follows the screen's brightfield images."""
     return train_ldm.train(train_ldm.Config(
         control_column="brightfield", base=str(ldm_path), batch=8, views=1, steps=3, eval_every=3,
-        workers=0, out=str(tmp_path_factory.mktemp("hinted"))))
+        workers=0, compile=False, out=str(tmp_path_factory.mktemp("hinted"))))
 
 
 @pytest.fixture
