@@ -441,12 +441,12 @@ def settings(config, argv=None, choices={}):
 def device():
     """The GPU of this process, by its number, or the CPU."""
     index = int(os.environ.get("LOCAL_RANK", 0))
-    return torch.device("cuda", index) if GPU else torch.device("cpu")
+    return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def has_bf16():
     """bfloat16 pays where the hardware multiplies it; elsewhere it is emulated and slower."""
-    if GPU:
+    if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
@@ -489,10 +489,10 @@ def join_processes():
     """Under torchrun: meet the other processes. Started alone: nothing."""
     global RANK, WORLD
     if "LOCAL_RANK" in os.environ:  # CPU tensors go by gloo, where they wait for no GPU
-        backend = "cpu:gloo,cuda:nccl" if GPU else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=7))  # of encoding, perhaps
         RANK, WORLD = dist.get_rank(), dist.get_world_size()
-        if GPU:
+        if torch.cuda.is_available():
             torch.cuda.set_device(device())
         if RANK:
             sys.stdout = open(os.devnull, "w")
