@@ -706,25 +706,6 @@ def print_table(title, columns, rows):
         print(label.ljust(widths[0]), *(v.rjust(w) for v, w in zip(values, widths[1:])), sep="  ")
 
 
-def draw_rows(path, labels, panels):
-    """Dots in rows: panels [(title, {name: [(value, interval) for each label]}, mark)]. Values,
-    intervals and marks (where a line is drawn) may be None."""
-    height = 1.6 + .28 * len(labels)
-    with data.figure(path, 1, len(panels), figsize=(3.8 * len(panels), height), sharey=True,
-                     squeeze=False) as axes:
-        for axis, (title, series, mark) in zip(axes[0], panels):
-            for k, (name, values) in enumerate(series.items()):
-                x = np.array([value for value, _ in values], float)
-                ends = np.array([span or (value, value) for value, span in values], float).T
-                axis.errorbar(x, np.arange(len(x)) + .12 * k, xerr=abs(ends - x), fmt="o", ms=4,
-                              label=name.replace("_", " "))
-            axis.axvline(np.nan if mark is None else mark, color="k", lw=.6)
-            axis.set_title(title, fontsize=9)
-            axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(.5, -.45 / height))  # below
-        axes[0, 0].set_yticks(range(len(labels)), labels, fontsize=8)
-        axes[0, 0].invert_yaxis()
-
-
 def draw_sets(path, pictures, model, count=8):
     """A row of at most `count` images for each of {name: {kind: images (N, C, H, W)}}."""
     kinds = {f"{name}\n{kind}": x for name, sets in pictures.items() for kind, x in sets.items()}
@@ -975,23 +956,14 @@ def disentangle_line(truth, model, args, only="", **changes):
         "omega_truth": truth.omega, "images": places.size}
 
 
-def show_lines(path, lines):
-    """A table and a figure of several measurements; below them the truth itself and chance."""
+def show_lines(lines):
+    """A table of several measurements; below them the truth itself and chance."""
     best, chance = ({name: lines[0].get(f"{name}_{kind}") for name in TABLE}
                     for kind in ("best", "chance"))
     best |= dict(leak_e_to_b=0., leak_b_to_e=0., effect_biology=1., effect_experiment=1.)
     rows = [(line["label"], line) for line in lines] + [(BEST, best), (CHANCE, chance)]
     print_table("", dict.fromkeys(TABLE, ".2f"), [
         (label, *map(line.get, TABLE)) for label, line in rows])
-
-    def panel(title, *names):
-        return title, {name: [(line.get(name), line.get(f"{name}_interval")) for line in lines]
-                       for name in names}, best[names[0]]
-    draw_rows(path, [line["label"] for line in lines], [
-        panel("effect, as a share of the true one", "effect_biology", "effect_experiment"),
-        panel("leakage", "leak_e_to_b", "leak_b_to_e"),
-        panel("share recognised", "mechanism", "batch"),
-        panel("kernel distance", "distance_seen", "distance_heldout")])
 
 
 def disentangle(args):
@@ -1010,7 +982,7 @@ def disentangle(args):
     if args.study in ("shortcut", "transfer"):
         return {"shortcut": shortcut, "transfer": transfer}[args.study](args, run, truth, measured)
     if args.study == "models":
-        return show_lines(out / "models.png", study_models(args, run, truth, measured))
+        return show_lines(study_models(args, run, truth, measured))
     changes = {  # of the request to one checkpoint
         "model": {words_of(run.model.scales(args.guidance)): {}},
         "scales": {words_of(s): dict(guidance=s) for s in SCALES},
@@ -1018,9 +990,8 @@ def disentangle(args):
                   for low, high in ((0., 1.), INTERVAL) for form in FORMS},
         "samplers": {f"{n} steps, {sampler}": dict(sampler=sampler, steps=n)
                      for n in (5, 10, 15, 30, 60) for sampler in SAMPLERS}}[args.study]
-    show_lines(out / f"{args.study}.png", measured({
-        label: dict(path=args.checkpoint, sha1=run.sha1) | change
-        for label, change in changes.items()}))
+    show_lines(measured({label: dict(path=args.checkpoint, sha1=run.sha1) | change
+                         for label, change in changes.items()}))
 
 
 def train_model(args, base, name, confounding, seed):

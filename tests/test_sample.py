@@ -248,8 +248,12 @@ def test_editing_and_attribution_from_the_command_line(ldm_path, screen, run):
     assert record["requests"][0] == record["own"] | {"dose": "0"}
 
 
-def test_conditioning_images_from_the_command_line(hinted_path, screen, run, tmp_path):
+def test_conditioning_images_from_the_command_line(hinted_path, screen, run, tmp_path, cli):
     tifffile.imwrite(tmp_path / "field.tif", np.random.randint(0, 255, (48, 72), np.uint8))
+    tifffile.imwrite(tmp_path / "deep.tif", np.full((32, 32), 9999, np.uint16))  # trained on 8 bits
+    words = "--checkpoint", hinted_path, "--steps", 1, "--out", tmp_path, "--control"
+    assert "100% of" in cli(sample, *words, tmp_path / "deep.tif")[1]
+    assert "warning" not in cli(sample, *words, f"{screen}:9")[1]
     stack, shown, drawn = screen.parent / "brightfield.npy", [], []
     for control in (f"{screen}:9", f"{stack}:7", f"{stack}:107", tmp_path / "field.tif"):
         rows, record = run("--checkpoint", hinted_path, "--control", control, "-n", 2, "dose=1",
