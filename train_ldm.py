@@ -53,6 +53,7 @@ class Config(train_vae.Running):
     target: str = "velocity"              # the U-Net predicts velocity, noise or image
     zero_snr: bool = True                 # end the schedule in pure noise
     min_snr: bool = False                 # weigh the loss by min(SNR, 5)
+    uniform: float = 0.                   # share of time steps drawn evenly, not from the middle
     # ControlNet: the model also follows a conditioning image
     control_column: str = ""              # a column of images, columns a,b, or control_row
     base: str = "runs/ldm/model.pt"       # the model to which the ControlNet is added
@@ -136,7 +137,11 @@ class Steps(torch.utils.data.Dataset):
         positions = np.searchsorted(self.cumulative, rng.random(n) * self.cumulative[-1], "right")
         batch = run.training.batch(positions, rng, noise_rng)
         # logit-normal (Esser et al. 2024, arXiv:2403.03206): mostly where structure is made
-        batch["t"] = (torch.randn(n, generator=noise_rng).sigmoid() * run.schedule.T).long()
+        t = torch.randn(n, generator=noise_rng).sigmoid()
+        if c.uniform:
+            every = torch.rand(n, generator=noise_rng)
+            t = torch.where(torch.rand(n, generator=noise_rng) < c.uniform, every, t)
+        batch["t"] = (t * run.schedule.T).long()
         if not c.overfit:
             batch["keep"] &= draw_keep(fields, n, noise_rng)
             batch["codes"] = hide_molecule_of_controls(

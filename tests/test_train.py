@@ -118,10 +118,13 @@ def test_a_step_follows_from_its_number_whatever_the_processes(ldm_config, monke
     assert not (run.held.codes["smiles"] % 8).any()
 
 
-def test_time_steps_are_logit_normal(ldm_config, tmp_path):
+def test_time_steps_are_logit_normal_but_for_a_share_that_is_uniform(ldm_config, tmp_path):
     run, steps = prepared(replace(ldm_config, out=str(tmp_path), batch=4000))
     logit = ((steps[0]["t"] + .5) / run.schedule.T).logit()
     assert abs(logit.mean()) < .1 and abs(logit.std() - 1) < .1
+    steps.config = replace(steps.config, uniform=.5)
+    last = (steps[0]["t"] >= .98 * run.schedule.T).float().mean()  # of a logit-normal 5e-5
+    assert .005 < last < .015
 
 
 def test_latents_are_the_views_encoded_and_sampled(ldm_config, tmp_path):
