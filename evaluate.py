@@ -1,5 +1,5 @@
 """Questions put to a trained model, one command each. Every answer stands beside the best possible
-one and beside chance, and is written as JSON, most of them as a figure too.
+one and beside chance, and is written as JSON, some with a picture too.
 
     python evaluate.py quality                   # are unseen conditions drawn as they look?
     python evaluate.py disentangle               # how much is biology, how much experiment?
@@ -630,7 +630,7 @@ def recognised(classifier, images, rows):
     return {"mechanism": mechanism, "batch": batch}
 
 
-# --- 5. Studies, tables, plots --------------------------------------------------------------------
+# --- 5. Studies, tables, pictures -----------------------------------------------------------------
 
 def plain(value):
     """A value as JSON can hold it: arrays as lists, what is not finite as None."""
@@ -957,7 +957,8 @@ def disentangle_line(truth, model, args, only="", **changes):
 
 
 def show_lines(lines):
-    """A table of several measurements; below them the truth itself and chance."""
+    """A table of several measurements, below them the truth itself and chance. The intervals are
+    in results.jsonl."""
     best, chance = ({name: lines[0].get(f"{name}_{kind}") for name in TABLE}
                     for kind in ("best", "chance"))
     best |= dict(leak_e_to_b=0., leak_b_to_e=0., effect_biology=1., effect_experiment=1.)

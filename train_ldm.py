@@ -53,7 +53,7 @@ class Config(train_vae.Running):
     target: str = "velocity"              # the U-Net predicts velocity, noise or image
     zero_snr: bool = True                 # end the schedule in pure noise
     min_snr: bool = False                 # weigh the loss by min(SNR, 5)
-    uniform: float = 0.                   # share of time steps drawn evenly, not from the middle
+    uniform: float = 0.                   # share of time steps drawn uniformly, not logit-normally
     # ControlNet: the model also follows a conditioning image
     control_column: str = ""              # a column of images, columns a,b, or control_row
     base: str = "runs/ldm/model.pt"       # the model to which the ControlNet is added
@@ -138,7 +138,7 @@ class Steps(torch.utils.data.Dataset):
         batch = run.training.batch(positions, rng, noise_rng)
         # logit-normal (Esser et al. 2024, arXiv:2403.03206): mostly where structure is made
         t = torch.randn(n, generator=noise_rng).sigmoid()
-        if c.uniform:
+        if c.uniform:  # brightness and crowding are decided near t = T, which that seldom draws
             every = torch.rand(n, generator=noise_rng)
             t = torch.where(torch.rand(n, generator=noise_rng) < c.uniform, every, t)
         batch["t"] = (t * run.schedule.T).long()
@@ -306,6 +306,8 @@ def settle(config):
                        **{name: own[name] for name in OF_BASE})
     if config.base != Config.base or config.unfreeze_decoder:
         raise UserError("--base and --unfreeze_decoder are for a run with --control_column")
+    if config.uniform > 1:
+        raise UserError(f"--uniform {config.uniform} is a share, 0 to 1")
     try:
         diffusion.Schedule(config.schedule, config.target, zero_snr=config.zero_snr)
     except ValueError as fault:

@@ -428,7 +428,7 @@ def test_settings_that_cannot_be_used(tmp_path, refused, screen, vae_path, ldm_p
             (["--size", "huge"], ["--size", "huge", "tiny"]),
             (["--target", "noise"], ["--target noise"]),
             (["--target", "noise", "--no-zero_snr"], ["linear or scaled_linear"]),
-            (["--vae", ldm_path], ["another kind (ldm)"]),
+            (["--uniform", "20"], ["--uniform 20"]), (["--vae", ldm_path], ["another kind (ldm)"]),
             (["--vae", tmp_path / "none.pt"], ["no vae checkpoint", "train_vae.py"]),
             (["--unfreeze_decoder"], ["--control_column"]),
             ([*base, "--size", "small"], ["--size", "of the base"]),
