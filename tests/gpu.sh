@@ -12,6 +12,6 @@ if [ -f "$plates" ]; then                            # LINCS, see assets/results
     python "$code/train_vae.py" --data "$plates" --binning 2 --crop 64 --kl_weight 0.001 \
         --out runs/lincs_vae
     python "$code/train_ldm.py" --data "$plates" --vae runs/lincs_vae/model.pt --out runs/lincs \
-        --biology smiles dose --experiment plate:category --views 100 --steps 2500
+        --biology smiles dose --experiment plate:category --views 100 --steps 2500 --uniform 0.2
 fi
 find . -name '*.txt' -o -name '*.json*' -o -name '*.png'  # small: these are worth keeping
