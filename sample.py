@@ -315,7 +315,7 @@ def read_hint(model, place, given, n):
         manifest, i = data.Manifest(path, columns, None, ("image",), [index], {}), 0
     images, own = read_rows(model, manifest, [i], hint=True)
     if (clipped := (images.abs() == 1).float().mean((0, 2, 3)).max()) > .5:
-        print(f"warning: {clipped:.0%} of {place} lies beyond the intensities of training")
+        print(f"warning: {clipped:.0%} of {place} lies at or beyond the range of training")
     return images.expand(n, -1, -1, -1), {name: value * n for name, value in own.items()}
 
 
